@@ -1,0 +1,271 @@
+r"""What a training program needs that is not diffusion: processes, seeds, precision, EMA, and files that survive.
+
+    torchrun --nproc_per_node 4 train.py ...      sets RANK, WORLD_SIZE and LOCAL_RANK; setup() reads them
+    python train.py ...                           no such variables: one process, and the same code
+
+Import this module before torch: it sets two knobs of the C libraries that are read only once.
+
+Files are written under a temporary name in the same folder, flushed to the disk and renamed, so that a reader sees
+the old file or the new one and never half of one, whenever the machine goes down.
+
+What this file does not do: anything about images, networks or noise.
+"""
+
+import contextlib
+import ctypes
+import io
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+# OpenMP threads spin while they wait; with two busy processes on few cores that costs 2 to 5 times. A short spin
+# keeps the speed when alone and the peace when not.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+RUNS = Path("runs")
+FORMAT = "sa-etsdm run 1"  # written into each checkpoint; says what the file is, and which version
+
+
+# ------------------------------------------------------------------ processes
+
+class Processes:
+    """Who am I among the processes: rank, world, local_rank, device. Use as `with setup() as p:`."""
+
+    def __init__(self, rank, world, local_rank, device):
+        self.rank, self.world, self.local_rank, self.device = rank, world, local_rank, device
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):  # on every path, errors too, or the other ranks would wait for the timeout
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def say(self, *words):
+        """Print from rank 0 alone."""
+        if self.first:
+            print(*words, flush=True)
+
+    def sum(self, *values):
+        """Sum of each number over all processes. CPU tensors over gloo: it never waits for a GPU's queue."""
+        if self.world == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return tuple(tensor.tolist())
+
+    def barrier(self):
+        if self.world > 1:
+            self.sum(0.0)
+
+    def share(self, value):
+        """Rank 0's value (any plain object), on every process."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+
+def setup():
+    """Join the other processes if torchrun started us, choose this process's device, and return Processes."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if world > 1:  # two backends: CPU tensors (flags, counts) over gloo, gradients over NCCL where there are GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Processes(rank, world, local_rank, device)
+
+
+def keep_memory():
+    """Ask glibc to keep freed memory rather than return it: large tensors otherwise get fresh pages at every step."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc: nothing to ask
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def choose_precision(name, device):
+    """auto | fp32 | bf16 -> the dtype that autocast computes in, or None for plain float32."""
+    if name == "auto":
+        name = "bf16" if has_bf16_units(device) else "fp32"
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError("this GPU has no bf16: use --precision fp32")
+    return torch.bfloat16 if name == "bf16" else None
+
+
+def has_bf16_units(device):
+    """True where bf16 is faster than float32: GPUs since Ampere, CPUs with AMX or AVX-512 BF16 (Linux says so)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def generator(*key, device="cpu"):
+    """A random generator that is a function of integers, e.g. (seed, step): nothing to save, nothing to restore.
+
+    The words are mixed (splitmix64), so that (0, 1) and (1, 0) and neighbouring seeds give unrelated streams.
+    """
+    return torch.Generator(device).manual_seed(mix(*key))
+
+
+def mix(*key):
+    """Integers -> one 63-bit integer, well mixed (splitmix64's finaliser after each)."""
+    z, mask = 0, 2**64 - 1
+    for word in key:
+        z = (z + word + 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
+        z ^= z >> 31
+    return z >> 1
+
+
+# ------------------------------------------------------------------ EMA
+
+@torch.no_grad()
+def update_ema(ema, net, decay, updates):
+    r"""ema <- d ema + (1 - d) net, d = min(decay, (1 + n)/(10 + n)) after n updates.
+
+    Without the warm-up an average with decay 0.9999 is still its random start after a thousand steps ("EMA gives
+    noise"). net must be the bare module: inside DDP or compile the names differ and nothing would match.
+    """
+    d = min(decay, (1 + updates) / (10 + updates))
+    mine, theirs = ema.state_dict(), net.state_dict()
+    floats = [k for k, v in mine.items() if v.is_floating_point()]
+    torch._foreach_lerp_([mine[k] for k in floats], [theirs[k] for k in floats], 1 - d)
+
+
+# ------------------------------------------------------------------ files
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """with atomic_write(path) as temporary: write there; it becomes `path` only if the block ends without an error."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())  # the bytes before the name: a rename can reach the disk first
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
+
+
+def remove_leftovers(folder):
+    """Delete the temporary files that a killed process left in this folder."""
+    for old in Path(folder).glob(".*.tmp"):
+        old.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, checkpoint):
+    """checkpoint: a dict of tensors and plain values -> file, atomically."""
+    with atomic_write(path) as temporary:
+        torch.save({"format": FORMAT, **checkpoint}, temporary)
+
+
+def load_checkpoint(path):
+    """The dict that save_checkpoint wrote, on the CPU. ValueError in one line if the file is something else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch raises many kinds here: a pickle that is refused, a zip cut short, not a zip
+        raise ValueError(f"{path} is not a checkpoint of train.py ({what_is(path)})") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of train.py: it holds {describe(checkpoint)}; "
+                         "give a folder under runs/")
+    return checkpoint
+
+
+def what_is(path):
+    """A few words on what a file that does not load looks like."""
+    with open(path, "rb") as f:
+        head = f.read(512)
+    if not head:
+        return "the file is empty"
+    if head.lstrip()[:1] == b"<":
+        return "it is a web page: the download went wrong"
+    if head[:2] == b"PK":
+        return "it is cut short, or holds more than tensors and plain values"
+    return "its first bytes are " + repr(head[:8])
+
+
+def describe(thing):
+    """What a foreign checkpoint holds, in a few words."""
+    if isinstance(thing, dict) and str(thing.get("format", "")).startswith(FORMAT.rsplit(" ", 1)[0]):
+        return f"format {thing['format']!r}, of another version of this program"
+    if isinstance(thing, dict) and {"state", "param_groups"} <= thing.keys():
+        return "the state of an optimizer"
+    if isinstance(thing, dict):
+        return f"{len(thing)} entries: " + ", ".join(map(str, list(thing)[:3])) + (", ..." if len(thing) > 3 else "")
+    return f"a {type(thing).__name__}"
+
+
+def find_checkpoint(run=None):
+    """The checkpoint of a run: a folder, a name under runs/, a checkpoint file, or None for the newest run."""
+    if run is None:
+        found = sorted(RUNS.glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise FileNotFoundError(f"no run under {RUNS.resolve()}: train one first, e.g. torchrun train.py --sa-k 2")
+        return found[-1]
+    for path in (Path(run), RUNS / run):
+        if path.is_file():
+            return path
+        if (path / "checkpoint.pt").is_file():
+            return path / "checkpoint.pt"
+    if Path(run).is_dir():
+        raise FileNotFoundError(f"{run} has no checkpoint.pt: is it a run folder?")
+    names = sorted(p.parent.name for p in RUNS.glob("*/checkpoint.pt"))
+    raise FileNotFoundError(f"no run {run}; under {RUNS}/ there are: {' '.join(names) or 'none'}")
+
+
+# ------------------------------------------------------------------ programs
+
+class Stop:
+    """Ctrl-C, SIGTERM and SIGHUP ask the loop to stop at the next step instead of killing it in the middle of one."""
+
+    def __init__(self):
+        self.asked = ""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        if self.asked == "SIGINT" and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C means now
+        self.asked = signal.Signals(number).name
+
+
+def run_program(main):
+    """Run main(); a bad argument or file ends in one line and exit status 2. TRACEBACK=1 shows where it came from."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        words = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: error: {words}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,226 @@
+r"""Samplers: from noise x_T back to an image x_0, with exactly `nfe` calls of the network.
+
+    ddpm          ancestral sampling: draw x_next from q(x_next | x_t, x0_hat)             DDPM, algorithm 2
+    ddim          the same family with an adjustable amount eta of fresh noise              DDIM eq. 12
+    dpm-solver    the probability-flow ODE solved exactly in its linear part, singlestep order 1, 2, 3
+    dpm-solver++  the same for the x0-prediction, multistep order 2 (2M): reuses the call before
+
+All of them start from one identity. Given (x0, eps) at time t, the noise-free move to any other time is
+
+    x_next = a_next x0 + s_next eps                                                         ("DDIM step", order 1)
+
+DDPM and DDIM put fresh noise where some of eps was; the DPM solvers add, to the same move, corrections that account
+for how eps (or x0) changes along the step. They see only denoiser.predict(x, t) -> (x0, eps) and the schedule, so
+every sampler works with every schedule, prediction type and time condition.
+
+What this file does not do: loop over batches, seed anything, or write images (sample.py); Heun's method.
+
+    x = samplers.sample(denoiser, torch.randn(16, 3, 32, 32), sampler="dpm-solver", nfe=20, spacing="logsnr")
+
+x (B, ...), t in [0, T] falling; a, s, lam = log(a/s) at a time; h a step in lam; beta, beta_tilde of a step t -> t_next.
+"""
+
+import math
+
+import torch
+
+from schedules import time_grid
+
+SAMPLERS = ("ddpm", "ddim", "dpm-solver", "dpm-solver++")
+
+
+@torch.no_grad()
+def sample(denoiser, x, sampler="ddim", nfe=50, spacing="uniform", eta=0.0, order=3, t_end=1.0,
+           final_denoise=True, clip=None, noise=None, variance=None, t_start=None):
+    r"""Noise x (B, ...) at t = T -> x_0 (B, ...), with exactly nfe network calls.
+
+    spacing        uniform | quadratic | logsnr, or a falling float64 tensor of times: the calls of ddpm and ddim, the
+                   points of the solvers (their last point is where they arrive)
+    eta            ddim: share of DDPM's fresh noise, 0 (none) to 1 (ddpm)
+    order          dpm-solver: 1, 2 or 3 (dpm-solver++ is always 2M)
+    t_end          the time of the last call
+    final_denoise  True: the last call is spent on x_0 at t_end. False: return x at t_end, and every call is a step
+    clip           (low, high): x0_hat is kept within, and eps re-derived from it; None never clips
+    noise          noise(shape) -> Gaussian like x; None draws from torch's global generator
+    variance       ddpm's fresh noise: "small" = beta_tilde (None too), "large" = beta; or, for ddpm and ddim, a
+                   callable (x, t, t_next) -> variance of x_next given x_t
+    t_start        where to start instead of T
+
+    ValueError: an argument out of its range, or eps-prediction where alpha_bar = 0 and x_0 cannot be formed.
+    """
+    schedule = denoiser.schedule
+    check(denoiser, sampler, nfe, eta, order, variance, schedule.T if t_start is None else t_start)
+    if noise is None:
+        def noise(shape):
+            return torch.randn(shape, dtype=x.dtype, device=x.device)
+
+    if sampler in ("ddpm", "ddim"):
+        times = spacing if isinstance(spacing, torch.Tensor) else time_grid(
+            schedule, nfe + (not final_denoise), spacing, t_end, t_start)
+        times = falling(times).tolist() + [0.0] * final_denoise
+        return ancestral(denoiser, x, times, 1.0 if sampler == "ddpm" else eta, variance, clip, noise)
+
+    steps = nfe - final_denoise  # with final_denoise, nfe = 1 is x_0 seen from t_start
+    if steps == 0:
+        return predict(denoiser, x, schedule.T if t_start is None else t_start, clip)[0]
+    if sampler == "dpm-solver":
+        times, orders = singlestep_plan(schedule, steps, order, spacing, t_end, t_start)
+        x = dpm_solver(denoiser, x, times, orders, clip)
+    else:
+        times = spacing if isinstance(spacing, torch.Tensor) else time_grid(schedule, steps + 1, spacing, t_end, t_start)
+        x = dpm_solver_2m(denoiser, x, falling(times), clip)
+    return predict(denoiser, x, times[-1].item(), clip)[0] if final_denoise else x
+
+
+def check(denoiser, sampler, nfe, eta, order, variance, t_start):
+    """Refuse, in one line each, what no sampler could do."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: choose from {' '.join(SAMPLERS)}")
+    if int(nfe) != nfe or nfe < 1:
+        raise ValueError(f"the number of network calls must be a whole number from 1 on, not {nfe}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), not {eta}")
+    if order not in (1, 2, 3):
+        raise ValueError(f"DPM-Solver has order 1, 2 or 3, not {order}")
+    if isinstance(variance, str) and (variance not in ("small", "large") or sampler != "ddpm"):
+        raise ValueError(f"variance {variance!r}: ddpm takes small or large; other samplers a callable or None")
+    if denoiser.prediction == "eps" and float(denoiser.schedule.alpha_bar(t_start)) == 0:
+        raise ValueError(f"eps-prediction has no x_0 at t = {t_start:g}, where {denoiser.schedule.name} has "
+                         "alpha_bar = 0: use v or x0 prediction, or start lower (t_start)")
+
+
+def falling(times):
+    """A grid of times, checked: at least one, strictly falling."""
+    times = times.double().cpu()
+    if times.dim() != 1 or len(times) == 0 or bool((times.diff() >= 0).any()):
+        raise ValueError("a grid of times must be one falling sequence")
+    return times
+
+
+def predict(denoiser, x, t, clip):
+    """denoiser.predict, with x0_hat kept within clip. eps is then re-derived from the clipped x0, so that the pair still
+    explains x_t; for DDPM this is exactly the posterior mean mu_tilde(x_t, clipped x0)."""
+    x0, eps = denoiser.predict(x, t)
+    if clip is None:
+        return x0, eps
+    x0 = x0.clamp(*clip)
+    a, s = map(float, denoiser.schedule.coefficients(t))
+    return x0, (x - a * x0) / s
+
+
+# ------------------------------------------------------------------ DDPM and DDIM
+
+def ancestral(denoiser, x, times, eta, variance, clip, noise):
+    r"""x_next = a_next x0 + sqrt(s_next^2 - eta^2 beta_tilde) eps + std z       DDIM eq. 12; eta = 1 is DDPM.
+
+    `times` are the calls and, last, where to arrive: 0, or t_end. The step that lands on 0 adds no noise.
+    """
+    for t, t_next in zip(times, times[1:]):
+        x0, eps = predict(denoiser, x, t, clip)
+        a_next, s_next = map(float, denoiser.schedule.coefficients(t_next))
+        beta, beta_tilde = map(float, denoiser.schedule.step_variances(t, t_next))
+        replaced = eta**2 * beta_tilde  # this much of eps's variance makes room for fresh noise
+        mean = a_next * x0 + math.sqrt(max(s_next**2 - replaced, 0.0)) * eps
+        if t_next == 0:
+            return mean  # = x0
+        var = variance(x, t, t_next) if callable(variance) else beta if variance == "large" else replaced
+        x = mean if isinstance(var, float) and var == 0 else mean + _root(var, x) * noise(x.shape)
+    return x
+
+
+def _root(var, x):
+    """Standard deviation as a factor of x-like noise: a float, or a tensor per image or per pixel."""
+    if not isinstance(var, torch.Tensor):
+        return math.sqrt(var)
+    std = var.sqrt().to(x)
+    return std.reshape(-1, *[1] * (x.dim() - 1)) if std.dim() == 1 else std
+
+
+# ------------------------------------------------------------------ DPM-Solver
+
+def singlestep_plan(schedule, steps, order, spacing="logsnr", t_end=1.0, t_start=None):
+    r"""(times (steps + 1,), orders): an update of order o goes from one time to the o-th after it and costs o calls.
+
+    As many updates of full order as fit, then the remainder, so that the orders sum to `steps` (DPM-Solver-fast). On
+    the logsnr grid updates are equally long in lam and their inner points divide them equally; on the other grids
+    inner points are grid points too. A time with alpha_bar = 0 (lam = -inf) can only be left by order 1.
+    """
+    given = isinstance(spacing, torch.Tensor)
+    times = falling(spacing) if given else time_grid(schedule, steps + 1, spacing, t_end, t_start)
+    steps = len(times) - 1
+    blind = int((schedule.lam(times)[:-1] == -math.inf).sum())
+    orders = [1] * blind + split_into_orders(steps - blind, order)
+    if not given and spacing == "logsnr":
+        outer = time_grid(schedule, len(orders) + 1, spacing, t_end, t_start)
+        parts = [outer[:1]]
+        for t, t_next, o in zip(outer, outer[1:], orders):
+            lam = torch.lerp(schedule.lam(t), schedule.lam(t_next), torch.arange(1, o, dtype=torch.float64) / o)
+            parts += [schedule.t_of_lam(lam), t_next[None]]
+        times = torch.cat(parts)
+    return times, orders
+
+
+def split_into_orders(steps, order):
+    """The orders of singlestep updates, summing to `steps`: 10 calls of order 3 are 3 + 3 + 3 + 1."""
+    full, rest = divmod(steps, order)
+    if order == 3 and rest == 0 and steps:
+        return [3] * (full - 1) + [2, 1]  # DPM-Solver-fast ends low, where eps is hardest to extrapolate
+    return [order] * full + [rest] * (rest > 0)
+
+
+def dpm_solver(denoiser, x, times, orders, clip):
+    """Singlestep DPM-Solver from times[0] to times[-1] (Lu et al. 2022, algorithms 1 and 2)."""
+    a, s = (k.tolist() for k in denoiser.schedule.coefficients(times))
+    lam, t, i = denoiser.schedule.lam(times).tolist(), times.tolist(), 0
+    for order in orders:
+        inside = slice(i, i + order + 1)
+        points = list(zip(t[inside], a[inside], s[inside], lam[inside]))
+        if all(p[3] < q[3] for p, q in zip(points, points[1:])):
+            x = singlestep(denoiser, x, points, clip)
+        else:  # lam stands still (where log SNR is clipped): order 1, which there is the identity
+            for pair in zip(points, points[1:]):
+                x = singlestep(denoiser, x, pair, clip)
+        i += order
+    return x
+
+
+def singlestep(denoiser, x, points, clip):
+    r"""One update over points (t, a, s, lam), of order len(points) - 1 <= 3. With h its length in lam, e = eps:
+
+    order 2  x = a x0 + s e - s (e^h - 1)/(2 r1) (e_1 - e)                        e_1 at lam + r1 h
+    order 3  x = a x0 + s e - s/r2 ((e^h - 1)/h - 1) (e_2 - e)                    e_2 at lam + r2 h
+    """
+    times, a, s, lam = zip(*points)
+    x0, eps = predict(denoiser, x, times[0], clip)
+    u = a[1] * x0 + s[1] * eps  # order 1: to the first inner point, or all the way
+    if len(points) == 2:
+        return u
+    h = lam[-1] - lam[0]
+    r1 = (lam[1] - lam[0]) / h
+    d1 = predict(denoiser, u, times[1], clip)[1] - eps
+    if len(points) == 3:
+        return a[2] * x0 + s[2] * eps - s[2] * math.expm1(h) / (2 * r1) * d1
+    r2 = (lam[2] - lam[0]) / h
+    u = a[2] * x0 + s[2] * eps - s[2] * r2 / r1 * (math.expm1(r2 * h) / (r2 * h) - 1) * d1
+    d2 = predict(denoiser, u, times[2], clip)[1] - eps
+    return a[3] * x0 + s[3] * eps - s[3] / r2 * (math.expm1(h) / h - 1) * d2
+
+
+def dpm_solver_2m(denoiser, x, times, clip):
+    r"""DPM-Solver++ 2M (Lu et al. 2023, algorithm 2): x = a x0 + s eps - a (e^-h - 1)/2 (x0 - x0_before) h/h_before.
+
+    One call per step: the slope of x0 comes from the step before, so the first step is order 1. So is the last of
+    fewer than 10, where extrapolating over a long step does more harm than good.
+    """
+    a, s = (k.tolist() for k in denoiser.schedule.coefficients(times))
+    lam, t = denoiser.schedule.lam(times).tolist(), times.tolist()
+    steps, before, h_before = len(t) - 1, None, 0.0
+    for i in range(steps):
+        x0, eps = predict(denoiser, x, t[i], clip)
+        h = lam[i + 1] - lam[i]
+        x = a[i + 1] * x0 + s[i + 1] * eps
+        # Not where the step before had no length, nor from alpha_bar = 0, an infinite length away: no slope there.
+        if 0 < h_before < math.inf and not (i == steps - 1 and steps < 10):
+            x = x - a[i + 1] * math.expm1(-h) / 2 * h / h_before * (x0 - before)
+        before, h_before = x0, h
+    return x

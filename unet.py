@@ -1,0 +1,264 @@
+r"""The network: the U-Net of ADM ("Diffusion Models Beat GANs", Dhariwal & Nichol 2021), which both papers train.
+
+    net(x, c):  noisy images x (B, C, H, W), conditions c (B,)  ->  prediction (B, C_out, H, W)
+
+c is what the network is *told* about time (etsdm.py), a real number in [0, T] and not a schedule coefficient:
+the network never learns which schedule it serves. The picture to keep in mind:
+
+    x -> conv -> [Res Res] -> down -> [Res Res] -> down -> [Res Attn Res] -> up -> [Res Res Res] -> up -> ... -> conv
+                     \______ every output on the way down is kept, and concatenated on the way up _____/
+
+Two families of sizes are in PRESETS. SA-DPM's: plain convolutions for down and up, the time embedding added, one
+attention head. E-TSDM's (ADM proper): BigGAN residual blocks that resample inside themselves, the time embedding
+as a scale and shift of the normalisation, heads of 64 channels.
+
+What this file does not do: class labels, learned time embeddings, and the new attention order of guided-diffusion
+(no released ADM weights use it). SA-DPM's own net differs from its preset here in four numbers that no count shows:
+sin before cos, GroupNorm eps 1e-6, one-sided padding when it downsamples, and no zero initialisation.
+
+    python -c "import unet; print(unet.describe())"          # the presets and their parameter counts
+
+B images, C channels, H, W pixels, E width of the time embedding, N = H W positions, d channels of one head.
+"""
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# The sizes of the two papers, as arguments of UNet. Parameter counts are exact and tested.
+_SA = dict(channels=128, head_channels=None, dropout=0.1, scale_shift=False, resblock_updown=False)
+_ADM = dict(channels=128, image_size=256, attention_resolutions=(32, 16, 8))
+PRESETS = {
+    # Ours, for a laptop: 32x32 pixels become a 16x16 core of 2x2 patches; 8 groups, because one channel
+    # per group (32 of 32) makes GroupNorm the slowest layer.
+    "tiny": dict(image_size=32, channels=48, channel_mult=(1, 2, 2), res_blocks=1, patch=2, norm_groups=8,
+                 attention_resolutions=(8,), head_channels=None),
+    # SA-DPM (config files of the paper)
+    "cifar10": dict(_SA, image_size=32, channel_mult=(1, 2, 2, 2)),                          # 35,746,307
+    "celeba64": dict(_SA, image_size=64, channel_mult=(1, 2, 2, 2, 4)),                      # 78,700,803
+    "celebahq256": dict(_SA, image_size=256, channel_mult=(1, 1, 2, 2, 4, 4), dropout=0.0),  # 113,673,219
+    # E-TSDM table A1. Its "131M" and "692M" are these counts / 2^20, truncated, and its attention set
+    # "32, 64, 8" must be 32, 16, 8: no other common set gives both counts.
+    "ffhq256": dict(_ADM, channel_mult=(1, 1, 2, 2, 4, 4), time_channels=512),               # 138,286,467
+    "ffhq256-large": dict(_ADM, channel_mult=(1, 1, 2, 4, 6, 8), res_blocks=4, time_channels=2048),  # 725,956,227
+}
+
+
+class UNet(nn.Module):
+    r"""ADM U-Net.  forward(x (B, in_channels, H, W), c (B,)) -> (B, out_channels, H, W).
+
+    image_size             side in pixels the attention resolutions refer to; any multiple of patch * 2^(levels-1) runs
+    channels, channel_mult base width, and its multiple at each level; each level halves the resolution
+    res_blocks             residual blocks per level on the way down (one more on the way up)
+    attention_resolutions  sides of the feature maps (in units of patches) that get self-attention
+    head_channels          channels of one attention head; None = a single head
+    time_channels          width E of the time embedding (None = 4 * channels)
+    scale_shift            True: embedding scales and shifts the normalised map; False: is added to it
+    resblock_updown        True: BigGAN residual blocks resample; False: plain convolutions do
+    norm_groups            groups of GroupNorm; must divide every width
+    patch                  p > 1: p x p pixels become channels before the first convolution, and back after the last
+    """
+
+    def __init__(self, image_size, in_channels=3, out_channels=3, channels=128, channel_mult=(1, 2, 2, 2), res_blocks=2,
+                 attention_resolutions=(16,), head_channels=64, dropout=0.0, time_channels=None,
+                 scale_shift=True, resblock_updown=True, norm_groups=32, patch=1):
+        super().__init__()
+        levels = len(channel_mult)
+        if image_size % (patch * 2 ** (levels - 1)):
+            raise ValueError(f"image size {image_size} cannot be halved {levels - 1} times"
+                             f"{f' after {patch}x{patch} patches' if patch > 1 else ''}: "
+                             f"use a multiple of {patch * 2 ** (levels - 1)}")
+        if any(channels * m % norm_groups for m in channel_mult):
+            raise ValueError(f"{channels} channels x {channel_mult} do not divide into {norm_groups} groups")
+        E = time_channels or 4 * channels
+        self.channels, self.patch = channels, patch
+        self.time_embed = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
+
+        def res(c_in, c_out, resample=None):
+            return ResBlock(c_in, c_out, E, dropout, scale_shift, norm_groups, resample)
+
+        def attention(width, level):  # a list, so that "no attention here" is simply empty
+            here = image_size // patch >> level in attention_resolutions
+            return [Attention(width, head_channels, norm_groups)] if here else []
+
+        # ---- down: every stage's output goes on the stack of skips
+        width = channels * channel_mult[0]
+        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(in_channels * patch**2, width, 3, padding=1)])])
+        skips = [width]
+        for level, mult in enumerate(channel_mult):
+            for _ in range(res_blocks):
+                self.input_blocks.append(Stage([res(width, channels * mult), *attention(channels * mult, level)]))
+                width = channels * mult
+                skips.append(width)
+            if level < levels - 1:
+                down = res(width, width, "down") if resblock_updown else Downsample(width)
+                self.input_blocks.append(Stage([down]))
+                skips.append(width)
+
+        # ---- middle: attention always
+        self.middle_block = Stage([res(width, width), Attention(width, head_channels, norm_groups), res(width, width)])
+
+        # ---- up: one block more than on the way down, because the downsampled map was kept too
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(res_blocks + 1):
+                stage = [res(width + skips.pop(), channels * mult), *attention(channels * mult, level)]
+                width = channels * mult
+                if level and i == res_blocks:
+                    stage.append(res(width, width, "up") if resblock_updown else Upsample(width))
+                self.output_blocks.append(Stage(stage))
+        self.out_norm = nn.GroupNorm(norm_groups, width)
+        self.out_conv = zero(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
+
+    def forward(self, x, c):
+        # Time is embedded in full precision even under bf16 autocast: bf16 cannot tell t = 999 from 1000.
+        with torch.autocast(x.device.type, enabled=False):
+            emb = self.time_embed(timestep_embedding(c, self.channels, self.time_embed[0].weight.dtype))  # (B, E)
+        h, skips = F.pixel_unshuffle(x, self.patch), []
+        for stage in self.input_blocks:
+            h = stage(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+        return F.pixel_shuffle(self.out_conv(F.silu(self.out_norm(h))), self.patch)
+
+
+class Stage(nn.ModuleList):
+    """Layers applied one after the other; the residual blocks among them also see the time embedding."""
+
+    def forward(self, h, emb):
+        for layer in self:
+            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+        return h
+
+
+class ResBlock(nn.Module):
+    r"""h = conv2 SiLU norm2( conv1 SiLU norm1 x  (+) time ),  output = skip(x) + h.
+
+    resample: "down" (2x2 average) or "up" (nearest) acts on both branches, between activation and convolution
+    (BigGAN): norm and activation see the old resolution, and no weights are spent on resampling.
+    """
+
+    def __init__(self, c_in, c_out, time_channels, dropout, scale_shift, norm_groups, resample=None):
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = nn.GroupNorm(norm_groups, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(time_channels, 2 * c_out if scale_shift else c_out)
+        self.norm2 = nn.GroupNorm(norm_groups, c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))  # zero: each block starts as the identity
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
+
+    def forward(self, x, emb):
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        time = self.time(F.silu(emb))[:, :, None, None]  # (B, c_out or 2 c_out, 1, 1)
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + time)
+        return self.skip(self.resample(x)) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Self-attention over the N = H W positions, added to its input."""
+
+    def __init__(self, width, head_channels, norm_groups):
+        super().__init__()
+        if head_channels and width % head_channels:
+            raise ValueError(f"{width} channels do not divide into attention heads of {head_channels}")
+        self.heads = width // head_channels if head_channels else 1
+        self.norm = nn.GroupNorm(norm_groups, width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.proj = zero(nn.Conv2d(width, width, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        # Channel layout [head][q, k, v][d], the order of guidance-free ADM weights. SDPA silently takes a slow path
+        # on strided inputs, hence the one contiguous() for all three.
+        qkv = self.qkv(self.norm(x)).reshape(B, self.heads, 3, C // self.heads, H * W)
+        q, k, v = qkv.permute(2, 0, 1, 4, 3).contiguous()  # each (B, heads, N, d)
+        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q kT / sqrt d) v
+        return x + self.proj(h.transpose(2, 3).reshape(B, C, H, W))
+
+
+class Downsample(nn.Module):
+    """Strided 3x3 convolution: H, W -> H/2, W/2."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution: H, W -> 2H, 2W."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def zero(layer):
+    """Start a layer at zero, so that the block it ends contributes nothing at first."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+def timestep_embedding(c, dim, dtype=torch.float32):
+    r"""[cos(c w_j) | sin(c w_j)], w_j = 10000^(-j/half), j = 0..half-1: conditions (B,) -> (B, dim).
+
+    The angle is formed in float64: c w_0 reaches 1000 radians, where float32 keeps only four decimals.
+    """
+    half = dim // 2
+    w = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float64, device=c.device))
+    angle = c.double()[:, None] * w
+    return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, dim % 2)).to(dtype)
+
+
+# ---- weights of OpenAI's guided-diffusion and improved-diffusion
+
+_RENAME = [(r"in_layers\.0", "norm1"), (r"in_layers\.2", "conv1"), (r"emb_layers\.1", "time"),
+           (r"out_layers\.0", "norm2"), (r"out_layers\.3", "conv2"), (r"skip_connection", "skip"),
+           (r"proj_out", "proj"), (r"\.op\.", ".conv."), (r"^out\.0", "out_norm"), (r"^out\.2", "out_conv")]
+
+
+def from_guided_diffusion(state_dict):
+    """Rename a guided-diffusion U-Net's state dict into ours: {key: tensor} -> {key: tensor}, same values.
+
+    Nothing is dropped or invented, so load_state_dict(strict=True) checks the rest. Its networks count time from 0:
+    our t is their t + 1 (denoiser.py says where that is put right). ValueError if it is not such a state dict.
+    """
+    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}  # saved from inside DDP
+    if "input_blocks.0.0.weight" not in state_dict:
+        raise ValueError("not a guided-diffusion U-Net: it has no input_blocks.0.0.weight, but keys like "
+                         + ", ".join(list(state_dict)[:3]))
+    if any(k.startswith("label_emb") for k in state_dict):
+        raise ValueError("a class-conditional network (label_emb): only unconditional ones can be loaded")
+    ours = {}
+    for key, value in state_dict.items():
+        for pattern, name in _RENAME:
+            key = re.sub(pattern, name, key)
+        is_attention = key.endswith(("qkv.weight", "proj.weight"))  # 1-d convolutions there, 1x1 here
+        ours[key] = value[..., None] if is_attention and value.dim() == 3 else value
+    return ours
+
+
+def describe():
+    """One line per preset: name, image side, parameters."""
+    with torch.device("meta"):
+        nets = {name: UNet(**size) for name, size in PRESETS.items()}
+    return "\n".join(f"{name:14} {PRESETS[name]['image_size']:4} px {sum(p.numel() for p in net.parameters()):12,}"
+                     " parameters" for name, net in nets.items())
