@@ -1,21 +1,131 @@
-"""Images in (being written)."""
+r"""Images in: from files of almost any kind to batches of uint8 tensors in a fixed order.
+
+Every picture ends as a uint8 tensor (C, H, W), 0..255, with H = W = size, C = 1 or 3, and stays
+uint8 until the trainer calls `to_float`. Pictures are checked once, at the start (`load`), and
+the order of training is a pure function of the position in the stream (`batch_indices`).
+
+Not here, on purpose: labels, augmentation (the trainer flips), colour management (ICC profiles
+and gamma are ignored) and 16-bit *colour* (Pillow keeps the high byte; 16-bit gray is exact).
+
+Symbols   N images, C channels, H height, W width, n = len(data set), e = epoch.
+
+    python -c "import data; print(data.load('shapes', 32, 3).summary)"
+    python -c "import data; print(data.load('photos.zip', 64, 3, progress=True).summary)"
+    python -c "import data; print(data.batch_indices(n=10, start=8, batch=4, seed=0))"
+"""
+import codecs
+import gzip
+import hashlib
+import io
+import itertools
 import math
+import os
+import pickle
+import re
+import signal
+import struct
+import tarfile
+import urllib.request
+import warnings
+import zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+CIFAR_BATCH = re.compile(r"(?:^|/)data_batch_([1-5])(\.bin)?$")
+IDX_TRAIN = re.compile(r"^train-images.*idx3-ubyte(\.gz)?$")
+HIDDEN = re.compile(r"(^|[\\/])(\.[^\\/]|__MACOSX)")  # in any part of the name, but not in "./"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+# The contents are held to the same list: Pillow would run Ghostscript on an EPS called cat.png.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+ENDLESS = 2**31  # this many images or more: too many to permute, never seen twice anyway
+
+
+# ------------------------------------------------------------------ pixels and numbers
+
+def to_float(u8):
+    """uint8 0..255, any shape -> float32 in [-1, 1]: 0 is -1, 255 is exactly +1."""
+    return u8.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """Float in [-1, 1], any shape -> uint8, the exact inverse of `to_float`; outside is clamped.
+
+    (x + 1) * 127.5 is rounded, half up: floor(x * 127.5 + 128). A bare .to(uint8) would truncate
+    instead, and darken every image by half a level on average.
+    """
+    # .float() first: in bfloat16 the +128 would leave only every other level.
+    return (x.float().clamp(-1, 1) * 127.5 + 128).floor().clamp(0, 255).to(torch.uint8)
+
+
+# ------------------------------------------------------------------ one image
+
+def grid(images, columns):
+    """uint8 images (N, C, H, W) side by side, row by row -> one PIL image; empty places are white."""
+    n, c, h, w = images.shape
+    sheet = torch.full((-(-n // columns), columns, c, h, w), 255, dtype=torch.uint8)
+    sheet.flatten(0, 1)[:n] = images.cpu()
+    pixels = sheet.permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c)  # (rows H, columns W, C)
+    return Image.fromarray(pixels.squeeze(2).numpy() if c == 1 else pixels.numpy())
+
+
+def prepare(image, size, channels):
+    """PIL image of any mode and shape -> uint8 tensor (channels, size, size).
+
+    The shortest side is resized to `size`, then the centre is cropped; an upright 8-bit image of
+    that size already keeps every bit. Transparent parts become white; of an animation, the first
+    frame counts. ValueError: a mode whose range is unknown (floats, 32-bit integers).
+    """
+    source_format = image.format  # lost by every operation below
+    image.load()  # before EXIF: by loading, Pillow turns a TIFF itself (some versions need this)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I" and source_format in ("PNG", "PPM"):
+        # 65535 = 255 * 257. convert("L") would clip at 255 and give an almost white image.
+        levels = (np.asarray(image).astype(np.int64) + 128) // 257
+        image = Image.fromarray(levels.astype(np.uint8))
+    if image.mode in ("F", "I"):
+        raise ValueError(f"mode {image.mode} has no fixed range, convert it to 8 or 16 bits first")
+    if image.has_transparency_data:  # an alpha channel, or a colour or palette entry declared so
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "1":
+        image = image.convert("L")
+    if channels == 3 or image.mode != "L":
+        image = image.convert("RGB")  # also for gray: CMYK and palettes have no good way to L
+    image = image.convert("L" if channels == 1 else "RGB")
+
+    width, height = image.size
+    if min(width, height) != size:
+        scale = size / min(width, height)
+        width, height = max(size, round(width * scale)), max(size, round(height * scale))
+        # Pillow widens its filter by the factor of shrinking, and so averages over all the pixels
+        # that fall into one. Plain interpolation (torch, OpenCV) skips most of them and aliases,
+        # which a network learns as texture and FID counts as distance.
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - size) // 2, (height - size) // 2
+    pixels = np.array(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1).contiguous()
+
 
 SHAPE_COLOURS = ((214, 48, 49), (46, 160, 67), (39, 94, 214), (245, 166, 35))
 SHAPE_NAMES = ("circle", "square", "triangle", "star")
 
 
-def draw_shape(seed, size=32, channels=3):
+def draw_shape(seed, size=32):
     """One anti-aliased coloured shape on a plain light background -> uint8 (size, size, 3)."""
     rng = np.random.default_rng(seed)
     kind, colour = rng.integers(len(SHAPE_NAMES)), SHAPE_COLOURS[rng.integers(len(SHAPE_COLOURS))]
     big = 4 * size  # drawn four times too large, then averaged down: anti-aliasing
-    radius = big * rng.uniform(0.28, 0.40)
-    cx, cy = big * (0.5 + rng.uniform(-0.08, 0.08, 2))
-    turn = rng.uniform(-0.25, 0.25)
+    radius = big * rng.uniform(0.32, 0.40)
+    cx, cy = big * (0.5 + rng.uniform(-0.05, 0.05, 2))
+    turn = rng.uniform(-0.12, 0.12)
     image = Image.new("RGB", (big, big), (236, 240, 241))
     draw = ImageDraw.Draw(image)
     if kind == 0:
@@ -28,3 +138,451 @@ def draw_shape(seed, size=32, channels=3):
                        cy + r * math.sin(start + 2 * math.pi * i / corners))
                       for i, r in enumerate(radii)], fill=colour)
     return np.asarray(image.reduce(4))
+
+
+# ------------------------------------------------------------------ data sets
+
+class Shapes:
+    """Endless drawings, none ever stored: image i depends on (seed, i) and on nothing else."""
+
+    def __init__(self, size, channels, seed=0):
+        self.size, self.channels, self.seed = size, channels, seed
+        self.summary = f"endless shapes -> {channels}x{size}x{size}, drawn on the fly, seed {seed}"
+
+    def __len__(self):
+        return ENDLESS
+
+    def __getitem__(self, i):
+        drawing = Image.fromarray(draw_shape((self.seed, int(i)), self.size))
+        return prepare(drawing, self.size, self.channels)
+
+
+class Array:
+    """Images in memory: one uint8 tensor (N, C, H, W)."""
+
+    def __init__(self, images, summary=""):
+        self.images, self.summary = images, summary
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+
+class Files:
+    """Image files read when asked for; paths are members of the zip `archive` if one is given.
+
+    Works in DataLoader workers, forked or spawned. ValueError names a file that has gone bad.
+    """
+
+    def __init__(self, paths, size, channels, archive=None, summary=""):
+        self.paths, self.size, self.channels = list(paths), size, channels
+        self.archive, self.summary, self._zip = archive, summary, (None, None)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getstate__(self):  # a worker that gets us by pickle opens the zip for itself
+        return {**self.__dict__, "_zip": (None, None)}
+
+    def read(self, i):
+        """-> (Pillow mode, (width, height), uint8 tensor); any exception that Pillow can raise."""
+        if self.archive is None:
+            if not os.path.isfile(self.paths[i]):  # opening a named pipe would wait for ever
+                raise ValueError("a broken link or not a regular file")
+            with open(self.paths[i], "rb") as file:
+                content = file.read()
+        else:
+            # A forked worker shares the parent's file position: one open archive per process.
+            if self._zip[0] != os.getpid():
+                self._zip = (os.getpid(), zipfile.ZipFile(self.archive))
+            content = self._zip[1].read(self.paths[i])
+        if not content:
+            raise ValueError("empty file")
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            prepared = prepare(image, self.size, self.channels)
+            return image.mode, image.size, prepared
+
+    def __getitem__(self, i):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return self.read(i)[2]
+        except Exception as error:  # the scan has seen this file whole: it has changed since
+            raise ValueError(f"{self.paths[i]}: {reason(error)}") from error
+
+
+def reason(error):
+    """One line, fit for a user, that says what an exception says."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image of a known format"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def describe(modes, sizes, target, how, bad=0):
+    """The summary: `modes` {mode: count}, `sizes` of (width, height), `target` (C, H, W)."""
+    small, large = (f(sizes, key=math.prod) for f in (min, max))
+    span = "{}x{}".format(*small) + (" to {}x{}".format(*large) if large != small else "")
+    kinds = ", ".join(f"{count:,} {mode}" for mode, count in sorted(modes.items()))
+    skipped = f", {bad:,} bad skipped" if bad else ""
+    return (f"{sum(modes.values()):,} images ({kinds}), {span} -> "
+            f"{'x'.join(map(str, target))}, {how}{skipped}")
+
+
+def scan(files, skip_bad, memory_limit, progress):
+    """Decode every file once, before training -> Array if all fits `memory_limit`, else `files`.
+
+    A broken picture found after six hours is worse than a minute spent here, and only a full
+    decode finds the truncated ones: their headers are fine. ValueError names the first five bad
+    files, unless `skip_bad`, which leaves them out and counts them in the summary.
+    """
+    target = (files.channels, files.size, files.size)
+    keep = len(files) * math.prod(target) <= memory_limit
+    # Filled in place: a list of tensors, stacked at the end, would need the memory twice.
+    images = torch.empty(len(files) if keep else 0, *target, dtype=torch.uint8)
+    modes, sizes, good, bad = Counter(), set(), [], []
+
+    def attempt(i):
+        try:
+            mode, size, image = files.read(i)
+            return mode, size, image if keep else None
+        except Exception as error:  # a hostile file can make Pillow raise nearly anything
+            return None, None, reason(error)
+
+    # Pillow lets go of the interpreter lock while it decodes, so threads do run in parallel.
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("ignore")
+        every = pool.map(attempt, range(len(files)))
+        for i, (mode, size, image) in enumerate(
+                tqdm(every, "checking images", len(files), disable=not progress)):
+            if mode is None:
+                bad.append(f"{files.paths[i]} ({image})")
+                continue
+            if keep:
+                images[len(good)] = image
+            good.append(files.paths[i])
+            modes[mode] += 1
+            sizes.add(size)
+    if bad and not (skip_bad and good):
+        more = f" and {len(bad) - 5:,} more" if len(bad) > 5 else ""
+        raise ValueError(f"{len(bad):,} of {len(files):,} images cannot be read: "
+                         f"{', '.join(bad[:5])}{more}; "
+                         + ("--skip-bad-images goes on without them" if good else "none is left"))
+    files.paths = good
+    files.summary = describe(modes, sizes, target, "in memory" if keep else "streamed", len(bad))
+    return Array(images[:len(good)], files.summary) if keep else files
+
+
+def find_images(names, root):
+    """The image files among `names` (relative to `root`), in the order of their names.
+
+    Sorted, since neither a folder nor a zip promises an order, and image number i must stay the
+    same image when training resumes. Hidden files do not count, nor what macOS adds to a zip.
+    """
+    found = sorted(name for name in set(names)
+                   if name.lower().endswith(SUFFIXES) and not HIDDEN.search(name))
+    if not found:
+        raise ValueError(f"no images in {root} (looked, at any depth, for {' '.join(SUFFIXES)})")
+    return found
+
+
+def walk(root):
+    """All file names under a folder, relative to it. Links are followed, each folder read once."""
+    def stop(error):  # os.walk passes over unreadable folders in silence; we do not
+        raise error
+
+    if not os.listdir(root):
+        raise ValueError(f"empty folder: {root}")
+    seen = set()
+    for folder, below, names in os.walk(root, onerror=stop, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # a link back up: never the same folder twice
+            below.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield from (os.path.relpath(os.path.join(folder, name), root) for name in names)
+
+
+# ------------------------------------------------------------------ arrays: IDX, NumPy, CIFAR-10
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads pickled NumPy arrays and refuses all else: a plain pickle.load may run any program."""
+
+    # Named by what they are, since NumPy 2 moved numpy.core to numpy._core.
+    reconstruct = np.empty(0).__reduce__()[0]
+    allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+               ("numpy.core.multiarray", "_reconstruct"): reconstruct,
+               ("numpy._core.multiarray", "_reconstruct"): reconstruct,
+               ("_codecs", "encode"): codecs.encode}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.allowed:
+            raise ValueError(f"refused: the pickle asks for {module}.{name}, not only for arrays")
+        return self.allowed[module, name]
+
+
+def read_cifar(path):
+    """CIFAR-10 training images, from the archive or its folder -> uint8 (N, 32, 32, 3).
+
+    Both official forms, told apart by the names inside: data_batch_1 ... 5 (Python pickles) and
+    data_batch_1.bin ... 5.bin. Four batches out of five would train without a murmur on 40,000
+    images, so a missing one is an error; how many rows each has is left open.
+    """
+    parts = {}
+    if os.path.isdir(path):
+        for name in os.listdir(path):
+            if match := CIFAR_BATCH.search(name):
+                with open(os.path.join(path, name), "rb") as file:
+                    parts[match[1]] = (match[2], file.read())
+    else:
+        with tarfile.open(path) as tar:  # nothing is unpacked to disk
+            for member in tar:
+                if (match := CIFAR_BATCH.search(member.name)) and member.isfile():
+                    parts[match[1]] = (match[2], tar.extractfile(member).read())
+            while tar.fileobj.read(2**20):  # gzip compares its checksum at the very end only
+                pass
+    if missing := set("12345") - set(parts):
+        raise ValueError(f"{path} has no CIFAR-10 data_batch_{min(missing)} "
+                         "(an archive of image files: unpack it, or use a .zip)")
+    rows = []
+    for number, (binary, raw) in sorted(parts.items()):
+        if binary:  # each record: one byte of label, then 3072 of pixels
+            batch = np.frombuffer(raw, np.uint8).reshape(-1, 3073)[:, 1:]
+        else:
+            batch = ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load()[b"data"]
+        if not isinstance(batch, np.ndarray) or batch.dtype != np.uint8:
+            raise ValueError(f"{path}: data_batch_{number} holds no uint8 array")
+        rows.append(batch.reshape(-1, 3, 32, 32))
+    return np.concatenate(rows).transpose(0, 2, 3, 1)
+
+
+def read_idx(raw, path, size):
+    """The bytes of an IDX file of images -> uint8 (N, H, W, 1), padded with zeros up to `size`.
+
+    IDX: bytes 0 0 8 3 (unsigned bytes, 3 axes), then N, H, W big-endian, then the pixels.
+    """
+    count, height, width = struct.unpack(">3I", raw[4:16])
+    if len(raw) != 16 + count * height * width:
+        raise ValueError(f"{path} should hold {count} images of {width}x{height}, is cut or broken")
+    images = np.frombuffer(raw, np.uint8, offset=16).reshape(count, height, width, 1)
+    if max(height, width) <= size:  # 28 -> 32 by a border: digits keep their exact pixels
+        down, right = size - height, size - width
+        images = np.pad(images, ((0, 0), (down // 2, down - down // 2),
+                                 (right // 2, right - right // 2), (0, 0)))
+    return images
+
+
+def read_numpy(path, key):
+    """A .npy file, or one array of a .npz (`key`, or the only one) -> uint8 (N, H, W, C).
+
+    Floats are refused, not guessed at: they may mean [0, 1], [-1, 1] or [0, 255].
+    """
+    array = np.load(path, allow_pickle=False)  # a pickle in it could run any program
+    if not isinstance(array, np.ndarray):
+        with array as archive:
+            arrays = {k: archive[k] for k in archive.files if key in (None, k)}
+            likely = [k for k, a in arrays.items() if a.dtype == np.uint8 and a.ndim in (3, 4)]
+            choices = likely or list(arrays)
+            if len(choices) != 1:
+                listing = ", ".join(f"{k} {archive[k].dtype} {archive[k].shape}" for k in archive)
+                raise ValueError(f"{path}: name one array as {path}:KEY, of {listing or 'none'}")
+            array = arrays[choices[0]]
+    if array.dtype != np.uint8:
+        raise ValueError(f"{path}: {array.dtype} is not uint8; save 0..255, for floats in [0, 1] "
+                         "as (x * 255).round().astype('uint8')")
+    if array.ndim == 3:
+        return array[..., None]
+    if array.ndim == 4 and array.shape[3] in (1, 3, 4):
+        return array
+    if array.ndim == 4 and array.shape[1] in (1, 3, 4):
+        return array.transpose(0, 2, 3, 1)
+    raise ValueError(f"{path}: {array.shape} is none of (N,H,W), (N,H,W,C), (N,C,H,W), C = 1, 3, 4")
+
+
+def read_array(path, key, size):
+    """A file or folder that is one array of images, told by its first bytes -> (N, H, W, C)."""
+    if os.path.isdir(path):
+        return read_cifar(path)
+    with open(path, "rb") as file:
+        raw = file.read(8)
+    zipped = raw[:2] == b"\x1f\x8b"
+    if zipped:
+        with gzip.open(path) as file:
+            raw = file.read(8)
+    if raw[:4] == b"\0\0\x08\x03":
+        with (gzip.open if zipped else open)(path, "rb") as file:
+            return read_idx(file.read(), path, size)
+    if raw[:6] == b"\x93NUMPY" or raw[:2] == b"PK":
+        return read_numpy(path, key)
+    if tarfile.is_tarfile(path):
+        return read_cifar(path)
+    raise ValueError(f"{path} is no data set of a known kind (it begins with {raw}); known are a "
+                     "folder or .zip of images, .npy, .npz, IDX, and the CIFAR-10 archives")
+
+
+def fit(array, size, channels, progress):
+    """uint8 (N, H, W, 1, 3 or 4) -> uint8 tensor (N, channels, size, size), as by `prepare`.
+
+    An array of the right shape already is only copied, so published sets keep every bit.
+    """
+    if 0 in array.shape:
+        raise ValueError(f"no images in an array of shape {array.shape}")
+    if array.shape[1:] == (size, size, channels):
+        return torch.from_numpy(np.array(array.transpose(0, 3, 1, 2), order="C"))
+    images = torch.empty(len(array), channels, size, size, dtype=torch.uint8)
+    for i, pixels in enumerate(tqdm(array, "resizing images", disable=not progress)):
+        pixels = np.ascontiguousarray(pixels if pixels.shape[2] > 1 else pixels[..., 0])
+        images[i] = prepare(Image.fromarray(pixels), size, channels)
+    return images
+
+
+# ------------------------------------------------------------------ loading
+
+def download(url, path, sha256):
+    """Fetch `url` to `path`: all of it and with the right SHA-256 (hex), or nothing and OSError.
+
+    The error says where to put the file by hand, since clusters often have no network. Several
+    processes may do this at once: each writes a file of its own, and the last to finish wins.
+    """
+    part = f"{path}.{os.getpid()}.part"  # same folder, so that os.replace is one atomic step
+    digest = hashlib.sha256()
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with urllib.request.urlopen(url, timeout=60) as reply, open(part, "wb") as file:
+            total = int(reply.headers.get("Content-Length") or 0) or None
+            with tqdm(desc=os.path.basename(path), total=total, unit="B", unit_scale=True) as bar:
+                while chunk := reply.read(2**20):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+        if digest.hexdigest() != sha256:
+            raise OSError(f"its SHA-256 is {digest.hexdigest()}")
+        os.replace(part, path)
+    except Exception as error:  # OSError mostly, but a cut reply is an HTTPException
+        raise OSError(f"cannot download {url} ({reason(error)}): put the file with SHA-256 {sha256}"
+                      f" at {path}, or give its path to --data") from error
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def cifar_archive():
+    """Path of the CIFAR-10 archive in the cache folder; downloaded (170 MB) if it is not there."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = os.path.join(cache, "diffusion-data", "cifar-10-python.tar.gz")
+    if not os.path.exists(path):
+        download(CIFAR_URL, path, CIFAR_SHA256)
+    return path
+
+
+def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30, progress=False):
+    """-> a data set: len(d), d[i] uint8 tensor (channels, size, size), d.summary in one line.
+
+    source        "shapes", "cifar10" (downloaded), or a path: a folder or .zip of images, .npy,
+                  .npz or FILE.npz:KEY, an IDX file or folder, CIFAR-10's archives or folder
+    skip_bad      leave broken image files out instead of stopping
+    memory_limit  bytes of prepared images up to which files are kept in memory
+
+    All that is wrong with the source is a ValueError or OSError of one line.
+    """
+    if channels not in (1, 3) or size < 1:
+        raise ValueError(f"channels is 1 or 3 and size at least 1, not {channels} and {size}")
+    if source == "shapes":
+        return Shapes(size, channels, seed)
+    path, key = cifar_archive() if source == "cifar10" else str(source), None
+    if ".npz:" in path and not os.path.exists(path):
+        path, key = path.rsplit(".npz:", 1)
+        path += ".npz"
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no such file or folder: {path}")
+    try:
+        if os.path.isdir(path):
+            names = sorted(os.listdir(path))
+            idx = [name for name in names if IDX_TRAIN.search(name)]
+            if idx:
+                path = os.path.join(path, idx[0])
+            elif not any(map(CIFAR_BATCH.search, names)):
+                paths = [os.path.join(path, name) for name in find_images(walk(path), path)]
+                return scan(Files(paths, size, channels), skip_bad, memory_limit, progress)
+        elif zipfile.is_zipfile(path) and not path.lower().endswith(".npz"):
+            with zipfile.ZipFile(path) as archive:
+                members = [m.filename for m in archive.infolist() if not m.is_dir()]
+            files = Files(find_images(members, path), size, channels, archive=path)
+            return scan(files, skip_bad, memory_limit, progress)
+        array = read_array(path, key, size)
+        images = fit(array, size, channels, progress)
+    except Exception as error:  # gzip, tarfile, pickle, NumPy: each has its own family of errors
+        if isinstance(error, OSError) and path in str(error):
+            raise
+        text = reason(error)
+        raise ValueError(text if path in text else f"{path}: {text}") from error
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[array.shape[3]]
+    return Array(images, describe({mode: len(array)}, {array.shape[2:0:-1]}, images.shape[1:],
+                                  "in memory"))
+
+
+# ------------------------------------------------------------------ the order of training
+
+@lru_cache(maxsize=2)  # two, because a batch may straddle the end of an epoch
+def permutation(n, epoch, seed):
+    """The order of epoch `epoch`: int64 (n,), read-only because it is shared."""
+    order = np.random.default_rng((seed, epoch)).permutation(n)
+    order.flags.writeable = False
+    return order
+
+
+def batch_indices(n, start, batch, seed):
+    """Image indices at stream positions start .. start + batch - 1: int64 (batch,).
+
+    Position p is in epoch e = p // n, which visits every image once in an order of its own; an
+    endless set (n >= 2^31) is simply counted through. A function of the position and of no hidden
+    state: training that resumes at position p sees exactly what it would have seen uninterrupted.
+    (For one version of NumPy: it keeps default_rng's streams stable, but does not promise to.)
+    """
+    positions = np.arange(start, start + batch, dtype=np.int64)
+    if n >= ENDLESS:
+        return positions
+    indices = np.empty_like(positions)
+    for epoch in range(start // n, (start + batch - 1) // n + 1):
+        here = positions // n == epoch
+        indices[here] = permutation(n, epoch, seed)[positions[here] % n]
+    return indices
+
+
+def quiet_worker(_):
+    """Ctrl-C reaches every process of the terminal; only the trainer is to answer it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def batches(dataset, batch, start, seed, rank=0, world=1, workers=0):
+    """Endless iterator of uint8 tensors (batch // world, C, H, W) from stream position `start` on.
+
+    `batch` is the global one; process `rank` of `world` takes its contiguous part, so that the
+    parts, put together, are the batch that one process would have had. `start` counts images:
+    steps done times `batch`. ValueError if batch > len(dataset), or world does not divide it.
+    """
+    n = len(dataset)
+    if batch > n:
+        raise ValueError(f"a batch of {batch} from only {n} images: use a smaller batch")
+    if batch < 1 or batch % world:
+        raise ValueError(f"a batch of {batch} cannot be shared equally by {world} processes")
+
+    def indices():
+        share = batch // world
+        for position in itertools.count(start, batch):
+            whole = batch_indices(n, position, batch, seed)
+            yield whole[rank * share:(rank + 1) * share].tolist()
+
+    if isinstance(dataset, Array):  # a gather is faster than any worker could hand it over
+        return (dataset.images[i] for i in indices())
+    if not workers:
+        return (torch.stack([dataset[i] for i in some]) for some in indices())
+    # A generator of its own: DataLoader draws a seed, and from the global one that would make the
+    # noise of training depend on the number of workers.
+    return iter(torch.utils.data.DataLoader(
+        dataset, batch_sampler=indices(), num_workers=workers, collate_fn=torch.stack,
+        worker_init_fn=quiet_worker, persistent_workers=True, prefetch_factor=4,
+        generator=torch.Generator()))

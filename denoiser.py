@@ -7,19 +7,19 @@ r"""The Denoiser: given x_t and t, what are x_0 and eps? The only place that con
     x0                      x0                       (x_t - a x0)/s
     v                       a x_t - s v              s x_t + a v
 
-A Denoiser is four things: a network, a schedule, a prediction type, and a time condition. Losses, samplers, metrics
-and analysis see only `predict`, so each works with any combination of the four: E-TSDM is a value of `condition`, and
-nothing outside this file ever asks for it.
+A Denoiser is four things: a network, a schedule, a prediction type, and a time condition. Losses,
+samplers, metrics and analysis see only `predict`, so each works with any combination of the four:
+E-TSDM is a value of `condition`, and nothing outside this file ever asks for it.
 
 What this file does not do: draw noise, take steps, or hold weights.
 
     from denoiser import load_run;  x0, eps = load_run("runs/shapes-tiny-sa2").predict(x, t)
 
-x (B, C, H, W) in units where the data are in [-1, 1]; t in [0, T], a number or (B,); net(x, c) the raw network.
+x (B, C, H, W) in units where the data are in [-1, 1]; t in [0, T], a number or (B,); net(x, c) the
+raw network.
 """
 
 import torch
-from torch import nn
 
 import etsdm
 import runtime
@@ -31,7 +31,8 @@ PREDICTIONS = ("eps", "v", "x0")
 
 
 class Denoiser:
-    """net: a Module or any callable net(x (B, ...), c (B,)) -> like x; condition: t -> c, or None for c = t."""
+    """net: a Module or any callable net(x (B, ...), c (B,)) -> like x; condition: t -> c, or None
+    for c = t."""
 
     def __init__(self, net, schedule, prediction="eps", condition=None):
         if prediction not in PREDICTIONS:
@@ -40,14 +41,16 @@ class Denoiser:
         self.prediction, self.condition = prediction, condition
 
     def output(self, x, t):
-        """The raw network's answer, told f(t): (B, ...) like x, and in x's precision whatever autocast made of it."""
+        """The raw network's answer, told f(t): (B, ...) like x, and in x's precision whatever
+        autocast made of it."""
         c = torch.as_tensor(t, dtype=torch.float64) if self.condition is None else self.condition(t)
         # x's precision, but never half: bf16 has no 999.
         dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         return self.net(x, c.to(x.device, dtype).expand(len(x))).to(x.dtype)
 
     def predict(self, x, t):
-        """x_t (B, ...), t a number or (B,) -> (x0, eps), both like x. eps-prediction has no x0 where alpha_bar = 0."""
+        """x_t (B, ...), t a number or (B,) -> (x0, eps), both like x. eps-prediction has no x0
+        where alpha_bar = 0."""
         out = self.output(x, t)
         a, s = (match(k, x) for k in self.schedule.coefficients(t))
         if self.prediction == "eps":
@@ -58,13 +61,14 @@ class Denoiser:
 
 
 def zero_based(t):
-    """The condition of imported checkpoints: guided-diffusion, SA-DPM and most others count DDPM's steps 0..T-1, ours
-    are 1..T, so their networks are told t - 1."""
+    """The condition of imported checkpoints: guided-diffusion, SA-DPM and most others count DDPM's
+    steps 0..T-1, ours are 1..T, so their networks are told t - 1."""
     return t - 1
 
 
 def from_settings(settings, net=None):
-    """The Denoiser that a run's settings (a flat dict, as in config.json) describe; net=None builds its U-Net."""
+    """The Denoiser that a run's settings (a flat dict, as in config.json) describe; net=None
+    builds its U-Net."""
     schedule = schedules.make_schedule(settings["schedule"], settings["T"], settings["continuous"],
                                        settings["image_size"])
     condition = etsdm.make_condition(settings["etsdm"], settings["etsdm_interval"], settings["etsdm_n"],
@@ -76,14 +80,17 @@ def from_settings(settings, net=None):
 
 
 def load_run(run, weights="ema"):
-    """Open a run folder (or its checkpoint.pt) -> Denoiser in eval mode, on the CPU, its settings in .settings.
+    """Open a run folder (or its checkpoint.pt) -> Denoiser in eval mode, on the CPU, its settings
+    in .settings.
 
-    weights: "ema" (what the papers sample from) or "raw". ValueError or OSError, one line each, if it is no run.
+    weights: "ema" (what the papers sample from) or "raw". ValueError or OSError, one line each, if
+    it is no run.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights are ema or raw, not {weights!r}")
     checkpoint = runtime.load_checkpoint(runtime.find_checkpoint(run))
     denoiser = from_settings(checkpoint["settings"])
     denoiser.net.load_state_dict(checkpoint[weights])
+    denoiser.step = checkpoint["step"]
     denoiser.net.eval().requires_grad_(False)
     return denoiser

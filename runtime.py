@@ -1,27 +1,27 @@
-r"""What a training program needs that is not diffusion: processes, seeds, precision, EMA, and files that survive.
+r"""What a training program needs that is not diffusion: processes, seeds, precision, EMA, and
+files that survive.
 
     torchrun --nproc_per_node 4 train.py ...      sets RANK, WORLD_SIZE and LOCAL_RANK; setup() reads them
     python train.py ...                           no such variables: one process, and the same code
 
 Import this module before torch: it sets two knobs of the C libraries that are read only once.
 
-Files are written under a temporary name in the same folder, flushed to the disk and renamed, so that a reader sees
-the old file or the new one and never half of one, whenever the machine goes down.
+Files are written under a temporary name in the same folder, flushed to the disk and renamed, so
+that a reader sees the old file or the new one and never half of one, whenever the machine goes
+down.
 
 What this file does not do: anything about images, networks or noise.
 """
 
 import contextlib
 import ctypes
-import io
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
-# OpenMP threads spin while they wait; with two busy processes on few cores that costs 2 to 5 times. A short spin
-# keeps the speed when alone and the peace when not.
+# OpenMP threads spin while they wait; with two busy processes on few cores that costs 2 to 5
+# times. A short spin keeps the speed when alone and the peace when not.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch  # noqa: E402
@@ -34,7 +34,8 @@ FORMAT = "sa-etsdm run 1"  # written into each checkpoint; says what the file is
 # ------------------------------------------------------------------ processes
 
 class Processes:
-    """Who am I among the processes: rank, world, local_rank, device. Use as `with setup() as p:`."""
+    """Who am I among the processes: rank, world, local_rank, device. Use as `with setup() as
+    p:`."""
 
     def __init__(self, rank, world, local_rank, device):
         self.rank, self.world, self.local_rank, self.device = rank, world, local_rank, device
@@ -56,7 +57,8 @@ class Processes:
             print(*words, flush=True)
 
     def sum(self, *values):
-        """Sum of each number over all processes. CPU tensors over gloo: it never waits for a GPU's queue."""
+        """Sum of each number over all processes. CPU tensors over gloo: it never waits for a GPU's
+        queue."""
         if self.world == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -75,23 +77,38 @@ class Processes:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def gather(self, value):
+        """Every process's value (any plain object) as a list, on rank 0; None elsewhere."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world if self.first else None
+        dist.gather_object(value, values, dst=0)
+        return values
 
-def setup():
-    """Join the other processes if torchrun started us, choose this process's device, and return Processes."""
+
+def setup(tf32=True):
+    """Join the other processes if torchrun started us, choose this process's device, and return
+    Processes."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if world > 1:  # two backends: CPU tensors (flags, counts) over gloo, gradients over NCCL where there are GPUs
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Processes(rank, world, local_rank, device)
 
 
+def nothing():
+    """A `with` block that does nothing."""
+    return contextlib.nullcontext()
+
+
 def keep_memory():
-    """Ask glibc to keep freed memory rather than return it: large tensors otherwise get fresh pages at every step."""
+    """Ask glibc to keep freed memory rather than return it: large tensors otherwise get fresh
+    pages at every step."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc: nothing to ask
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -108,7 +125,8 @@ def choose_precision(name, device):
 
 
 def has_bf16_units(device):
-    """True where bf16 is faster than float32: GPUs since Ampere, CPUs with AMX or AVX-512 BF16 (Linux says so)."""
+    """True where bf16 is faster than float32: GPUs since Ampere, CPUs with AMX or AVX-512 BF16
+    (Linux says so)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
@@ -119,9 +137,11 @@ def has_bf16_units(device):
 
 
 def generator(*key, device="cpu"):
-    """A random generator that is a function of integers, e.g. (seed, step): nothing to save, nothing to restore.
+    """A random generator that is a function of integers, e.g. (seed, step): nothing to save,
+    nothing to restore.
 
-    The words are mixed (splitmix64), so that (0, 1) and (1, 0) and neighbouring seeds give unrelated streams.
+    The words are mixed (splitmix64), so that (0, 1) and (1, 0) and neighbouring seeds give
+    unrelated streams.
     """
     return torch.Generator(device).manual_seed(mix(*key))
 
@@ -143,8 +163,9 @@ def mix(*key):
 def update_ema(ema, net, decay, updates):
     r"""ema <- d ema + (1 - d) net, d = min(decay, (1 + n)/(10 + n)) after n updates.
 
-    Without the warm-up an average with decay 0.9999 is still its random start after a thousand steps ("EMA gives
-    noise"). net must be the bare module: inside DDP or compile the names differ and nothing would match.
+    Without the warm-up an average with decay 0.9999 is still its random start after a thousand
+    steps ("EMA gives noise"). net must be the bare module: inside DDP or compile the names differ
+    and nothing would match.
     """
     d = min(decay, (1 + updates) / (10 + updates))
     mine, theirs = ema.state_dict(), net.state_dict()
@@ -156,7 +177,8 @@ def update_ema(ema, net, decay, updates):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """with atomic_write(path) as temporary: write there; it becomes `path` only if the block ends without an error."""
+    """with atomic_write(path) as temporary: write there; it becomes `path` only if the block ends
+    without an error."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -186,7 +208,8 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path):
-    """The dict that save_checkpoint wrote, on the CPU. ValueError in one line if the file is something else."""
+    """The dict that save_checkpoint wrote, on the CPU. ValueError in one line if the file is
+    something else."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
@@ -224,7 +247,8 @@ def describe(thing):
 
 
 def find_checkpoint(run=None):
-    """The checkpoint of a run: a folder, a name under runs/, a checkpoint file, or None for the newest run."""
+    """The checkpoint of a run: a folder, a name under runs/, a checkpoint file, or None for the
+    newest run."""
     if run is None:
         found = sorted(RUNS.glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
         if not found:
@@ -244,7 +268,8 @@ def find_checkpoint(run=None):
 # ------------------------------------------------------------------ programs
 
 class Stop:
-    """Ctrl-C, SIGTERM and SIGHUP ask the loop to stop at the next step instead of killing it in the middle of one."""
+    """Ctrl-C, SIGTERM and SIGHUP ask the loop to stop at the next step instead of killing it in
+    the middle of one."""
 
     def __init__(self):
         self.asked = ""
@@ -258,7 +283,8 @@ class Stop:
 
 
 def run_program(main):
-    """Run main(); a bad argument or file ends in one line and exit status 2. TRACEBACK=1 shows where it came from."""
+    """Run main(); a bad argument or file ends in one line and exit status 2. TRACEBACK=1 shows
+    where it came from."""
     try:
         main()
     except (ValueError, OSError) as error:

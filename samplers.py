@@ -5,19 +5,24 @@ r"""Samplers: from noise x_T back to an image x_0, with exactly `nfe` calls of t
     dpm-solver    the probability-flow ODE solved exactly in its linear part, singlestep order 1, 2, 3
     dpm-solver++  the same for the x0-prediction, multistep order 2 (2M): reuses the call before
 
-All of them start from one identity. Given (x0, eps) at time t, the noise-free move to any other time is
+All of them start from one identity. Given (x0, eps) at time t, the noise-free move to any other
+time is
 
     x_next = a_next x0 + s_next eps                                                         ("DDIM step", order 1)
 
-DDPM and DDIM put fresh noise where some of eps was; the DPM solvers add, to the same move, corrections that account
-for how eps (or x0) changes along the step. They see only denoiser.predict(x, t) -> (x0, eps) and the schedule, so
-every sampler works with every schedule, prediction type and time condition.
+DDPM and DDIM put fresh noise where some of eps was; the DPM solvers add, to the same move,
+corrections that account for how eps (or x0) changes along the step. They see only
+denoiser.predict(x, t) -> (x0, eps) and the schedule, so every sampler works with every schedule,
+prediction type and time condition.
 
-What this file does not do: loop over batches, seed anything, or write images (sample.py); Heun's method.
+What this file does not do: loop over batches, seed anything, or write images (sample.py); Heun's
+method.
 
-    x = samplers.sample(denoiser, torch.randn(16, 3, 32, 32), sampler="dpm-solver", nfe=20, spacing="logsnr")
+    x = samplers.sample(denoiser, torch.randn(16, 3, 32, 32), sampler="dpm-solver", nfe=20,
+    spacing="logsnr")
 
-x (B, ...), t in [0, T] falling; a, s, lam = log(a/s) at a time; h a step in lam; beta, beta_tilde of a step t -> t_next.
+x (B, ...), t in [0, T] falling; a, s, lam = log(a/s) at a time; h a step in lam; beta, beta_tilde
+of a step t -> t_next.
 """
 
 import math
@@ -46,7 +51,8 @@ def sample(denoiser, x, sampler="ddim", nfe=50, spacing="uniform", eta=0.0, orde
                    callable (x, t, t_next) -> variance of x_next given x_t
     t_start        where to start instead of T
 
-    ValueError: an argument out of its range, or eps-prediction where alpha_bar = 0 and x_0 cannot be formed.
+    ValueError: an argument out of its range, or eps-prediction where alpha_bar = 0 and x_0 cannot
+    be formed.
     """
     schedule = denoiser.schedule
     check(denoiser, sampler, nfe, eta, order, variance, schedule.T if t_start is None else t_start)
@@ -98,8 +104,9 @@ def falling(times):
 
 
 def predict(denoiser, x, t, clip):
-    """denoiser.predict, with x0_hat kept within clip. eps is then re-derived from the clipped x0, so that the pair still
-    explains x_t; for DDPM this is exactly the posterior mean mu_tilde(x_t, clipped x0)."""
+    """denoiser.predict, with x0_hat kept within clip. eps is then re-derived from the clipped x0,
+    so that the pair still explains x_t; for DDPM this is exactly the posterior mean mu_tilde(x_t,
+    clipped x0)."""
     x0, eps = denoiser.predict(x, t)
     if clip is None:
         return x0, eps
@@ -113,7 +120,8 @@ def predict(denoiser, x, t, clip):
 def ancestral(denoiser, x, times, eta, variance, clip, noise):
     r"""x_next = a_next x0 + sqrt(s_next^2 - eta^2 beta_tilde) eps + std z       DDIM eq. 12; eta = 1 is DDPM.
 
-    `times` are the calls and, last, where to arrive: 0, or t_end. The step that lands on 0 adds no noise.
+    `times` are the calls and, last, where to arrive: 0, or t_end. The step that lands on 0 adds no
+    noise.
     """
     for t, t_next in zip(times, times[1:]):
         x0, eps = predict(denoiser, x, t, clip)
@@ -129,7 +137,8 @@ def ancestral(denoiser, x, times, eta, variance, clip, noise):
 
 
 def _root(var, x):
-    """Standard deviation as a factor of x-like noise: a float, or a tensor per image or per pixel."""
+    """Standard deviation as a factor of x-like noise: a float, or a tensor per image or per
+    pixel."""
     if not isinstance(var, torch.Tensor):
         return math.sqrt(var)
     std = var.sqrt().to(x)
@@ -139,11 +148,13 @@ def _root(var, x):
 # ------------------------------------------------------------------ DPM-Solver
 
 def singlestep_plan(schedule, steps, order, spacing="logsnr", t_end=1.0, t_start=None):
-    r"""(times (steps + 1,), orders): an update of order o goes from one time to the o-th after it and costs o calls.
+    r"""(times (steps + 1,), orders): an update of order o goes from one time to the o-th after it
+    and costs o calls.
 
-    As many updates of full order as fit, then the remainder, so that the orders sum to `steps` (DPM-Solver-fast). On
-    the logsnr grid updates are equally long in lam and their inner points divide them equally; on the other grids
-    inner points are grid points too. A time with alpha_bar = 0 (lam = -inf) can only be left by order 1.
+    As many updates of full order as fit, then the remainder, so that the orders sum to `steps`
+    (DPM-Solver-fast). On the logsnr grid updates are equally long in lam and their inner points
+    divide them equally; on the other grids inner points are grid points too. A time with alpha_bar
+    = 0 (lam = -inf) can only be left by order 1.
     """
     given = isinstance(spacing, torch.Tensor)
     times = falling(spacing) if given else time_grid(schedule, steps + 1, spacing, t_end, t_start)
@@ -161,7 +172,8 @@ def singlestep_plan(schedule, steps, order, spacing="logsnr", t_end=1.0, t_start
 
 
 def split_into_orders(steps, order):
-    """The orders of singlestep updates, summing to `steps`: 10 calls of order 3 are 3 + 3 + 3 + 1."""
+    """The orders of singlestep updates, summing to `steps`: 10 calls of order 3 are 3 + 3 + 3 +
+    1."""
     full, rest = divmod(steps, order)
     if order == 3 and rest == 0 and steps:
         return [3] * (full - 1) + [2, 1]  # DPM-Solver-fast ends low, where eps is hardest to extrapolate
@@ -185,7 +197,8 @@ def dpm_solver(denoiser, x, times, orders, clip):
 
 
 def singlestep(denoiser, x, points, clip):
-    r"""One update over points (t, a, s, lam), of order len(points) - 1 <= 3. With h its length in lam, e = eps:
+    r"""One update over points (t, a, s, lam), of order len(points) - 1 <= 3. With h its length in
+    lam, e = eps:
 
     order 2  x = a x0 + s e - s (e^h - 1)/(2 r1) (e_1 - e)                        e_1 at lam + r1 h
     order 3  x = a x0 + s e - s/r2 ((e^h - 1)/h - 1) (e_2 - e)                    e_2 at lam + r2 h
@@ -207,10 +220,11 @@ def singlestep(denoiser, x, points, clip):
 
 
 def dpm_solver_2m(denoiser, x, times, clip):
-    r"""DPM-Solver++ 2M (Lu et al. 2023, algorithm 2): x = a x0 + s eps - a (e^-h - 1)/2 (x0 - x0_before) h/h_before.
+    r"""DPM-Solver++ 2M (Lu et al. 2023, algorithm 2): x = a x0 + s eps - a (e^-h - 1)/2 (x0 -
+    x0_before) h/h_before.
 
-    One call per step: the slope of x0 comes from the step before, so the first step is order 1. So is the last of
-    fewer than 10, where extrapolating over a long step does more harm than good.
+    One call per step: the slope of x0 comes from the step before, so the first step is order 1. So
+    is the last of fewer than 10, where extrapolating over a long step does more harm than good.
     """
     a, s = (k.tolist() for k in denoiser.schedule.coefficients(times))
     lam, t = denoiser.schedule.lam(times).tolist(), times.tolist()
@@ -219,8 +233,34 @@ def dpm_solver_2m(denoiser, x, times, clip):
         x0, eps = predict(denoiser, x, t[i], clip)
         h = lam[i + 1] - lam[i]
         x = a[i + 1] * x0 + s[i + 1] * eps
-        # Not where the step before had no length, nor from alpha_bar = 0, an infinite length away: no slope there.
+        # Not where the step before had no length, nor from alpha_bar = 0, an infinite length away:
+        # no slope there.
         if 0 < h_before < math.inf and not (i == steps - 1 and steps < 10):
             x = x - a[i + 1] * math.expm1(-h) / 2 * h / h_before * (x0 - before)
         before, h_before = x0, h
     return x
+
+
+# ------------------------------------------------------------------ starting
+
+class SeededNoise:
+    """noise(shape) for samples whose picture depends on its own seed alone: one generator per image.
+
+    Always drawn on the CPU, so that the same seed is the same noise on every device.
+    """
+
+    def __init__(self, seeds, device="cpu"):
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.device = device
+
+    def __call__(self, shape):
+        """(B, ...) float32 noise, image by image; B must be the number of seeds."""
+        if shape[0] != len(self.generators):
+            raise ValueError(f"{shape[0]} images, but {len(self.generators)} seeds")
+        return torch.stack([torch.randn(shape[1:], generator=g) for g in self.generators]).to(self.device)
+
+
+def start_time(denoiser):
+    """T, or the largest integer with alpha_bar > 0 where eps-prediction could not start at T."""
+    T = denoiser.schedule.T
+    return T - 1 if denoiser.prediction == "eps" and float(denoiser.schedule.alpha_bar(T)) == 0 else T

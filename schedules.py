@@ -1,23 +1,29 @@
-r"""The forward process: how much signal and how much noise is in x_t, and at which times a sampler looks.
+r"""The forward process: how much signal and how much noise is in x_t, and at which times a sampler
+looks.
 
     x_t = a x_0 + s eps,   a = sqrt(alpha_bar(t)),  s = sqrt(1 - alpha_bar(t)),  eps ~ N(0, I)      DDPM eq. 4
 
-Papers: DDPM (Ho 2020), iDDPM (cosine), simple diffusion (cosine-shift), "Common Diffusion Noise Schedules ... are
-Flawed" (zero-terminal-snr); E-TSDM section 3 and its Modified-NS alternative (names ending in -mns).
+Papers: DDPM (Ho 2020), iDDPM (cosine), simple diffusion (cosine-shift), "Common Diffusion Noise
+Schedules ... are Flawed" (zero-terminal-snr); E-TSDM section 3 and its Modified-NS alternative
+(names ending in -mns).
 
-Time t is a real number in [0, T]: t = 0 is clean data, the integers 1..T are DDPM's steps, and alpha_bar(0) = 1
-exactly, so no array of "previous" values exists anywhere. A schedule comes in two forms:
+Time t is a real number in [0, T]: t = 0 is clean data, the integers 1..T are DDPM's steps, and
+alpha_bar(0) = 1 exactly, so no array of "previous" values exists anywhere. A schedule comes in two
+forms:
   discrete    a float64 table of log alpha_bar over 0..T, read between integers by linear interpolation;
   continuous  a closed form in u = t/T.
-Both are one object that holds log alpha_bar as a function of t, and its inverse. The logarithm is what keeps the
-ends exact: 1 - alpha_bar = -expm1(log alpha_bar) has all its digits at t = 1e-9, and log 0 = -inf is a number.
+Both are one object that holds log alpha_bar as a function of t, and its inverse. The logarithm is
+what keeps the ends exact: 1 - alpha_bar = -expm1(log alpha_bar) has all its digits at t = 1e-9,
+and log 0 = -inf is a number.
 
-What this file does not do: choose what the network is told about t (etsdm.py), or move any x backwards (samplers.py).
+What this file does not do: choose what the network is told about t (etsdm.py), or move any x
+backwards (samplers.py).
 
     python -c "import schedules as S; print(S.make_schedule('cosine').coefficients(500))"
 
-alpha_bar signal power, a, s coefficients, lam = log(a/s) half the log SNR, beta_t = 1 - alpha_bar(t)/alpha_bar(t-1),
-beta_tilde the variance of q(x_s | x_t, x_0). Everything is float64 until it meets x.
+alpha_bar signal power, a, s coefficients, lam = log(a/s) half the log SNR, beta_t = 1 -
+alpha_bar(t)/alpha_bar(t-1), beta_tilde the variance of q(x_s | x_t, x_0). Everything is float64
+until it meets x.
 """
 
 import math
@@ -30,7 +36,8 @@ BETA_ENDS = (1e-4, 0.02)  # DDPM's beta_1 and beta_T at T = 1000; LDM uses (0.00
 
 
 class Schedule:
-    """alpha_bar and its relatives as functions of t, a number or a tensor of any shape, in [0, T] -> float64."""
+    """alpha_bar and its relatives as functions of t, a number or a tensor of any shape, in [0, T]
+    -> float64."""
 
     def __init__(self, name, T, continuous, log_alpha_bar, inverse):
         self.name, self.T, self.continuous = name, T, continuous
@@ -53,7 +60,8 @@ class Schedule:
         return (log_ab - torch.log(-torch.expm1(log_ab))) / 2
 
     def t_of_lam(self, lam):
-        """The time at which log(a/s) = lam: alpha_bar = 1/(1 + e^(-2 lam)), then the inverse of log alpha_bar."""
+        """The time at which log(a/s) = lam: alpha_bar = 1/(1 + e^(-2 lam)), then the inverse of
+        log alpha_bar."""
         lam = torch.as_tensor(lam, dtype=torch.float64)
         return self._inverse(-torch.logaddexp(-2 * lam, torch.zeros_like(lam)))
 
@@ -66,7 +74,8 @@ class Schedule:
 
 
 def make_schedule(name, T=1000, continuous=False, image_size=32, beta_ends=BETA_ENDS):
-    r"""A Schedule by name (NAMES). image_size matters to cosine-shift only; beta_ends to the schedules made of betas.
+    r"""A Schedule by name (NAMES). image_size matters to cosine-shift only; beta_ends to the
+    schedules made of betas.
 
     For T != 1000 both ends of beta are scaled by 1000/T, so that the noise at T stays the same.
     ValueError: unknown name, T < 1, or a beta >= 1 (too few steps for these ends).
@@ -103,7 +112,8 @@ def discrete_form(name, T, image_size, beta_ends):
     log_ab = accumulate(root**2)  # quadratic
     if name == "quadratic":
         return table(log_ab)
-    # quadratic-mns: beta_t = beta_T' (t/T)^2, with beta_T' raised (0.0214810) until the SNR at T is unchanged.
+    # quadratic-mns: beta_t = beta_T' (t/T)^2, with beta_T' raised (0.0214810) until the SNR at T
+    # is unchanged.
     below, above = high, 1 - 1e-9
     for _ in range(200):  # bisection to the last bit; the sum falls monotonically with beta_T'
         middle = (below + above) / 2
@@ -113,7 +123,8 @@ def discrete_form(name, T, image_size, beta_ends):
 
 
 def accumulate(beta):
-    """beta_1..beta_T -> log alpha_bar over 0..T, as a sum of log1p(-beta): no product that could round to 1."""
+    """beta_1..beta_T -> log alpha_bar over 0..T, as a sum of log1p(-beta): no product that could
+    round to 1."""
     if beta.max() >= 1:
         raise ValueError(f"beta reaches {beta.max():.4g} with {len(beta)} steps, and beta must stay below 1: "
                          "use a larger T")
@@ -121,7 +132,8 @@ def accumulate(beta):
 
 
 def zero_terminal(log_ab):
-    r"""a <- (a - a_T) a_1/(a_1 - a_T) over 1..T: a_1 stays, a_T becomes exactly 0 (Lin 2024, algorithm 1)."""
+    r"""a <- (a - a_T) a_1/(a_1 - a_T) over 1..T: a_1 stays, a_T becomes exactly 0 (Lin 2024,
+    algorithm 1)."""
     a = (log_ab / 2).exp()
     a = (a - a[-1]) * a[1] / (a[1] - a[-1])
     a[0] = 1.0
@@ -154,10 +166,12 @@ def table(log_ab):
     return forward, inverse
 
 
-# ------------------------------------------------------------------ continuous: closed forms in u = t/T
+# ------------------------------------------------------------------ continuous: closed forms in u
+# = t/T
 
 def continuous_form(name, T, image_size, beta_ends):
-    """(log alpha_bar, inverse) in closed form. beta_min, beta_max are rates per unit of u: 0.1 and 20."""
+    """(log alpha_bar, inverse) in closed form. beta_min, beta_max are rates per unit of u: 0.1 and
+    20."""
     low, high = (1000 * b for b in beta_ends)
     if name in ("linear", "zero-terminal-snr"):
         slope = high - low
@@ -192,7 +206,10 @@ def _cube_root_difference(p, d):
 def log_cosine(u, offset):
     r"""log of f(u)/f(0), f(u) = cos^2((u + offset)/(1 + offset) pi/2); iDDPM has offset 0.008."""
     angle = (u + offset) / (1 + offset) * math.pi / 2
-    return torch.log1p(-angle.sin() ** 2) - math.log1p(-math.sin(offset / (1 + offset) * math.pi / 2) ** 2)
+    start = offset / (1 + offset) * math.pi / 2
+    # log cos^2 two ways: each keeps its digits at one end, where cos is near 1 or near 0.
+    log_cos = torch.where(angle < 1, torch.log1p(-angle.sin() ** 2), 2 * angle.cos().abs().log())
+    return log_cos - math.log1p(-math.sin(start) ** 2)
 
 
 def cosine_continuous(offset, floor=-20.0):
@@ -209,9 +226,11 @@ def cosine_continuous(offset, floor=-20.0):
 
 
 def cosine_shift(u, image_size, limit=15.0):
-    r"""log SNR = -2 log tan(pi u/2) + 2 log(64/image_size), within [-limit, limit]; alpha_bar(0) = 1 all the same.
+    r"""log SNR = -2 log tan(pi u/2) + 2 log(64/image_size), within [-limit, limit]; alpha_bar(0) =
+    1 all the same.
 
-    Larger images average noise away, so they need more of it (simple diffusion, Hoogeboom 2023): d = 64 is plain cosine.
+    Larger images average noise away, so they need more of it (simple diffusion, Hoogeboom 2023): d
+    = 64 is plain cosine.
     """
     log_snr = -2 * torch.log(torch.tan(math.pi * u / 2).abs()) + 2 * math.log(64 / image_size)
     log_ab = -torch.logaddexp(-log_snr.clamp(-limit, limit), torch.zeros_like(u))
@@ -219,7 +238,8 @@ def cosine_shift(u, image_size, limit=15.0):
 
 
 def zero_terminal_continuous(forward, inverse):
-    """a <- (a - a(T))/(1 - a(T)) of another continuous schedule, with expm1 and log1p for the digits near t = 0."""
+    """a <- (a - a(T))/(1 - a(T)) of another continuous schedule, with expm1 and log1p for the
+    digits near t = 0."""
     end = math.exp(float(forward(torch.ones((), dtype=torch.float64))) / 2)  # a(T)
     return (lambda u: 2 * torch.log1p((torch.expm1(forward(u) / 2) / (1 - end)).clamp(min=-1.0)),
             lambda y: inverse(2 * torch.log1p(torch.expm1(y / 2) * (1 - end))))
@@ -228,20 +248,23 @@ def zero_terminal_continuous(forward, inverse):
 # ------------------------------------------------------------------ using a schedule
 
 def match(coefficient, x):
-    """A float64 coefficient, a scalar or one per image (B,), made to multiply x (B, ...) in x's own precision."""
+    """A float64 coefficient, a scalar or one per image (B,), made to multiply x (B, ...) in x's
+    own precision."""
     if coefficient.dim() == 0:
         return coefficient  # a 0-d tensor never changes the dtype of x, wherever it lives
     return coefficient.to(x).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def diffuse(schedule, x0, t, eps):
-    """x_t ~ q(x_t | x_0): clean x0 (B, ...), t a number or (B,), noise eps like x0 -> x_t like x0."""
+    """x_t ~ q(x_t | x_0): clean x0 (B, ...), t a number or (B,), noise eps like x0 -> x_t like
+    x0."""
     a, s = schedule.coefficients(t)
     return match(a, x0) * x0 + match(s, x0) * eps
 
 
 def time_grid(schedule, points, spacing="uniform", t_end=1.0, t_start=None):
-    r"""`points` strictly falling times, float64, the first t_start (T unless given), the last t_end; one point is t_start.
+    r"""`points` strictly falling times, float64, the first t_start (T unless given), the last
+    t_end; one point is t_start.
 
     uniform: equal steps in t;  quadratic: in sqrt t;  logsnr: in lam. Real-valued: rounding to integers is what makes
     other programs repeat or skip a time. Where alpha_bar(t_start) = 0, lam is -inf there and the logsnr grid places

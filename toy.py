@@ -1,4 +1,5 @@
-r"""A Gaussian mixture whose ideal network is known exactly: the oracle of the tests, the theory and the tutorial.
+r"""A Gaussian mixture whose ideal network is known exactly: the oracle of the tests, the theory
+and the tutorial.
 
     x_0 ~ sum_k w_k N(mu_k, sigma_k^2 I)   =>   x_t ~ sum_k w_k N(a mu_k, v_k I),   v_k = a^2 sigma_k^2 + s^2
 
@@ -6,15 +7,16 @@ r"""A Gaussian mixture whose ideal network is known exactly: the oracle of the t
     eps*(x, t) = E[eps | x_t]  = sum_k r_k s (x - a mu_k)/v_k                    ( = -s times the score )
     x0*(x, t)  = E[x_0 | x_t]  = sum_k r_k (mu_k + a sigma_k^2 (x - a mu_k)/v_k)
 
-oracle() dresses these up as a drop-in network net(x, c), so that a sampler, loss or analysis under test runs on the
-one problem where the right answer is known. With E-TSDM the best a network can do is the average over a sub-interval
-(E-TSDM, theorem 4.1), and that is what the oracle then returns.
+oracle() dresses these up as a drop-in network net(x, c), so that a sampler, loss or analysis under
+test runs on the one problem where the right answer is known. With E-TSDM the best a network can do
+is the average over a sub-interval (E-TSDM, theorem 4.1), and that is what the oracle then returns.
 
 What this file does not do: learn, or imitate images.
 
     python -c "import toy; print(toy.two_bumps().sample(5))"
 
-x (B, ...) float64; w (K,), mu (K, ...), sigma (K,); D dimensions of one x; a, s schedule coefficients.
+x (B, ...) float64; w (K,), mu (K, ...), sigma (K,); D dimensions of one x; a, s schedule
+coefficients.
 """
 
 import math
@@ -23,7 +25,8 @@ import torch
 
 
 class Mixture:
-    """weights (K,), means (K, ...), stds (K,): isotropic Gaussians; everything is kept in float64."""
+    """weights (K,), means (K, ...), stds (K,): isotropic Gaussians; everything is kept in
+    float64."""
 
     def __init__(self, weights, means, stds):
         self.weights, self.means, self.stds = (torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, stds))
@@ -70,8 +73,9 @@ def one_gaussian(shape=(1,), std=0.5):
 def oracle(mixture, schedule, prediction="eps", times=None):
     r"""The ideal network net(x (B, ...), c (B,)) -> like x, for eps, v or x0 prediction.
 
-    times(c) lists the times that condition c may stand for, each (B,): the answer is the average over them. None: c is
-    t. shared_times() lists E-TSDM's; a remap's inverse gives one: times=lambda c: [unremap(c, "sqrt")].
+    times(c) lists the times that condition c may stand for, each (B,): the answer is the average
+    over them. None: c is t. shared_times() lists E-TSDM's; a remap's inverse gives one:
+    times=lambda c: [unremap(c, "sqrt")].
     """
     def net(x, c):
         total = torch.zeros_like(x, dtype=torch.float64)
@@ -86,7 +90,8 @@ def oracle(mixture, schedule, prediction="eps", times=None):
 
 
 def shared_times(interval, n, continuous=False):
-    """times(c) for E-TSDM: the times of the sub-interval that begins at c (its integers from 1 on, or 32 midpoints)."""
+    """times(c) for E-TSDM: the times of the sub-interval that begins at c (its integers from 1 on,
+    or 32 midpoints)."""
     width = interval / n
     if continuous:
         offsets = (torch.arange(32, dtype=torch.float64) + 0.5) / 32 * width

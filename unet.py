@@ -1,24 +1,30 @@
-r"""The network: the U-Net of ADM ("Diffusion Models Beat GANs", Dhariwal & Nichol 2021), which both papers train.
+r"""The network: the U-Net of ADM ("Diffusion Models Beat GANs", Dhariwal & Nichol 2021), which
+both papers train.
 
     net(x, c):  noisy images x (B, C, H, W), conditions c (B,)  ->  prediction (B, C_out, H, W)
 
-c is what the network is *told* about time (etsdm.py), a real number in [0, T] and not a schedule coefficient:
-the network never learns which schedule it serves. The picture to keep in mind:
+c is what the network is *told* about time (etsdm.py), a real number in [0, T] and not a schedule
+coefficient: the network never learns which schedule it serves. The picture to keep in mind:
 
-    x -> conv -> [Res Res] -> down -> [Res Res] -> down -> [Res Attn Res] -> up -> [Res Res Res] -> up -> ... -> conv
-                     \______ every output on the way down is kept, and concatenated on the way up _____/
+    x -> conv -> [Res Res] -> down -> [Res Res] -> down -> [Res Attn Res] -> up -> [Res Res Res] ->
+    up -> ... -> conv
+                     \______ every output on the way down is kept, and concatenated on the way up
+                     _____/
 
-Two families of sizes are in PRESETS. SA-DPM's: plain convolutions for down and up, the time embedding added, one
-attention head. E-TSDM's (ADM proper): BigGAN residual blocks that resample inside themselves, the time embedding
-as a scale and shift of the normalisation, heads of 64 channels.
+Two families of sizes are in PRESETS. SA-DPM's: plain convolutions for down and up, the time
+embedding added, one attention head. E-TSDM's (ADM proper): BigGAN residual blocks that resample
+inside themselves, the time embedding as a scale and shift of the normalisation, heads of 64
+channels.
 
-What this file does not do: class labels, learned time embeddings, and the new attention order of guided-diffusion
-(no released ADM weights use it). SA-DPM's own net differs from its preset here in four numbers that no count shows:
-sin before cos, GroupNorm eps 1e-6, one-sided padding when it downsamples, and no zero initialisation.
+What this file does not do: class labels, learned time embeddings, and the new attention order of
+guided-diffusion (no released ADM weights use it). SA-DPM's own net differs from its preset here in
+four numbers that no count shows: sin before cos, GroupNorm eps 1e-6, one-sided padding when it
+downsamples, and no zero initialisation.
 
     python -c "import unet; print(unet.describe())"          # the presets and their parameter counts
 
-B images, C channels, H, W pixels, E width of the time embedding, N = H W positions, d channels of one head.
+B images, C channels, H, W pixels, E width of the time embedding, N = H W positions, d channels of
+one head.
 """
 
 import math
@@ -32,16 +38,16 @@ from torch import nn
 _SA = dict(channels=128, head_channels=None, dropout=0.1, scale_shift=False, resblock_updown=False)
 _ADM = dict(channels=128, image_size=256, attention_resolutions=(32, 16, 8))
 PRESETS = {
-    # Ours, for a laptop: 32x32 pixels become a 16x16 core of 2x2 patches; 8 groups, because one channel
-    # per group (32 of 32) makes GroupNorm the slowest layer.
+    # Ours, for a laptop: 32x32 pixels become a 16x16 core of 2x2 patches; 8 groups, because one
+    # channel per group (32 of 32) makes GroupNorm the slowest layer.
     "tiny": dict(image_size=32, channels=48, channel_mult=(1, 2, 2), res_blocks=1, patch=2, norm_groups=8,
                  attention_resolutions=(8,), head_channels=None),
     # SA-DPM (config files of the paper)
     "cifar10": dict(_SA, image_size=32, channel_mult=(1, 2, 2, 2)),                          # 35,746,307
     "celeba64": dict(_SA, image_size=64, channel_mult=(1, 2, 2, 2, 4)),                      # 78,700,803
     "celebahq256": dict(_SA, image_size=256, channel_mult=(1, 1, 2, 2, 4, 4), dropout=0.0),  # 113,673,219
-    # E-TSDM table A1. Its "131M" and "692M" are these counts / 2^20, truncated, and its attention set
-    # "32, 64, 8" must be 32, 16, 8: no other common set gives both counts.
+    # E-TSDM table A1. Its "131M" and "692M" are these counts / 2^20, truncated, and its attention
+    # set "32, 64, 8" must be 32, 16, 8: no other common set gives both counts.
     "ffhq256": dict(_ADM, channel_mult=(1, 1, 2, 2, 4, 4), time_channels=512),               # 138,286,467
     "ffhq256-large": dict(_ADM, channel_mult=(1, 1, 2, 4, 6, 8), res_blocks=4, time_channels=2048),  # 725,956,227
 }
@@ -114,7 +120,8 @@ class UNet(nn.Module):
         self.out_conv = zero(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
 
     def forward(self, x, c):
-        # Time is embedded in full precision even under bf16 autocast: bf16 cannot tell t = 999 from 1000.
+        # Time is embedded in full precision even under bf16 autocast: bf16 cannot tell t = 999
+        # from 1000.
         with torch.autocast(x.device.type, enabled=False):
             emb = self.time_embed(timestep_embedding(c, self.channels, self.time_embed[0].weight.dtype))  # (B, E)
         h, skips = F.pixel_unshuffle(x, self.patch), []
@@ -128,7 +135,8 @@ class UNet(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Layers applied one after the other; the residual blocks among them also see the time embedding."""
+    """Layers applied one after the other; the residual blocks among them also see the time
+    embedding."""
 
     def forward(self, h, emb):
         for layer in self:
@@ -139,8 +147,9 @@ class Stage(nn.ModuleList):
 class ResBlock(nn.Module):
     r"""h = conv2 SiLU norm2( conv1 SiLU norm1 x  (+) time ),  output = skip(x) + h.
 
-    resample: "down" (2x2 average) or "up" (nearest) acts on both branches, between activation and convolution
-    (BigGAN): norm and activation see the old resolution, and no weights are spent on resampling.
+    resample: "down" (2x2 average) or "up" (nearest) acts on both branches, between activation and
+    convolution (BigGAN): norm and activation see the old resolution, and no weights are spent on
+    resampling.
     """
 
     def __init__(self, c_in, c_out, time_channels, dropout, scale_shift, norm_groups, resample=None):
@@ -180,8 +189,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        # Channel layout [head][q, k, v][d], the order of guidance-free ADM weights. SDPA silently takes a slow path
-        # on strided inputs, hence the one contiguous() for all three.
+        # Channel layout [head][q, k, v][d], the order of guidance-free ADM weights. SDPA silently
+        # takes a slow path on strided inputs, hence the one contiguous() for all three.
         qkv = self.qkv(self.norm(x)).reshape(B, self.heads, 3, C // self.heads, H * W)
         q, k, v = qkv.permute(2, 0, 1, 4, 3).contiguous()  # each (B, heads, N, d)
         h = F.scaled_dot_product_attention(q, k, v)  # softmax(q kT / sqrt d) v
@@ -218,9 +227,11 @@ def zero(layer):
 
 
 def timestep_embedding(c, dim, dtype=torch.float32):
-    r"""[cos(c w_j) | sin(c w_j)], w_j = 10000^(-j/half), j = 0..half-1: conditions (B,) -> (B, dim).
+    r"""[cos(c w_j) | sin(c w_j)], w_j = 10000^(-j/half), j = 0..half-1: conditions (B,) -> (B,
+    dim).
 
-    The angle is formed in float64: c w_0 reaches 1000 radians, where float32 keeps only four decimals.
+    The angle is formed in float64: c w_0 reaches 1000 radians, where float32 keeps only four
+    decimals.
     """
     half = dim // 2
     w = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float64, device=c.device))
@@ -236,10 +247,12 @@ _RENAME = [(r"in_layers\.0", "norm1"), (r"in_layers\.2", "conv1"), (r"emb_layers
 
 
 def from_guided_diffusion(state_dict):
-    """Rename a guided-diffusion U-Net's state dict into ours: {key: tensor} -> {key: tensor}, same values.
+    """Rename a guided-diffusion U-Net's state dict into ours: {key: tensor} -> {key: tensor}, same
+    values.
 
-    Nothing is dropped or invented, so load_state_dict(strict=True) checks the rest. Its networks count time from 0:
-    our t is their t + 1 (denoiser.py says where that is put right). ValueError if it is not such a state dict.
+    Nothing is dropped or invented, so load_state_dict(strict=True) checks the rest. Its networks
+    count time from 0: our t is their t + 1 (denoiser.py says where that is put right). ValueError
+    if it is not such a state dict.
     """
     state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}  # saved from inside DDP
     if "input_blocks.0.0.weight" not in state_dict:

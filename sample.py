@@ -1,0 +1,191 @@
+r"""Make pictures with a trained run.
+
+    python sample.py                                     # newest run -> a grid and numbered PNGs
+    python sample.py NAME --sampler dpm-solver --nfe 20 --spacing logsnr
+    torchrun --nproc_per_node 8 sample.py NAME --num 50000 --npz
+
+Everything about the model (size, schedule, prediction, time condition) comes from the checkpoint.
+Image i starts from the noise of seed + i, and draws its fresh noise from the same generator: it is
+the same picture (within one grey level) whatever the batch size and the number of processes, and a
+second call goes on where a first one was stopped.
+
+What this file does not do: choose the sampler's formulas (samplers.py) or score images
+(metrics.py).
+
+C, H, W as the run was trained; pixels are written as uint8 = round((x + 1) 127.5).
+"""
+
+import runtime  # isort: skip  (before torch: it sets OpenMP's spinning)
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import denoiser as denoisers
+import samplers
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="sample.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Make pictures with a trained run: a grid, and numbered PNGs or one .npz.",
+        epilog="""examples
+  python sample.py
+      64 pictures from the newest run under runs/, by DDIM in 50 network calls
+  python sample.py shapes-tiny-sa2 --sampler ddpm --nfe 200
+      DDPM's ancestral sampling, 200 calls
+  python sample.py shapes-tiny-sa2 --sampler dpm-solver --order 3 --nfe 20 --spacing logsnr
+      the fast solver of E-TSDM's table 3
+  torchrun --nproc_per_node 8 sample.py cifar10-cifar10-sa2 --num 50000 --npz --batch-size 500
+      the images of an FID, on 8 GPUs""")
+    add = parser.add_argument
+    add("run", nargs="?", metavar="RUN", help="a name under runs/, a run folder, or a checkpoint "
+        "(default: the newest run)")
+    add("--sampler", default="ddim", choices=samplers.SAMPLERS, help="(default: ddim)")
+    add("--nfe", type=int, default=50, help="network calls per image (default: 50)")
+    add("--spacing", default="uniform", choices=("uniform", "quadratic", "logsnr"),
+        help="where between T and t = 1 the calls are (default: uniform)")
+    add("--eta", type=float, help="ddim: share of fresh noise, 0 to 1 (default: 0)")
+    add("--order", type=int, choices=(1, 2, 3), help="dpm-solver: its order (default: 3)")
+    add("--variance", choices=("small", "large"), help="ddpm: variance of the fresh noise "
+        "(default: small)")
+    add("--clip", default="auto", choices=("auto", "on", "off"), help="keep the predicted x_0 in "
+        "[-1, 1] (auto: for the samplers that add noise)")
+    add("--num", type=int, default=64, help="number of images (default: 64)")
+    add("--batch-size", type=int, default=64, help="images at a time, per process (default: 64)")
+    add("--seed", type=int, default=0, help="image i has seed + i (default: 0)")
+    add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last weights")
+    add("--out", type=Path, help="folder to write to (default: generated/SAMPLER-NFE in the run)")
+    add("--npz", action="store_true", help="write images.npz (N, H, W, C) instead of PNGs")
+    args = parser.parse_args(argv)
+    if args.eta is not None and args.sampler != "ddim":
+        raise ValueError(f"--eta belongs to ddim, not to {args.sampler}")
+    if args.order is not None and args.sampler != "dpm-solver":
+        raise ValueError(f"--order belongs to dpm-solver; {args.sampler} has a fixed one")
+    if args.variance is not None and args.sampler != "ddpm":
+        raise ValueError(f"--variance belongs to ddpm, not to {args.sampler}")
+    if args.num < 1 or args.batch_size < 1:
+        raise ValueError("--num and --batch-size must be at least 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed must not be negative, and is {args.seed}")
+    return args
+
+
+def how(args, denoiser):
+    """The arguments of samplers.sample that the flags ask for."""
+    noisy = args.sampler == "ddpm" or bool(args.eta)
+    clip = (-1.0, 1.0) if args.clip == "on" or (args.clip == "auto" and noisy) else None
+    return dict(sampler=args.sampler, nfe=args.nfe, spacing=args.spacing, eta=args.eta or 0.0,
+                order=args.order or 3, clip=clip, variance=args.variance,
+                t_start=samplers.start_time(denoiser))
+
+
+def prepare_folder(args, checkpoint_path, step, arguments):
+    """The output folder; pictures there that were made differently are removed, foreign ones never."""
+    tag = f"{args.sampler}-{args.nfe}"
+    out = args.out or checkpoint_path.parent / "generated" / tag
+    made = dict(checkpoint=str(checkpoint_path.resolve()), step=step, weights=args.weights,
+                seed=args.seed, **arguments)
+    made = json.loads(json.dumps(made))  # as it will be read back
+    note = out / "settings.json"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
+    mine = note.exists()
+    if out.exists() and not mine and any(out.iterdir()):
+        raise ValueError(f"{out} has files in it that sample.py did not write: "
+                         "give an empty or new folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    runtime.remove_leftovers(out)
+    try:
+        same = mine and json.loads(note.read_text()) == made
+    except ValueError:
+        same = False
+    if not same:
+        for old in out.iterdir():
+            if re.fullmatch(r"\d{6,}\.png|grid\.png|images\.npz", old.name):
+                old.unlink()
+    runtime.write_text(note, json.dumps(made, indent=1) + "\n")
+    return out
+
+
+def main():
+    args = parse()
+    with runtime.setup(tf32=False) as process:
+        runtime.keep_memory()
+        path = process.share(runtime.find_checkpoint(args.run) if process.first else None)
+        denoiser = denoisers.load_run(path, args.weights)
+        s = denoiser.settings
+        denoiser.net.to(process.device)
+        arguments = how(args, denoiser)
+        samplers.check(denoiser, **{k: arguments[k] for k in (
+            "sampler", "nfe", "eta", "order", "variance", "t_start")})
+        process.say(f"run: {path.parent.resolve()}, step {denoiser.step}, {args.weights} weights")
+        if arguments["t_start"] < s["T"]:
+            process.say(f"eps-prediction knows no x_0 at t = {s['T']}, where alpha_bar = 0: "
+                        f"starting at t = {arguments['t_start']}")
+        out = process.share(prepare_folder(args, path, denoiser.step, arguments)
+                            if process.first else None)
+        made = generate(args, process, denoiser, arguments, out)
+        process.barrier()
+        finish(args, process, out, made)
+
+
+def generate(args, process, denoiser, arguments, out):
+    """This process's share of the images: {i: uint8 (H, W, C)} with --npz, else written as PNGs."""
+    s = denoiser.settings
+    shape = (s["channels"], s["image_size"], s["image_size"])
+    todo = [i for i in range(args.num) if args.npz or not (out / f"{i:06d}.png").exists()]
+    if len(todo) < args.num:
+        process.say(f"{args.num - len(todo)} of {args.num} images are there already")
+    todo, made = todo[process.rank::process.world], {}
+    bar = tqdm(total=len(todo), unit="image", disable=not process.first, dynamic_ncols=True)
+    for start in range(0, len(todo), args.batch_size):
+        batch = todo[start:start + args.batch_size]
+        noise = samplers.SeededNoise([args.seed + i for i in batch], process.device)
+        x = samplers.sample(denoiser, noise((len(batch), *shape)), noise=noise, **arguments)
+        pixels = data.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()  # (b, H, W, C)
+        for i, image in zip(batch, pixels, strict=True):
+            if args.npz:
+                made[i] = image
+            else:
+                with runtime.atomic_write(out / f"{i:06d}.png") as temporary:
+                    Image.fromarray(image.squeeze()).save(temporary, format="png")
+        bar.update(len(batch))
+    bar.close()
+    return made
+
+
+def finish(args, process, out, made):
+    """Rank 0 gathers, writes the .npz or reads the PNGs back, makes the grid, and says where all is."""
+    if args.npz:
+        parts = process.gather(made)
+        if process.first:
+            made = {i: image for part in parts for i, image in part.items()}
+            pixels = np.stack([made[i] for i in range(args.num)])
+            with runtime.atomic_write(out / "images.npz") as temporary, open(temporary, "wb") as f:
+                np.savez(f, images=pixels)
+    if not process.first:
+        return
+    first = min(args.num, 64)
+    if not args.npz:
+        pixels = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) for i in range(first)])
+        pixels = pixels.reshape(*pixels.shape[:3], -1)
+    grid = torch.from_numpy(pixels[:first]).permute(0, 3, 1, 2)
+    with runtime.atomic_write(out / "grid.png") as temporary:
+        data.grid(grid, columns=max(1, round(first**0.5))).save(temporary, format="png")
+    # A colour tint of the whole set is the commonest silent fault of a sampler.
+    means = ", ".join(f"{m:.1f}" for m in grid.double().mean((0, 2, 3)))
+    print(f"{args.num} images; mean of each channel over the grid: {means} of 255")
+    print(f"{'archive' if args.npz else 'images'}: {(out / 'images.npz' if args.npz else out).resolve()}")
+    print(f"grid: {(out / 'grid.png').resolve()}")
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)

@@ -1,0 +1,249 @@
+"""schedules.py against closed forms, second derivations and known numbers."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import schedules
+from schedules import make_schedule
+
+CONTINUOUS = [False, True]
+everywhere = pytest.mark.parametrize("name", schedules.NAMES)
+both = pytest.mark.parametrize("continuous", CONTINUOUS)
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@everywhere
+@both
+@pytest.mark.parametrize("T", [20, 1000])
+def test_every_schedule_is_a_schedule(name, continuous, T):
+    if T == 20 and not continuous and "cosine" not in name:
+        with pytest.raises(ValueError, match=r"beta reaches .*larger T"):  # 0.02 * 1000/20 = 1
+            make_schedule(name, T)
+        return
+    s = make_schedule(name, T, continuous)
+    t = torch.linspace(0, T, 4 * T + 1, dtype=torch.float64)
+    ab = s.alpha_bar(t)
+    assert ab.dtype == torch.float64
+    assert ab[0] == 1.0, "alpha_bar(0) is exactly 1"
+    assert (ab.diff() <= 0).all() and (ab >= 0).all()
+    a, noise = s.coefficients(t)
+    assert_close(a**2 + noise**2, torch.ones_like(t), rtol=0, atol=1e-15)
+    assert_close(a, ab.sqrt(), rtol=1e-12, atol=0)
+    inner = (ab > 0) & (t > 0)
+    assert_close(s.lam(t[inner]), torch.log(a[inner] / noise[inner]), rtol=1e-9, atol=1e-9)
+    assert s.lam(0.0) == math.inf
+    assert (float(ab[-1]) == 0) == (name == "zero-terminal-snr")
+
+
+@everywhere
+@both
+def test_t_of_lam_inverts_lam(name, continuous):
+    s = make_schedule(name, continuous=continuous)
+    t = torch.linspace(3, 998, 400, dtype=torch.float64)
+    assert_close(s.t_of_lam(s.lam(t)), t, rtol=1e-9, atol=1e-7)
+    assert s.t_of_lam(math.inf) == 0
+    if name == "zero-terminal-snr":
+        assert s.t_of_lam(-math.inf) == 1000
+
+
+def test_linear_known_numbers():
+    # Re-derived by several programs: DDPM's linear schedule, T = 1000.
+    s = make_schedule("linear")
+    assert_close(s.alpha_bar(f64(1, 2, 500, 1000)),
+                 f64(0.9999, 0.99978009207, 0.078587242882, 4.0358297654e-5), rtol=1e-10, atol=0)
+    assert_close(s.step_variances(2, 1)[1].item(), 5.4531876613e-5, rtol=1e-10, atol=0)
+    assert_close(s.lam(f64(1, 2, 500, 1000)),
+                 f64(4.6051201835, 4.2110408383, -1.2308493579, -5.0588365917), rtol=1e-9, atol=0)
+    # DPM-Solver's lambda inverse: its time is t/1000
+    assert_close(s.t_of_lam(0.0).item() / 1000, 0.2590927982, rtol=1e-9, atol=0)
+    assert_close(s.log_alpha_bar(500.5).item() / 2, -1.2743006744, rtol=1e-9, atol=0)
+
+
+def test_cosine_tail_is_clipped_not_zero():
+    s = make_schedule("cosine")
+    assert_close(1 / s.coefficients(1000)[0].item(), 20291.0, rtol=1e-4, atol=0)
+    assert_close(s.lam(1000).item(), -9.918, rtol=1e-4, atol=0)
+    assert_close(s.alpha_bar(1).item(), 0.9999587, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["linear", "quadratic", "cosine", "linear-mns", "zero-terminal-snr"])
+def test_discrete_tables_by_plain_products(name):
+    """alpha_bar as a running product of 1 - beta, the way the papers write it."""
+    T = 1000
+    if name in ("linear", "zero-terminal-snr"):
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    elif name == "quadratic":
+        beta = torch.linspace(1e-2, 0.02**0.5, T, dtype=torch.float64) ** 2
+    elif name == "linear-mns":
+        beta = 0.02 * torch.arange(1, T + 1, dtype=torch.float64) / T
+    else:
+        f = [math.cos((i / T + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(T + 1)]
+        beta = f64(*[min(1 - f[i] / f[i - 1], 0.999) for i in range(1, T + 1)])
+    ab = torch.cumprod(1 - beta, 0)
+    if name == "zero-terminal-snr":
+        root = ab.sqrt()
+        ab = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    s = make_schedule(name)
+    assert_close(s.alpha_bar(torch.arange(1, T + 1)), ab, rtol=1e-11, atol=1e-18)
+
+
+@pytest.mark.parametrize("name", ["linear", "quadratic", "linear-mns", "quadratic-mns"])
+def test_continuous_forms_by_quadrature(name):
+    """log alpha_bar = -integral of beta(u): midpoint rule with a million points."""
+    s = make_schedule(name, continuous=True)
+    n = 1_000_000
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n * 0.7
+    root = 0.1**0.5 + (20**0.5 - 0.1**0.5) * u
+    end = make_schedule("quadratic", continuous=True).log_alpha_bar(1000)
+    beta = {"linear": 0.1 + 19.9 * u, "quadratic": root**2, "linear-mns": 20 * u,
+            "quadratic-mns": -3 * end * u**2}[name]
+    assert_close(s.log_alpha_bar(700.0), -beta.mean() * 0.7, rtol=1e-9, atol=0)
+
+
+def test_continuous_zero_terminal_is_the_shifted_linear():
+    s, lin = (make_schedule(n, continuous=True) for n in ("zero-terminal-snr", "linear"))
+    t = f64(1e-3, 1, 300, 999)
+    a, end = lin.coefficients(t)[0], lin.coefficients(1000)[0]
+    assert_close(s.coefficients(t)[0], (a - end) / (1 - end), rtol=1e-12, atol=1e-15)
+    assert s.alpha_bar(1000) == 0
+
+
+@both
+def test_cosine_shift_formula_and_limits(continuous):
+    for d in (16, 64, 256):
+        s = make_schedule("cosine-shift", continuous=continuous, image_size=d)
+        log_snr = 2 * s.lam(f64(250, 500, 900))
+        expected = [-2 * math.log(math.tan(math.pi * u / 2)) + 2 * math.log(64 / d)
+                    for u in (0.25, 0.5, 0.9)]
+        assert_close(log_snr, f64(*expected), rtol=1e-10, atol=1e-10)
+        assert_close(2 * s.lam(1000).item(), -15.0, rtol=1e-12, atol=0)
+        assert s.lam(1e-6 if continuous else 1) <= 7.5 + 1e-9
+
+
+def test_continuous_cosine_floor():
+    s = make_schedule("cosine", continuous=True)
+    assert_close(2 * s.lam(1000).item(), -20.0, rtol=1e-9, atol=0)
+
+
+@both
+def test_modified_ns_matches_the_snr_at_T_and_is_flat_at_0(continuous):
+    plain, flat = (make_schedule(n, continuous=continuous) for n in ("quadratic", "quadratic-mns"))
+    assert_close(plain.lam(1000), flat.lam(1000), rtol=1e-9, atol=0)
+    if not continuous:
+        beta_T = 1 - (flat.log_alpha_bar(1000) - flat.log_alpha_bar(999)).exp()
+        assert_close(beta_T.item(), 0.0214810, rtol=0, atol=5e-8)
+
+
+@pytest.mark.parametrize("name", ["linear", "quadratic", "cosine", "zero-terminal-snr", "cosine-shift",
+                                  "linear-mns", "quadratic-mns", "cosine-mns"])
+def test_ds_dt_at_zero(name):
+    """E-TSDM theorem 3.1's premise: da/dt(0) != 0 <=> ds/dt -> infinity, on the continuous forms."""
+    s = make_schedule(name, continuous=True)
+    t = f64(1e-4, 1e-2)
+    slope = (s.coefficients(t * 1.001)[1] - s.coefficients(t)[1]) / (0.001 * t)
+    if name == "cosine-shift":  # clipped at log SNR 15 this near to 0
+        t = f64(2.0, 4.0)
+        slope = (s.coefficients(t * 1.001)[1] - s.coefficients(t)[1]) / (0.001 * t)
+    grows = bool(slope[0] > 5 * slope[1])
+    assert grows == (name in ("linear", "quadratic", "cosine", "zero-terminal-snr"))
+
+
+def test_digits_survive_near_zero():
+    """1 - alpha_bar at t = 1e-9 is 1e-13 of beta's rate: a plain 1 - cumprod has no digit left there."""
+    s = make_schedule("linear", continuous=True)
+    assert_close(s.coefficients(1e-9)[1].item() ** 2, 0.1 * 1e-12, rtol=1e-8, atol=0)
+
+
+@everywhere
+@both
+def test_step_variances_are_bayes(name, continuous):
+    """beta_tilde from the precision of q(x_next | x_t, x_0) = q(x_t | x_next) q(x_next | x_0)."""
+    s = make_schedule(name, continuous=continuous)
+    for t, t_next in ((999, 998), (700.5, 200), (40, 3)):
+        beta, beta_tilde = s.step_variances(t, t_next)
+        ab_t, ab = s.alpha_bar(t), s.alpha_bar(t_next)
+        assert_close(beta, 1 - ab_t / ab, rtol=1e-6, atol=1e-12)
+        precision = (ab_t / ab) / beta + 1 / (1 - ab)
+        assert_close(beta_tilde, 1 / precision, rtol=1e-6, atol=1e-12)
+    assert s.step_variances(5.0, 0.0)[1] == 0
+
+
+def test_posterior_variance_where_alpha_bar_is_zero():
+    beta, beta_tilde = make_schedule("zero-terminal-snr").step_variances(1000, 999)
+    assert beta == 1 and 0 < beta_tilde <= 1
+
+
+@both
+def test_numbers_and_tensors_of_any_shape(continuous):
+    s = make_schedule("linear", continuous=continuous)
+    t = torch.arange(1, 7)
+    expected = s.alpha_bar(t)
+    assert_close(s.alpha_bar(t.reshape(2, 3)), expected.reshape(2, 3), rtol=0, atol=0)
+    assert_close(s.alpha_bar(t.float()), expected, rtol=0, atol=0)
+    assert_close(s.alpha_bar(3), expected[2], rtol=0, atol=0)
+    assert_close(s.t_of_lam(s.lam(t.reshape(2, 3))), t.reshape(2, 3).double(), rtol=1e-9, atol=1e-9)
+
+
+def test_interpolation_is_linear_in_log_alpha_bar():
+    s = make_schedule("linear")
+    low, high = s.log_alpha_bar(41), s.log_alpha_bar(42)
+    assert_close(s.log_alpha_bar(41.25), 0.75 * low + 0.25 * high, rtol=1e-14, atol=0)
+
+
+def test_diffuse_has_the_moments_it_says():
+    s = make_schedule("linear")
+    g = torch.Generator().manual_seed(0)
+    x0 = torch.full((2, 200_000), 0.7)
+    xt = schedules.diffuse(s, x0, torch.tensor([100, 800]), torch.randn(x0.shape, generator=g))
+    assert xt.dtype == torch.float32
+    a, noise = s.coefficients(torch.tensor([100, 800]))
+    assert_close(xt.double().mean(1), 0.7 * a, rtol=0, atol=0.01)
+    assert_close(xt.double().std(1), noise, rtol=0.01, atol=0)
+
+
+@everywhere
+@both
+@pytest.mark.parametrize("spacing", ["uniform", "quadratic", "logsnr"])
+@pytest.mark.parametrize("points", [1, 2, 3, 7, 13, 21, 1000])
+def test_grids_fall_strictly_from_T_to_the_end(name, continuous, spacing, points):
+    s = make_schedule(name, continuous=continuous)
+    grid = schedules.time_grid(s, points, spacing)
+    assert len(grid) == points and grid.dtype == torch.float64
+    assert grid[0] == 1000 and (points == 1 or grid[-1] == 1)
+    assert (grid.diff() < 0).all()
+    if spacing == "logsnr" and points == 21 and name != "zero-terminal-snr":
+        steps = s.lam(grid).diff()
+        assert_close(steps, steps.mean().expand(20), rtol=1e-6, atol=1e-8)
+
+
+def test_uniform_grid_at_nfe_T_is_every_step():
+    grid = schedules.time_grid(make_schedule("linear"), 1000)
+    assert_close(grid, torch.arange(1000, 0, -1).double(), rtol=1e-12, atol=0)
+
+
+def test_logsnr_grid_of_a_schedule_without_signal_at_T():
+    s = make_schedule("zero-terminal-snr")
+    grid = schedules.time_grid(s, 6, "logsnr")
+    assert grid[0] == 1000 and abs(grid[1] - 999) < 1e-6
+    steps = s.lam(grid[1:]).diff()
+    assert_close(steps, steps.mean().expand(4), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: make_schedule("lineer"), "unknown schedule 'lineer': choose from linear"),
+    (lambda: make_schedule("linear", T=0), "T must be"),
+    (lambda: make_schedule("linear", beta_ends=(0.02, 1e-4)), "beta must grow"),
+    (lambda: schedules.time_grid(make_schedule("linear"), 0), "at least one point"),
+    (lambda: schedules.time_grid(make_schedule("linear"), 5, "karras"), "unknown spacing"),
+    (lambda: schedules.time_grid(make_schedule("linear"), 5, t_end=0), "times must satisfy"),
+])
+def test_errors_say_what_is_wrong(call, words):
+    with pytest.raises(ValueError, match=words) as error:
+        call()
+    assert "\n" not in str(error.value)

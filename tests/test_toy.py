@@ -1,0 +1,65 @@
+"""toy.py: the oracle itself, against autograd and brute force."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import etsdm
+import schedules
+import toy
+
+LINEAR = schedules.make_schedule("linear")
+
+
+def log_density(mixture, x, a, s):
+    """log q_t(x) from the mixture of Gaussians, for autograd."""
+    flat, means = x.flatten(1), mixture.means.flatten(1)
+    v = a**2 * mixture.stds**2 + s**2
+    d = flat.shape[1]
+    square = (flat[:, None] - a * means).square().sum(2)
+    return torch.logsumexp(mixture.weights.log() - d / 2 * torch.log(2 * torch.pi * v) - square / (2 * v), 1)
+
+
+@pytest.mark.parametrize("t", [1, 50, 400, 1000])
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 2, 2)])
+def test_eps_is_minus_s_times_the_score(t, shape):
+    mixture = toy.two_bumps(shape)
+    a, s = LINEAR.coefficients(t)
+    x = torch.randn(6, *shape, dtype=torch.float64, requires_grad=True)
+    (score,) = torch.autograd.grad(log_density(mixture, x, a, s).sum(), x)
+    x0, eps = mixture.posterior(x.detach(), a, s)
+    assert_close(eps, -s * score, rtol=1e-9, atol=1e-9)
+    assert_close(a * x0 + s * eps, x.detach(), rtol=1e-9, atol=1e-9)  # the pair explains x_t
+
+
+def test_posterior_mean_by_importance_sampling():
+    """E[x_0 | x_t] as an average over draws of x_0, weighted by q(x_t | x_0)."""
+    mixture, (a, s) = toy.two_bumps(), LINEAR.coefficients(300)
+    x0 = mixture.sample(2_000_000, torch.Generator().manual_seed(0)).flatten()
+    for x in (-0.5, 0.1, 0.8):
+        w = torch.exp(-((x - a * x0) ** 2) / (2 * s**2))
+        got = mixture.posterior(torch.tensor([[x]], dtype=torch.float64), a, s)[0].item()
+        assert_close(got, (w @ x0 / w.sum()).item(), rtol=0, atol=3e-3)
+
+
+def test_moments_and_samples_agree():
+    mixture = toy.two_bumps((2,))
+    x = mixture.sample(400_000, torch.Generator().manual_seed(1))
+    assert_close(x.mean(0), mixture.mean(), rtol=0, atol=3e-3)
+    assert_close(x.var(0), mixture.variance(), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_shared_oracle_is_the_average_over_the_sub_interval(prediction):
+    mixture, width = toy.two_bumps(), 20
+    plain = toy.oracle(mixture, LINEAR, prediction)
+    net = toy.oracle(mixture, LINEAR, prediction, toy.shared_times(100, 5))
+    x = torch.randn(4, 1, dtype=torch.float64)
+    for t in (1, 19, 20, 99, 100, 700):
+        c = etsdm.share_timesteps(torch.full((4,), float(t), dtype=torch.float64))
+        times = range(max(int(c[0]), 1), int(c[0]) + width) if t < 100 else [t]
+        expected = torch.stack([plain(x, torch.full((4,), float(u))) for u in times])
+        if c[0] == 0:  # t = 0 is never trained on: its place among the twenty goes to t = 1
+            expected = torch.cat([expected[:1], expected])
+        assert_close(net(x, c), expected.mean(0), rtol=1e-10, atol=1e-12)
+    assert_close(net(x, torch.full((4,), 20.0)), net(x, torch.full((4,), 20.0)))

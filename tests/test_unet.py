@@ -1,0 +1,177 @@
+"""unet.py against published parameter counts, reference outputs and a plainly written attention."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import unet
+
+SMALL = dict(image_size=16, channels=32, channel_mult=(1, 2), res_blocks=1, attention_resolutions=(8,),
+             head_channels=32)
+
+
+def awake(net, seed=0):
+    """The zero-initialised layers get values, so that every path contributes."""
+    g = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        if not p.any():
+            p.data.normal_(0, 0.05, generator=g)
+    return net.eval()
+
+
+@pytest.mark.parametrize("preset, count", [
+    ("cifar10", 35_746_307), ("celeba64", 78_700_803), ("celebahq256", 113_673_219),
+    ("ffhq256", 138_286_467), ("ffhq256-large", 725_956_227)])
+def test_parameter_counts_of_the_papers(preset, count):
+    with torch.device("meta"):
+        net = unet.UNet(**unet.PRESETS[preset])
+    assert sum(p.numel() for p in net.parameters()) == count
+    if preset == "cifar10":
+        assert len(net.state_dict()) == 328 - 2 * 2 * 6  # SA's has three 1x1 layers for q, k, v
+    if preset == "ffhq256":
+        assert len(net.state_dict()) == 566
+
+
+# E-TSDM's table of variants: which settings give which count is how its misprint was resolved.
+@pytest.mark.parametrize("kwargs, count", [
+    (dict(scale_shift=False), 131_654_403), (dict(attention_resolutions=(16,)), 131_709_827),
+    (dict(resblock_updown=False), 125_371_651),
+    (dict(scale_shift=False, resblock_updown=False), 120_249_859)])
+def test_parameter_counts_of_variants(kwargs, count):
+    with torch.device("meta"):
+        net = unet.UNet(**{**unet.PRESETS["ffhq256"], **kwargs})
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+def test_guided_diffusion_weights_give_its_output(shared):
+    sys.path.insert(0, str(shared / "golden"))
+    import fill
+    gold = json.loads((shared / "golden" / "unet_guided_diffusion.json").read_text())
+    c = gold["config"]
+    net = unet.UNet(c["image_size"], channels=c["C"], channel_mult=c["mult"], res_blocks=c["R"],
+                    attention_resolutions=c["attn"], head_channels=c["hc"], scale_shift=c["ss"],
+                    resblock_updown=c["ud"])
+    assert sum(p.numel() for p in net.parameters()) == gold["params"]
+    state = {k: torch.tensor(v).float() for k, v in fill.state(gold["keys"]).items()}
+    net.load_state_dict(unet.from_guided_diffusion(state), strict=True)
+    x = torch.tensor(4 * fill.fill("unet-dev", (2, 3, 16, 16)) - 2).float()
+    out = net.eval()(x, torch.tensor(gold["timesteps"])).detach().flatten()
+    for got, expected in ((out[:8], gold["first8"]), (out[-8:], gold["last8"])):
+        assert_close(got, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert_close(out.mean().item(), gold["mean"], rtol=1e-4, atol=1e-6)
+    assert_close(out.std(correction=0).item(), gold["std"], rtol=1e-3, atol=0)
+
+
+def to_guided_diffusion(state):
+    """Our keys back into theirs: the inverse of the import, written separately."""
+    pairs = [("norm1.", "in_layers.0."), ("conv1.", "in_layers.2."), ("norm2.", "out_layers.0."),
+             ("conv2.", "out_layers.3."), (".time.", ".emb_layers.1."), (".skip.", ".skip_connection."),
+             (".proj.", ".proj_out."), ("out_norm.", "out.0."), ("out_conv.", "out.2.")]
+    theirs = {}
+    for key, value in state.items():
+        for ours, name in pairs:
+            key = key.replace(ours, name)
+        if key.startswith("input_blocks") and key.split(".")[2] == "0" and ".conv." in key:
+            key = key.replace(".conv.", ".op.")  # a strided convolution
+        if key.endswith(("qkv.weight", "proj_out.weight")):
+            value = value[..., 0]
+        theirs["module." + key] = value
+    return theirs
+
+
+@pytest.mark.parametrize("updown", [True, False])
+def test_import_round_trip_is_strict(updown):
+    net = awake(unet.UNet(**SMALL, resblock_updown=updown))
+    again = unet.UNet(**SMALL, resblock_updown=updown).eval()
+    again.load_state_dict(unet.from_guided_diffusion(to_guided_diffusion(net.state_dict())), strict=True)
+    x, c = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 700.0])
+    assert_close(again(x, c), net(x, c), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("state, words", [
+    ({"conv_in.weight": torch.zeros(1)}, "not a guided-diffusion U-Net.*conv_in.weight"),
+    ({"input_blocks.0.0.weight": torch.zeros(1), "label_emb.weight": torch.zeros(1)}, "class-conditional")])
+def test_import_refuses_what_it_is_not(state, words):
+    with pytest.raises(ValueError, match=words):
+        unet.from_guided_diffusion(state)
+
+
+@pytest.mark.parametrize("head_channels", [None, 16])
+def test_attention_is_the_formula(head_channels):
+    """softmax(q kT / sqrt d) v with explicit loops over heads, from the [head][q, k, v][d] layout."""
+    torch.manual_seed(0)
+    layer = awake(unet.Attention(32, head_channels, 8)).double()
+    x = torch.randn(2, 32, 3, 5, dtype=torch.float64)
+    qkv = torch.nn.functional.conv2d(layer.norm(x), layer.qkv.weight, layer.qkv.bias).flatten(2)
+    d = head_channels or 32
+    out = torch.zeros(2, 32, 15, dtype=torch.float64)
+    for head in range(32 // d):
+        q, k, v = (qkv[:, 3 * d * head + d * i: 3 * d * head + d * (i + 1)] for i in range(3))
+        weight = torch.softmax(q.transpose(1, 2) @ k / d**0.5, dim=2)  # (B, N query, N key)
+        out[:, d * head: d * (head + 1)] = v @ weight.transpose(1, 2)
+    out = torch.einsum("oc,bcn->bon", layer.proj.weight[:, :, 0, 0], out) + layer.proj.bias[:, None]
+    assert_close(layer(x), x + out.reshape(x.shape), rtol=1e-12, atol=1e-12)
+
+
+def test_timestep_embedding():
+    emb = unet.timestep_embedding(torch.tensor([0.0, 999.0, 12.5]), 8, torch.float64)
+    w = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    for row, c in zip(emb, (0.0, 999.0, 12.5), strict=True):
+        assert_close(row, torch.cat([torch.cos(c * w), torch.sin(c * w)]), rtol=1e-12, atol=1e-12)
+    assert unet.timestep_embedding(torch.tensor([1.0]), 7).shape == (1, 7)
+
+
+@pytest.mark.parametrize("scale_shift", [True, False])
+@pytest.mark.parametrize("updown", [True, False])
+@pytest.mark.parametrize("patch", [1, 2])
+def test_every_kind_runs_backwards_and_starts_at_zero(scale_shift, updown, patch):
+    net = unet.UNet(**{**SMALL, "attention_resolutions": (8 // patch,)}, scale_shift=scale_shift,
+                    resblock_updown=updown, patch=patch, in_channels=1, out_channels=2, dropout=0.1)
+    x = torch.randn(2, 1, 16, 16)
+    out = net(x, torch.tensor([1.0, 2.0]))
+    assert out.shape == (2, 2, 16, 16)
+    assert not out.any(), "the last layer starts at zero"
+    out.sum().backward()
+    out = awake(net)(x, torch.tensor([1.0, 2.0]))
+    out.square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+def test_images_do_not_see_their_batch_mates():
+    torch.manual_seed(0)
+    net = awake(unet.UNet(**SMALL))
+    x, c = torch.randn(5, 3, 16, 16), torch.tensor([1.0, 5.0, 50.0, 500.0, 1000.0])
+    whole = net(x, c)
+    for i in range(5):
+        assert_close(net(x[i:i + 1], c[i:i + 1]), whole[i:i + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_autocast_still_tells_999_from_1000():
+    """Under autocast the conditions stay float32: bf16 rounds 999 and 1001 to 1000."""
+    torch.manual_seed(0)
+    net = awake(unet.UNet(**SMALL))
+    seen = []
+    net.input_blocks[1][0].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(torch.randn(2, 3, 16, 16), torch.tensor([999.0, 1000.0]))
+    expected = net.time_embed(unet.timestep_embedding(torch.tensor([999.0, 1000.0]), 32))
+    assert seen[0].dtype == torch.float32
+    assert_close(seen[0], expected, rtol=1e-5, atol=1e-6)
+    assert (seen[0][0] - seen[0][1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kwargs, words", [
+    (dict(image_size=18, channel_mult=(1, 2, 2)), "cannot be halved 2 times: use a multiple of 4"),
+    (dict(image_size=16, channels=20), "do not divide into 32 groups"),
+    (dict(image_size=16, channels=96, head_channels=64, attention_resolutions=(16,)), "attention heads of 64")])
+def test_impossible_sizes_are_refused(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        unet.UNet(**kwargs)
+
+
+def test_describe_names_every_preset():
+    text = unet.describe()
+    assert all(name in text for name in unet.PRESETS) and "35,746,307" in text
