@@ -4,28 +4,22 @@ Every picture ends as a uint8 tensor (C, H, W), 0..255, with H = W = size, C = 1
 uint8 until the trainer calls `to_float`. Pictures are checked once, at the start (`load`), and
 the order of training is a pure function of the position in the stream (`batch_indices`).
 
-Not here, on purpose: labels, augmentation (the trainer flips), colour management (ICC profiles
-and gamma are ignored) and 16-bit *colour* (Pillow keeps the high byte; 16-bit gray is exact).
+What this file does not do: labels, augmentation (the trainer flips), colour management (ICC
+profiles and gamma are ignored), 16-bit *colour* (Pillow keeps the high byte; 16-bit gray is exact).
+Sets that are one array (CIFAR-10, IDX, NumPy) are opened by readers.py.
 
-Symbols   N images, C channels, H height, W width, n = len(data set), e = epoch.
+N images, C channels, H height, W width, n = len(data set), e = epoch.
 
     python -c "import data; print(data.load('shapes', 32, 3).summary)"
     python -c "import data; print(data.load('photos.zip', 64, 3, progress=True).summary)"
     python -c "import data; print(data.batch_indices(n=10, start=8, batch=4, seed=0))"
 """
-import codecs
-import gzip
-import hashlib
 import io
 import itertools
 import math
 import os
-import pickle
 import re
 import signal
-import struct
-import tarfile
-import urllib.request
 import warnings
 import zipfile
 from collections import Counter
@@ -37,10 +31,9 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-CIFAR_BATCH = re.compile(r"(?:^|/)data_batch_([1-5])(\.bin)?$")
-IDX_TRAIN = re.compile(r"^train-images.*idx3-ubyte(\.gz)?$")
+import readers
+from readers import reason
+
 HIDDEN = re.compile(r"(^|[\\/])(\.[^\\/]|__MACOSX)")  # in any part of the name, but not in "./"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 # The contents are held to the same list: Pillow would run Ghostscript on an EPS called cat.png.
@@ -68,7 +61,8 @@ def to_uint8(x):
 # ------------------------------------------------------------------ one image
 
 def grid(images, columns):
-    """uint8 images (N, C, H, W) side by side, row by row -> one PIL image; empty places are white."""
+    """uint8 images (N, C, H, W) side by side, row by row -> one PIL image; empty places are
+    white."""
     n, c, h, w = images.shape
     sheet = torch.full((-(-n // columns), columns, c, h, w), 255, dtype=torch.uint8)
     sheet.flatten(0, 1)[:n] = images.cpu()
@@ -213,13 +207,6 @@ class Files:
             raise ValueError(f"{self.paths[i]}: {reason(error)}") from error
 
 
-def reason(error):
-    """One line, fit for a user, that says what an exception says."""
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image of a known format"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def describe(modes, sizes, target, how, bad=0):
     """The summary: `modes` {mode: count}, `sizes` of (width, height), `target` (C, H, W)."""
     small, large = (f(sizes, key=math.prod) for f in (min, max))
@@ -305,123 +292,6 @@ def walk(root):
         yield from (os.path.relpath(os.path.join(folder, name), root) for name in names)
 
 
-# ------------------------------------------------------------------ arrays: IDX, NumPy, CIFAR-10
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads pickled NumPy arrays and refuses all else: a plain pickle.load may run any program."""
-
-    # Named by what they are, since NumPy 2 moved numpy.core to numpy._core.
-    reconstruct = np.empty(0).__reduce__()[0]
-    allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
-               ("numpy.core.multiarray", "_reconstruct"): reconstruct,
-               ("numpy._core.multiarray", "_reconstruct"): reconstruct,
-               ("_codecs", "encode"): codecs.encode}
-
-    def find_class(self, module, name):
-        if (module, name) not in self.allowed:
-            raise ValueError(f"refused: the pickle asks for {module}.{name}, not only for arrays")
-        return self.allowed[module, name]
-
-
-def read_cifar(path):
-    """CIFAR-10 training images, from the archive or its folder -> uint8 (N, 32, 32, 3).
-
-    Both official forms, told apart by the names inside: data_batch_1 ... 5 (Python pickles) and
-    data_batch_1.bin ... 5.bin. Four batches out of five would train without a murmur on 40,000
-    images, so a missing one is an error; how many rows each has is left open.
-    """
-    parts = {}
-    if os.path.isdir(path):
-        for name in os.listdir(path):
-            if match := CIFAR_BATCH.search(name):
-                with open(os.path.join(path, name), "rb") as file:
-                    parts[match[1]] = (match[2], file.read())
-    else:
-        with tarfile.open(path) as tar:  # nothing is unpacked to disk
-            for member in tar:
-                if (match := CIFAR_BATCH.search(member.name)) and member.isfile():
-                    parts[match[1]] = (match[2], tar.extractfile(member).read())
-            while tar.fileobj.read(2**20):  # gzip compares its checksum at the very end only
-                pass
-    if missing := set("12345") - set(parts):
-        raise ValueError(f"{path} has no CIFAR-10 data_batch_{min(missing)} "
-                         "(an archive of image files: unpack it, or use a .zip)")
-    rows = []
-    for number, (binary, raw) in sorted(parts.items()):
-        if binary:  # each record: one byte of label, then 3072 of pixels
-            batch = np.frombuffer(raw, np.uint8).reshape(-1, 3073)[:, 1:]
-        else:
-            batch = ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load()[b"data"]
-        if not isinstance(batch, np.ndarray) or batch.dtype != np.uint8:
-            raise ValueError(f"{path}: data_batch_{number} holds no uint8 array")
-        rows.append(batch.reshape(-1, 3, 32, 32))
-    return np.concatenate(rows).transpose(0, 2, 3, 1)
-
-
-def read_idx(raw, path, size):
-    """The bytes of an IDX file of images -> uint8 (N, H, W, 1), padded with zeros up to `size`.
-
-    IDX: bytes 0 0 8 3 (unsigned bytes, 3 axes), then N, H, W big-endian, then the pixels.
-    """
-    count, height, width = struct.unpack(">3I", raw[4:16])
-    if len(raw) != 16 + count * height * width:
-        raise ValueError(f"{path} should hold {count} images of {width}x{height}, is cut or broken")
-    images = np.frombuffer(raw, np.uint8, offset=16).reshape(count, height, width, 1)
-    if max(height, width) <= size:  # 28 -> 32 by a border: digits keep their exact pixels
-        down, right = size - height, size - width
-        images = np.pad(images, ((0, 0), (down // 2, down - down // 2),
-                                 (right // 2, right - right // 2), (0, 0)))
-    return images
-
-
-def read_numpy(path, key):
-    """A .npy file, or one array of a .npz (`key`, or the only one) -> uint8 (N, H, W, C).
-
-    Floats are refused, not guessed at: they may mean [0, 1], [-1, 1] or [0, 255].
-    """
-    array = np.load(path, allow_pickle=False)  # a pickle in it could run any program
-    if not isinstance(array, np.ndarray):
-        with array as archive:
-            arrays = {k: archive[k] for k in archive.files if key in (None, k)}
-            likely = [k for k, a in arrays.items() if a.dtype == np.uint8 and a.ndim in (3, 4)]
-            choices = likely or list(arrays)
-            if len(choices) != 1:
-                listing = ", ".join(f"{k} {archive[k].dtype} {archive[k].shape}" for k in archive)
-                raise ValueError(f"{path}: name one array as {path}:KEY, of {listing or 'none'}")
-            array = arrays[choices[0]]
-    if array.dtype != np.uint8:
-        raise ValueError(f"{path}: {array.dtype} is not uint8; save 0..255, for floats in [0, 1] "
-                         "as (x * 255).round().astype('uint8')")
-    if array.ndim == 3:
-        return array[..., None]
-    if array.ndim == 4 and array.shape[3] in (1, 3, 4):
-        return array
-    if array.ndim == 4 and array.shape[1] in (1, 3, 4):
-        return array.transpose(0, 2, 3, 1)
-    raise ValueError(f"{path}: {array.shape} is none of (N,H,W), (N,H,W,C), (N,C,H,W), C = 1, 3, 4")
-
-
-def read_array(path, key, size):
-    """A file or folder that is one array of images, told by its first bytes -> (N, H, W, C)."""
-    if os.path.isdir(path):
-        return read_cifar(path)
-    with open(path, "rb") as file:
-        raw = file.read(8)
-    zipped = raw[:2] == b"\x1f\x8b"
-    if zipped:
-        with gzip.open(path) as file:
-            raw = file.read(8)
-    if raw[:4] == b"\0\0\x08\x03":
-        with (gzip.open if zipped else open)(path, "rb") as file:
-            return read_idx(file.read(), path, size)
-    if raw[:6] == b"\x93NUMPY" or raw[:2] == b"PK":
-        return read_numpy(path, key)
-    if tarfile.is_tarfile(path):
-        return read_cifar(path)
-    raise ValueError(f"{path} is no data set of a known kind (it begins with {raw}); known are a "
-                     "folder or .zip of images, .npy, .npz, IDX, and the CIFAR-10 archives")
-
-
 def fit(array, size, channels, progress):
     """uint8 (N, H, W, 1, 3 or 4) -> uint8 tensor (N, channels, size, size), as by `prepare`.
 
@@ -438,45 +308,6 @@ def fit(array, size, channels, progress):
     return images
 
 
-# ------------------------------------------------------------------ loading
-
-def download(url, path, sha256):
-    """Fetch `url` to `path`: all of it and with the right SHA-256 (hex), or nothing and OSError.
-
-    The error says where to put the file by hand, since clusters often have no network. Several
-    processes may do this at once: each writes a file of its own, and the last to finish wins.
-    """
-    part = f"{path}.{os.getpid()}.part"  # same folder, so that os.replace is one atomic step
-    digest = hashlib.sha256()
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as reply, open(part, "wb") as file:
-            total = int(reply.headers.get("Content-Length") or 0) or None
-            with tqdm(desc=os.path.basename(path), total=total, unit="B", unit_scale=True) as bar:
-                while chunk := reply.read(2**20):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-        if digest.hexdigest() != sha256:
-            raise OSError(f"its SHA-256 is {digest.hexdigest()}")
-        os.replace(part, path)
-    except Exception as error:  # OSError mostly, but a cut reply is an HTTPException
-        raise OSError(f"cannot download {url} ({reason(error)}): put the file with SHA-256 {sha256}"
-                      f" at {path}, or give its path to --data") from error
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
-
-
-def cifar_archive():
-    """Path of the CIFAR-10 archive in the cache folder; downloaded (170 MB) if it is not there."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = os.path.join(cache, "diffusion-data", "cifar-10-python.tar.gz")
-    if not os.path.exists(path):
-        download(CIFAR_URL, path, CIFAR_SHA256)
-    return path
-
-
 def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30, progress=False):
     """-> a data set: len(d), d[i] uint8 tensor (channels, size, size), d.summary in one line.
 
@@ -491,7 +322,7 @@ def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30,
         raise ValueError(f"channels is 1 or 3 and size at least 1, not {channels} and {size}")
     if source == "shapes":
         return Shapes(size, channels, seed)
-    path, key = cifar_archive() if source == "cifar10" else str(source), None
+    path, key = readers.cifar_archive() if source == "cifar10" else str(source), None
     if ".npz:" in path and not os.path.exists(path):
         path, key = path.rsplit(".npz:", 1)
         path += ".npz"
@@ -500,10 +331,10 @@ def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30,
     try:
         if os.path.isdir(path):
             names = sorted(os.listdir(path))
-            idx = [name for name in names if IDX_TRAIN.search(name)]
+            idx = [name for name in names if readers.IDX_TRAIN.search(name)]
             if idx:
                 path = os.path.join(path, idx[0])
-            elif not any(map(CIFAR_BATCH.search, names)):
+            elif not any(map(readers.CIFAR_BATCH.search, names)):
                 paths = [os.path.join(path, name) for name in find_images(walk(path), path)]
                 return scan(Files(paths, size, channels), skip_bad, memory_limit, progress)
         elif zipfile.is_zipfile(path) and not path.lower().endswith(".npz"):
@@ -511,7 +342,7 @@ def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30,
                 members = [m.filename for m in archive.infolist() if not m.is_dir()]
             files = Files(find_images(members, path), size, channels, archive=path)
             return scan(files, skip_bad, memory_limit, progress)
-        array = read_array(path, key, size)
+        array = readers.read_array(path, key, size)
         images = fit(array, size, channels, progress)
     except Exception as error:  # gzip, tarfile, pickle, NumPy: each has its own family of errors
         if isinstance(error, OSError) and path in str(error):
@@ -578,7 +409,8 @@ def batches(dataset, batch, start, seed, rank=0, world=1, workers=0):
 
     if isinstance(dataset, Array):  # a gather is faster than any worker could hand it over
         return (dataset.images[i] for i in indices())
-    if not workers:
+    # Drawing a batch of shapes takes milliseconds; a worker would take a core from the network.
+    if not workers or isinstance(dataset, Shapes):
         return (torch.stack([dataset[i] for i in some]) for some in indices())
     # A generator of its own: DataLoader draws a seed, and from the global one that would make the
     # noise of training depend on the number of workers.

@@ -1,31 +1,31 @@
-r"""Time conditions: what the network is told about t. E-TSDM's shared timesteps, and the remaps it
-is compared with.
+r"""Time conditions: what the network is told about t. E-TSDM's shared timesteps, and the remaps.
 
-    net(x_t, f(t)),   f a *time condition*; the noise level in x_t and every schedule coefficient stay those of t.
+    net(x_t, f(t)):   f is the time condition; the noise in x_t, and a and s, stay those of t itself
 
-E-TSDM (Yang et al., ICLR 2024): near t = 0 the slope of the ideal network in t is infinite
-(theorem 3.1), because eps*(x, t) = -s score(x, t) and ds/dt -> infinity. So on [0, interval) time
-is cut into n equal sub-intervals and the network is told only where the present one begins
-(algorithms A1, A2):
+E-TSDM (Yang et al., ICLR 2024): near t = 0 the slope of the ideal network in t is infinite (theorem
+3.1), because ε*(x, t) = −s score(x, t) and ds/dt → ∞. So [0, interval) is cut into n equal parts,
+and the network is told only where the present part begins (algorithms A1, A2):
 
-    f(t) = max{ t_i : t_i <= t },  t_i = i interval/n,   for t < interval;      f(t) = t  from there on
+    f(t) = max{t_i : t_i <= t},  t_i = i · interval/n,   for t < interval;     f(t) = t  beyond it
 
-          f(t)                       interval = 100, n = 5: all of t = 0..19 is called 0, all of 20..39 is called 20
-      100 |            /             Inside a sub-interval the network's slope in t is exactly 0; the price is an
-       80 |       ____/              error that falls like 1/n (theorem 4.1).
-       40 |   ____
-        0 |___________ t
+     f(t)
+      100 |          /
+       80 |        __        interval = 100, n = 5: the network is told 0 for all of t = 0..19, then
+       60 |      __          20 for all of t = 20..39, and so on. Inside a part its slope in t is
+       40 |    __            exactly 0; the price is an error that falls like 1/n (theorem 4.1).
+       20 |  __
+        0 |__________ t
 
-A remap is the alternative the paper tries instead (tables A3 to A5): an invertible f that
-stretches small t.
+A remap is an alternative that the paper compares with (tables A3 to A5): tell the network an
+invertible f(t) that stretches small t.
 
-What this file does not do: it never sees x, and no sampler knows that it exists: a condition lives
-in the Denoiser.
+What this file does not do: see x. And no sampler or loss knows of it: a condition is a value that
+lives in the Denoiser.
 
-    python train.py --etsdm                       python train.py --remap sqrt
+    python train.py --etsdm                  python train.py --remap sqrt
 
-t in [0, T], c = f(t) the condition, interval the length of the shared range (the paper's t with a
-tilde), n its parts.
+t in [0, T]; c = f(t) the condition; interval the length of the shared range (t̃ in the paper), n the
+number of its parts.
 """
 
 import math
@@ -33,41 +33,45 @@ import math
 import torch
 
 REMAPS = ("sqrt", "inverse-sigmoid")
-MARGIN = 1e-3  # inverse-sigmoid: how close to the poles of logit the ends of [0, T] are mapped from
+MARGIN = 1e-3  # inverse-sigmoid: how near to the poles of logit the ends of [0, T] come
 
 
 def share_timesteps(t, interval=100, n=5):
-    r"""E-TSDM's f(t): t, a number or tensor of any shape -> tensor of the same shape.
+    r"""E-TSDM's f(t): t, a number or a tensor -> tensor of the same shape.
 
-    Keeps t's dtype, except that integer t with non-integer boundaries gives float64 (as does a
-    plain number). ValueError: n < 1 or interval <= 0.
+    Keeps t's dtype, except that integer t with boundaries that are no integers gives float64, as a
+    plain number does. ValueError: n < 1, or interval <= 0.
     """
     if n < 1 or int(n) != n or interval <= 0:
-        raise ValueError(f"E-TSDM needs interval > 0 and a whole number n >= 1, not interval={interval}, n={n}")
-    t = torch.as_tensor(t) if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=torch.float64)
+        raise ValueError("E-TSDM needs an interval > 0 and a whole number n >= 1, "
+                         f"not interval={interval}, n={n}")
+    if not isinstance(t, torch.Tensor):
+        t = torch.tensor(t, dtype=torch.float64)
     starts = torch.arange(int(n), dtype=torch.float64, device=t.device) * interval / n
     if t.is_floating_point():
         starts = starts.to(t.dtype)  # compare in t's own precision, so that f(f(t)) = f(t)
-    # Look boundaries up instead of computing floor(t n/interval): the division can land one ulp
-    # short of i.
-    shared = starts[(torch.searchsorted(starts, t.to(starts.dtype).contiguous(), right=True) - 1).clamp(min=0)]
+    # Boundaries are looked up, not computed as floor(t n/interval): that can land one short of i.
+    i = torch.searchsorted(starts, t.to(starts.dtype).contiguous(), right=True) - 1
+    shared = starts[i.clamp(min=0)]
     if not t.is_floating_point() and bool((starts == starts.floor()).all()):
         shared = shared.to(t.dtype)
     return torch.where(t < interval, shared, t.to(shared.dtype))
 
 
 def remap(t, name, T=1000):
-    r"""An invertible f of [0, T] onto itself that is steep where t is small: t -> float64 tensor
-    of the same shape.
+    r"""An invertible f of [0, T] onto itself, steep at small t: t -> float64 of the same shape.
 
-    sqrt: f(t) = T sqrt(t/T).   inverse-sigmoid: T (logit(m + (1 - 2m) t/T) + L)/(2L), L = logit(1 - m), m = MARGIN:
-    the logistic function's inverse, cut just before its poles. ValueError: unknown name.
+    sqrt              T √u,  u = t/T
+    inverse-sigmoid   T (1 + logit(m + (1 − 2m) u)/logit(1 − m))/2,  m = MARGIN: the inverse of the
+                      logistic function, cut just before its poles
+    ValueError: unknown name.
     """
     u = torch.as_tensor(t, dtype=torch.float64) / T
     if name == "sqrt":
         return T * u.sqrt()
     if name == "inverse-sigmoid":
-        return T * (1 + torch.logit(MARGIN + (1 - 2 * MARGIN) * u) / math.log((1 - MARGIN) / MARGIN)) / 2
+        logit = torch.logit(MARGIN + (1 - 2 * MARGIN) * u)
+        return T * (1 + logit / math.log((1 - MARGIN) / MARGIN)) / 2
     raise ValueError(f"unknown remap {name!r}: choose from {' '.join(REMAPS)}")
 
 
@@ -85,19 +89,19 @@ def unremap(c, name, T=1000):
 def make_condition(etsdm=False, interval=100, n=5, remap_name=None, T=1000):
     """The condition that a run's settings ask for: a function t -> c, or None for t itself.
 
-    ValueError where the settings contradict: both at once, an interval beyond T, sub-intervals
-    shorter than one step.
+    ValueError where they contradict: both at once, an interval beyond T, parts below one step.
     """
     if etsdm and remap_name:
-        raise ValueError("--etsdm and --remap are alternatives: both say what the network is told about t")
+        raise ValueError("--etsdm and --remap are alternatives: both say what the network is told")
     if remap_name:
         remap(0.0, remap_name, T)  # an unknown name should fail here, not at the first step
         return lambda t: remap(t, remap_name, T)
     if not etsdm:
         return None
     if interval > T:
-        raise ValueError(f"--etsdm-interval {interval} is longer than the {T} timesteps there are")
+        raise ValueError(f"--etsdm-interval {interval:g} is longer than the {T} timesteps")
     if n > interval:
-        raise ValueError(f"--etsdm-n {n} cuts {interval} timesteps into parts shorter than a step, which share nothing")
+        raise ValueError(f"--etsdm-n {n} cuts {interval:g} timesteps into parts shorter than a "
+                         "step, which share nothing")
     share_timesteps(0.0, interval, n)
     return lambda t: share_timesteps(t, interval, n)

@@ -1,28 +1,28 @@
 r"""Training losses: DDPM's simple loss, and SA-DPM's sequence-aware loss for any k.
 
-    L = L_simple + weight L_SA                                                          SA-DPM, algorithm 2
-    L_simple = E || r_0 ||^2,    L_SA = E || (1/k) sum_{i<k} r_i ||^2,    r_i = eps_i - eps_theta(x_{t-i}, t - i)
+    L = L_simple + weight · L_SA                                           SA-DPM, algorithm 2
+    L_simple = E‖r_0‖²,     L_SA = E‖(1/k) Σ_{i<k} r_i‖²,     r_i = ε_i − ε_θ(x_{t−i}, t − i)
 
-Why a second term: the error at the end of a sampling run is the *sum* of the steps' errors, sum_t
-tau_t e_t (theorem 1, gap.py). L_simple makes each e_t small but does not care whether neighbours
-add up or cancel; L_SA penalises the sum of k neighbours, which bounds the total more tightly
-(theorem 2).
+Why a second term: the error at the end of a sampling run is the *sum* of the errors of its steps,
+Σ_t τ_t e_t (theorem 1). L_simple makes every e_t small, but does not care whether neighbours add up
+or cancel; L_SA is about the sum of k neighbours, and bounds the total more tightly (theorem 2).
 
-Two choices that the code shows and the paper leaves open:
-  * x_{t-i} uses its own independent noise eps_i: it is one image at k noise levels, not one
-  trajectory. * Both losses are residuals of eps whatever the network predicts, because the theory
-  is about eps. With
-    v-prediction that weighs the plain v-loss by a^2 and leaves nothing at all to learn where a = 0
-    (t = T of zero-terminal-snr); so the *plain* loss can be measured in another space (`space`,
-    --loss-space).
+Two choices the code shows and the paper leaves open:
 
-What this file does not do: average over the batch, or know about EMA, processes and precision
+  * x_{t−i} has its own, independent noise ε_i: one image at k noise levels, not one trajectory.
+
+  * Both losses are residuals of ε whatever the network predicts, because the theory is about ε.
+    With v-prediction that is a² times the plain loss in v, and where a = 0 (t = T of
+    zero-terminal-snr) nothing at all would be learnt. So L_simple can be measured in another space
+    (`space`, train.py --loss-space); L_SA stays in ε.
+
+What this file does not do: average over the batch, or know of precision, processes and EMA
 (train.py).
 
-    torchrun train.py --sa-k 2 --sa-weight 1.0
+    python train.py --sa-k 2 --sa-weight 1.0
 
-B images, k consecutive steps; x0 in [-1, 1]; t (B,) in (0, T]; noises (k, B, ...); losses (B,),
-mean over C, H, W.
+B images, k consecutive steps; x0 in [-1, 1]; t (B,) in (0, T]; noises (k, B, ...); a loss is (B,),
+the mean over C, H, W.
 """
 
 import torch
@@ -33,33 +33,34 @@ SPACES = ("eps", "x0", "v")
 
 
 def simple_loss(denoiser, x0, t, noise, space="eps"):
-    """DDPM eq. 14, per image: x0 (B, ...), t (B,), noise like x0 -> (B,)."""
+    """DDPM eq. 14: x0 (B, ...), t (B,), noise like x0 -> loss of each image (B,)."""
     return sa_loss(denoiser, x0, t, noise[None], space)[0]
 
 
 def sa_loss(denoiser, x0, t, noises, space="eps"):
-    r"""(L_simple (B,), L_SA (B,)), from ONE forward pass over the k noise levels laid along the
-    batch axis.
+    r"""(L_simple (B,), L_SA (B,)) from ONE forward pass: the k noise levels lie on the batch axis.
 
-    noises (k, B, ...): noises[0] belongs to t and is shared by both losses. k = 1 gives L_SA =
-    L_simple (in eps). Terms with t - i < 1 are left out of the sum, and its divisor stays k.
+    noises (k, B, ...): noises[0] belongs to t, and both losses share it. With k = 1, L_SA is
+    L_simple in ε. Terms with t − i < 1 are left out of the sum; its divisor stays k.
     """
     k, B = noises.shape[:2]
     steps = torch.arange(k, device=t.device)[:, None]
     exists = t - steps >= 1  # (k, B)
-    exists[0] = True  # real t below 1 (continuous time) is trained on too; it only has no predecessor
-    ts = torch.where(exists, t - steps, t)  # a missing term still fills its place in the batch, then counts 0
+    exists[0] = True  # real t below 1 (continuous time) is trained on; it has no predecessor
+    ts = torch.where(exists, t - steps, t).flatten()  # a missing term fills its place, and counts 0
 
-    xt = diffuse(denoiser.schedule, x0.repeat(k, *[1] * (x0.dim() - 1)), ts.flatten(), noises.flatten(0, 1))
-    x0_hat, eps_hat = (p.unflatten(0, (k, B)) for p in denoiser.predict(xt, ts.flatten()))  # (k, B, ...)
+    repeated = x0.repeat(k, *[1] * (x0.dim() - 1))  # (k B, ...)
+    xt = diffuse(denoiser.schedule, repeated, ts, noises.flatten(0, 1))
+    x0_hat, eps_hat = (p.unflatten(0, (k, B)) for p in denoiser.predict(xt, ts))  # (k, B, ...)
 
     r = noises - eps_hat
-    window = (r * match(exists.flatten(), r.flatten(0, 1)).unflatten(0, (k, B))).sum(0) / k
+    counts = match(exists.flatten(), repeated).unflatten(0, (k, B))  # (k, B, 1, 1, 1)
+    window = (r * counts).sum(0) / k
     if space == "eps":
         plain = r[0]
     elif space == "x0":
         plain = x0 - x0_hat[0]
-    elif space == "v":  # v = a eps - s x0, so its residual is the same combination of theirs
+    elif space == "v":  # v = a ε − s x_0, and so is its residual
         a, s = (match(c, x0) for c in denoiser.schedule.coefficients(t))
         plain = a * r[0] - s * (x0 - x0_hat[0])
     else:
@@ -68,20 +69,17 @@ def sa_loss(denoiser, x0, t, noises, space="eps"):
 
 
 def time_range(schedule, prediction):
-    """(lowest, highest) t to train on. Discrete: 1..T. Continuous: from T/1e5 on, since s = 0 at t
-    = 0.
+    """(lowest, highest) t to train on: 1..T, or from T/1e5 in continuous time, since s = 0 at 0.
 
-    Where alpha_bar(T) = 0, x_T holds no trace of x_0 and eps-prediction has nothing to say about
-    it: T - 1 is the end.
+    Where ᾱ(T) = 0 there is no trace of x_0 in x_T, and no x_0 in ε: ε-prediction ends at T − 1.
     """
     blind = prediction == "eps" and bool(schedule.alpha_bar(schedule.T) == 0)
     return (schedule.T / 1e5 if schedule.continuous else 1), schedule.T - blind
 
 
 def draw_timesteps(n, schedule, low, high, generator=None):
-    """n times uniform on low..high, antithetic: t and low + high - t come in pairs, which halves
-    the loss's variance over t. Integers (int64) on a discrete schedule, real (float64) on a
-    continuous one."""
+    """n times uniform on low..high, antithetic: t and low + high − t come in pairs, which evens out
+    the mix of noise levels in a batch. Integers (int64) on a discrete schedule, else float64."""
     half = (n + 1) // 2
     if schedule.continuous:
         t = low + (high - low) * torch.rand(half, dtype=torch.float64, generator=generator)

@@ -1,8 +1,8 @@
 r"""What a training program needs that is not diffusion: processes, seeds, precision, EMA, and
 files that survive.
 
-    torchrun --nproc_per_node 4 train.py ...      sets RANK, WORLD_SIZE and LOCAL_RANK; setup() reads them
-    python train.py ...                           no such variables: one process, and the same code
+    torchrun --nproc_per_node 4 train.py     sets RANK, WORLD_SIZE, LOCAL_RANK; setup() reads them
+    python train.py                          no such variables: one process, and the same code
 
 Import this module before torch: it sets two knobs of the C libraries that are read only once.
 
@@ -43,7 +43,7 @@ class Processes:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc):  # on every path, errors too, or the other ranks would wait for the timeout
+    def __exit__(self, *exc):  # on errors too, or the other ranks would wait
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -87,16 +87,19 @@ class Processes:
 
 
 def setup(tf32=True):
-    """Join the other processes if torchrun started us, choose this process's device, and return
-    Processes."""
+    """Join the other processes if torchrun started us, choose this process's device -> Processes.
+
+    tf32: let GPUs round float32 products to 10 bits, for speed; no where digits count.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    if world > 1:  # two backends: CPU tensors (flags, counts) over gloo, gradients over NCCL where there are GPUs
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    if world > 1:  # CPU tensors (flags, counts) go over gloo; gradients over NCCL where on GPUs
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Processes(rank, world, local_rank, device)
 
@@ -191,6 +194,7 @@ def atomic_write(path):
 
 
 def write_text(path, text):
+    """A small text file, whole or not at all."""
     with atomic_write(path) as temporary:
         temporary.write_text(text)
 
@@ -214,11 +218,11 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # torch raises many kinds here: a pickle that is refused, a zip cut short, not a zip
+    except Exception as error:  # torch has many kinds: a pickle refused, a zip cut short, no zip
         raise ValueError(f"{path} is not a checkpoint of train.py ({what_is(path)})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of train.py: it holds {describe(checkpoint)}; "
-                         "give a folder under runs/")
+        raise ValueError(f"{path} is not a checkpoint of train.py: it holds "
+                         f"{describe(checkpoint)}; give a folder under runs/")
     return checkpoint
 
 
@@ -237,13 +241,14 @@ def what_is(path):
 
 def describe(thing):
     """What a foreign checkpoint holds, in a few words."""
-    if isinstance(thing, dict) and str(thing.get("format", "")).startswith(FORMAT.rsplit(" ", 1)[0]):
+    if not isinstance(thing, dict):
+        return f"a {type(thing).__name__}"
+    if str(thing.get("format", "")).startswith(FORMAT.rsplit(" ", 1)[0]):
         return f"format {thing['format']!r}, of another version of this program"
-    if isinstance(thing, dict) and {"state", "param_groups"} <= thing.keys():
+    if {"state", "param_groups"} <= thing.keys():
         return "the state of an optimizer"
-    if isinstance(thing, dict):
-        return f"{len(thing)} entries: " + ", ".join(map(str, list(thing)[:3])) + (", ..." if len(thing) > 3 else "")
-    return f"a {type(thing).__name__}"
+    some = ", ".join(map(str, list(thing)[:3]))
+    return f"{len(thing)} entries: {some}" + (", ..." if len(thing) > 3 else "")
 
 
 def find_checkpoint(run=None):
@@ -252,7 +257,8 @@ def find_checkpoint(run=None):
     if run is None:
         found = sorted(RUNS.glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
         if not found:
-            raise FileNotFoundError(f"no run under {RUNS.resolve()}: train one first, e.g. torchrun train.py --sa-k 2")
+            raise FileNotFoundError(f"no run under {RUNS.resolve()}: train one first, "
+                                    "e.g. torchrun train.py --sa-k 2")
         return found[-1]
     for path in (Path(run), RUNS / run):
         if path.is_file():
@@ -268,17 +274,23 @@ def find_checkpoint(run=None):
 # ------------------------------------------------------------------ programs
 
 class Stop:
-    """Ctrl-C, SIGTERM and SIGHUP ask the loop to stop at the next step instead of killing it in
-    the middle of one."""
+    """Inside `with Stop() as stop`, Ctrl-C, SIGTERM and SIGHUP only set stop.asked to their name,
+    so that a loop can finish its step and save. A second Ctrl-C means now."""
 
-    def __init__(self):
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __enter__(self):
         self.asked = ""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self.ask)
+        self.before = [signal.signal(number, self.ask) for number in self.SIGNALS]
+        return self
+
+    def __exit__(self, *exc):
+        for number, handler in zip(self.SIGNALS, self.before, strict=True):
+            signal.signal(number, handler)
 
     def ask(self, number, frame):
         if self.asked == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C means now
+            raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
 
 

@@ -9,8 +9,7 @@ Image i starts from the noise of seed + i, and draws its fresh noise from the sa
 the same picture (within one grey level) whatever the batch size and the number of processes, and a
 second call goes on where a first one was stopped.
 
-What this file does not do: choose the sampler's formulas (samplers.py) or score images
-(metrics.py).
+What this file does not do: the samplers' formulas (samplers.py), or scoring images.
 
 C, H, W as the run was trained; pixels are written as uint8 = round((x + 1) 127.5).
 """
@@ -33,6 +32,7 @@ import samplers
 
 
 def parse(argv=None):
+    """The command line; ValueError for flags that the chosen sampler would ignore."""
     parser = argparse.ArgumentParser(
         prog="sample.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Make pictures with a trained run: a grid, and numbered PNGs or one .npz.",
@@ -88,7 +88,8 @@ def how(args, denoiser):
 
 
 def prepare_folder(args, checkpoint_path, step, arguments):
-    """The output folder; pictures there that were made differently are removed, foreign ones never."""
+    """The output folder; pictures there that were made differently are removed, foreign ones
+    never."""
     tag = f"{args.sampler}-{args.nfe}"
     out = args.out or checkpoint_path.parent / "generated" / tag
     made = dict(checkpoint=str(checkpoint_path.resolve()), step=step, weights=args.weights,
@@ -115,8 +116,8 @@ def prepare_folder(args, checkpoint_path, step, arguments):
     return out
 
 
-def main():
-    args = parse()
+def main(argv=None):
+    args = parse(argv)
     with runtime.setup(tf32=False) as process:
         runtime.keep_memory()
         path = process.share(runtime.find_checkpoint(args.run) if process.first else None)
@@ -163,7 +164,8 @@ def generate(args, process, denoiser, arguments, out):
 
 
 def finish(args, process, out, made):
-    """Rank 0 gathers, writes the .npz or reads the PNGs back, makes the grid, and says where all is."""
+    """Rank 0 gathers, writes the .npz or reads the PNGs back, makes the grid, and says where all
+    is."""
     if args.npz:
         parts = process.gather(made)
         if process.first:
@@ -183,7 +185,7 @@ def finish(args, process, out, made):
     # A colour tint of the whole set is the commonest silent fault of a sampler.
     means = ", ".join(f"{m:.1f}" for m in grid.double().mean((0, 2, 3)))
     print(f"{args.num} images; mean of each channel over the grid: {means} of 255")
-    print(f"{'archive' if args.npz else 'images'}: {(out / 'images.npz' if args.npz else out).resolve()}")
+    print(f"images: {(out / 'images.npz' if args.npz else out).resolve()}")
     print(f"grid: {(out / 'grid.png').resolve()}")
 
 

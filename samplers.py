@@ -1,35 +1,32 @@
-r"""Samplers: from noise x_T back to an image x_0, with exactly `nfe` calls of the network.
+r"""Samplers: from noise x_T back to an image x_0, in exactly `nfe` calls of the network.
 
-    ddpm          ancestral sampling: draw x_next from q(x_next | x_t, x0_hat)             DDPM, algorithm 2
-    ddim          the same family with an adjustable amount eta of fresh noise              DDIM eq. 12
-    dpm-solver    the probability-flow ODE solved exactly in its linear part, singlestep order 1, 2, 3
-    dpm-solver++  the same for the x0-prediction, multistep order 2 (2M): reuses the call before
+    ddpm          ancestral sampling: draw x_next from q(x_next | x_t, x̂_0)       DDPM, algorithm 2
+    ddim          the same with an adjustable share eta of fresh noise              DDIM, eq. 12
+    dpm-solver    the probability-flow ODE, its linear part solved exactly: singlestep order 1, 2, 3
+    dpm-solver++  the same for x_0 instead of ε; multistep order 2 (2M), which reuses the last call
 
-All of them start from one identity. Given (x0, eps) at time t, the noise-free move to any other
-time is
+All start from one identity. Given (x_0, ε) at time t, the noise-free move to another time is
 
-    x_next = a_next x0 + s_next eps                                                         ("DDIM step", order 1)
+    x_next = a_next x_0 + s_next ε                                         the DDIM step, order 1
 
-DDPM and DDIM put fresh noise where some of eps was; the DPM solvers add, to the same move,
-corrections that account for how eps (or x0) changes along the step. They see only
-denoiser.predict(x, t) -> (x0, eps) and the schedule, so every sampler works with every schedule,
-prediction type and time condition.
+DDPM and DDIM put fresh noise where some of ε was. The DPM solvers add to the same move corrections
+for how ε (or x_0) changes along the step. All see only denoiser.predict(x, t) -> (x_0, ε) and the
+schedule, so each works with every schedule, prediction type and time condition.
 
-What this file does not do: loop over batches, seed anything, or write images (sample.py); Heun's
-method.
+What this file does not do: loop over batches or write images (sample.py); Heun's method.
 
-    x = samplers.sample(denoiser, torch.randn(16, 3, 32, 32), sampler="dpm-solver", nfe=20,
-    spacing="logsnr")
+    x = samplers.sample(denoiser, torch.randn(16, 3, 32, 32), "dpm-solver", 20, "logsnr")
 
-x (B, ...), t in [0, T] falling; a, s, lam = log(a/s) at a time; h a step in lam; beta, beta_tilde
-of a step t -> t_next.
+x (B, ...); t in [0, T], falling; a, s, λ = log(a/s) at a time; h the length of a step in λ; β, β̃ of
+a step t -> t_next (schedules.py).
 """
 
 import math
+from itertools import pairwise
 
 import torch
 
-from schedules import time_grid
+from schedules import match, time_grid
 
 SAMPLERS = ("ddpm", "ddim", "dpm-solver", "dpm-solver++")
 
@@ -39,20 +36,20 @@ def sample(denoiser, x, sampler="ddim", nfe=50, spacing="uniform", eta=0.0, orde
            final_denoise=True, clip=None, noise=None, variance=None, t_start=None):
     r"""Noise x (B, ...) at t = T -> x_0 (B, ...), with exactly nfe network calls.
 
-    spacing        uniform | quadratic | logsnr, or a falling float64 tensor of times: the calls of ddpm and ddim, the
-                   points of the solvers (their last point is where they arrive)
-    eta            ddim: share of DDPM's fresh noise, 0 (none) to 1 (ddpm)
+    spacing        uniform | quadratic | logsnr, or a falling tensor of times: the calls of ddpm and
+                   ddim, the points of the solvers (which arrive at the last one)
+    eta            ddim: share of DDPM's fresh noise, from 0 (none) to 1 (DDPM)
     order          dpm-solver: 1, 2 or 3 (dpm-solver++ is always 2M)
     t_end          the time of the last call
-    final_denoise  True: the last call is spent on x_0 at t_end. False: return x at t_end, and every call is a step
-    clip           (low, high): x0_hat is kept within, and eps re-derived from it; None never clips
+    final_denoise  True: the last call gives x_0, seen from t_end. False: every call is a step, and
+                   x at t_end is returned
+    clip           (low, high): x̂_0 is kept within, and ε re-derived from it; None never clips
     noise          noise(shape) -> Gaussian like x; None draws from torch's global generator
-    variance       ddpm's fresh noise: "small" = beta_tilde (None too), "large" = beta; or, for ddpm and ddim, a
+    variance       of the fresh noise. ddpm: "small" = β̃ (so is None), "large" = β. ddpm and ddim: a
                    callable (x, t, t_next) -> variance of x_next given x_t
-    t_start        where to start instead of T
+    t_start        where to start instead of at T
 
-    ValueError: an argument out of its range, or eps-prediction where alpha_bar = 0 and x_0 cannot
-    be formed.
+    ValueError: an argument out of its range, or ε-prediction at ᾱ = 0, where it has no x_0.
     """
     schedule = denoiser.schedule
     check(denoiser, sampler, nfe, eta, order, variance, schedule.T if t_start is None else t_start)
@@ -64,7 +61,8 @@ def sample(denoiser, x, sampler="ddim", nfe=50, spacing="uniform", eta=0.0, orde
         times = spacing if isinstance(spacing, torch.Tensor) else time_grid(
             schedule, nfe + (not final_denoise), spacing, t_end, t_start)
         times = falling(times).tolist() + [0.0] * final_denoise
-        return ancestral(denoiser, x, times, 1.0 if sampler == "ddpm" else eta, variance, clip, noise)
+        eta = 1.0 if sampler == "ddpm" else eta
+        return ancestral(denoiser, x, times, eta, variance, clip, noise)
 
     steps = nfe - final_denoise  # with final_denoise, nfe = 1 is x_0 seen from t_start
     if steps == 0:
@@ -73,7 +71,8 @@ def sample(denoiser, x, sampler="ddim", nfe=50, spacing="uniform", eta=0.0, orde
         times, orders = singlestep_plan(schedule, steps, order, spacing, t_end, t_start)
         x = dpm_solver(denoiser, x, times, orders, clip)
     else:
-        times = spacing if isinstance(spacing, torch.Tensor) else time_grid(schedule, steps + 1, spacing, t_end, t_start)
+        times = spacing if isinstance(spacing, torch.Tensor) else time_grid(
+            schedule, steps + 1, spacing, t_end, t_start)
         x = dpm_solver_2m(denoiser, x, falling(times), clip)
     return predict(denoiser, x, times[-1].item(), clip)[0] if final_denoise else x
 
@@ -89,10 +88,10 @@ def check(denoiser, sampler, nfe, eta, order, variance, t_start):
     if order not in (1, 2, 3):
         raise ValueError(f"DPM-Solver has order 1, 2 or 3, not {order}")
     if isinstance(variance, str) and (variance not in ("small", "large") or sampler != "ddpm"):
-        raise ValueError(f"variance {variance!r}: ddpm takes small or large; other samplers a callable or None")
+        raise ValueError(f"variance {variance!r}: ddpm takes small or large, any other a callable")
     if denoiser.prediction == "eps" and float(denoiser.schedule.alpha_bar(t_start)) == 0:
-        raise ValueError(f"eps-prediction has no x_0 at t = {t_start:g}, where {denoiser.schedule.name} has "
-                         "alpha_bar = 0: use v or x0 prediction, or start lower (t_start)")
+        raise ValueError(f"eps-prediction has no x_0 at t = {t_start:g}, where alpha_bar = 0 in "
+                         f"{denoiser.schedule.name}: predict v or x0, or start lower (t_start)")
 
 
 def falling(times):
@@ -104,9 +103,8 @@ def falling(times):
 
 
 def predict(denoiser, x, t, clip):
-    """denoiser.predict, with x0_hat kept within clip. eps is then re-derived from the clipped x0,
-    so that the pair still explains x_t; for DDPM this is exactly the posterior mean mu_tilde(x_t,
-    clipped x0)."""
+    """denoiser.predict, with x̂_0 kept within clip. ε is then re-derived from the clipped x̂_0, so
+    that the pair still explains x_t: for DDPM this is the posterior mean μ̃(x_t, clipped x̂_0)."""
     x0, eps = denoiser.predict(x, t)
     if clip is None:
         return x0, eps
@@ -118,43 +116,42 @@ def predict(denoiser, x, t, clip):
 # ------------------------------------------------------------------ DDPM and DDIM
 
 def ancestral(denoiser, x, times, eta, variance, clip, noise):
-    r"""x_next = a_next x0 + sqrt(s_next^2 - eta^2 beta_tilde) eps + std z       DDIM eq. 12; eta = 1 is DDPM.
+    r"""x_next = a_next x_0 + √(s_next² − η² β̃) ε + std z                DDIM eq. 12; η = 1 is DDPM
 
-    `times` are the calls and, last, where to arrive: 0, or t_end. The step that lands on 0 adds no
-    noise.
+    `times` are those of the calls and, last, where to arrive: 0, or t_end. The step onto 0 is x_0
+    itself, without noise.
     """
-    for t, t_next in zip(times, times[1:]):
+    for t, t_next in pairwise(times):
         x0, eps = predict(denoiser, x, t, clip)
         a_next, s_next = map(float, denoiser.schedule.coefficients(t_next))
         beta, beta_tilde = map(float, denoiser.schedule.step_variances(t, t_next))
-        replaced = eta**2 * beta_tilde  # this much of eps's variance makes room for fresh noise
+        replaced = eta**2 * beta_tilde  # so much of ε's variance makes room for fresh noise
         mean = a_next * x0 + math.sqrt(max(s_next**2 - replaced, 0.0)) * eps
         if t_next == 0:
             return mean  # = x0
-        var = variance(x, t, t_next) if callable(variance) else beta if variance == "large" else replaced
-        x = mean if isinstance(var, float) and var == 0 else mean + _root(var, x) * noise(x.shape)
+        var = replaced if variance in (None, "small") else beta
+        if callable(variance):
+            var = variance(x, t, t_next)
+        if isinstance(var, torch.Tensor) or var > 0:
+            mean = mean + _std(var, x) * noise(x.shape)
+        x = mean
     return x
 
 
-def _root(var, x):
-    """Standard deviation as a factor of x-like noise: a float, or a tensor per image or per
-    pixel."""
-    if not isinstance(var, torch.Tensor):
-        return math.sqrt(var)
-    std = var.sqrt().to(x)
-    return std.reshape(-1, *[1] * (x.dim() - 1)) if std.dim() == 1 else std
+def _std(var, x):
+    """√var, made to multiply x: var is a number or a tensor, 0-d, per image or per pixel."""
+    std = torch.as_tensor(var, dtype=torch.float64).sqrt()
+    return match(std, x) if std.dim() <= 1 else std.to(x)
 
 
 # ------------------------------------------------------------------ DPM-Solver
 
 def singlestep_plan(schedule, steps, order, spacing="logsnr", t_end=1.0, t_start=None):
-    r"""(times (steps + 1,), orders): an update of order o goes from one time to the o-th after it
-    and costs o calls.
+    r"""(times (steps + 1,), orders): an update of order o goes o times further, and costs o calls.
 
-    As many updates of full order as fit, then the remainder, so that the orders sum to `steps`
-    (DPM-Solver-fast). On the logsnr grid updates are equally long in lam and their inner points
-    divide them equally; on the other grids inner points are grid points too. A time with alpha_bar
-    = 0 (lam = -inf) can only be left by order 1.
+    As many updates of full order as fit, then the rest, so that the orders sum to `steps`. On the
+    logsnr grid all updates are equally long in λ, and their inner points divide them equally; on
+    other grids the inner points are grid points. Where ᾱ = 0, λ = −∞: only order 1 leads away.
     """
     given = isinstance(spacing, torch.Tensor)
     times = falling(spacing) if given else time_grid(schedule, steps + 1, spacing, t_end, t_start)
@@ -164,8 +161,9 @@ def singlestep_plan(schedule, steps, order, spacing="logsnr", t_end=1.0, t_start
     if not given and spacing == "logsnr":
         outer = time_grid(schedule, len(orders) + 1, spacing, t_end, t_start)
         parts = [outer[:1]]
-        for t, t_next, o in zip(outer, outer[1:], orders):
-            lam = torch.lerp(schedule.lam(t), schedule.lam(t_next), torch.arange(1, o, dtype=torch.float64) / o)
+        for t, t_next, o in zip(outer[:-1], outer[1:], orders, strict=True):
+            inside = torch.arange(1, o, dtype=torch.float64) / o
+            lam = torch.lerp(schedule.lam(t), schedule.lam(t_next), inside)
             parts += [schedule.t_of_lam(lam), t_next[None]]
         times = torch.cat(parts)
     return times, orders
@@ -176,7 +174,7 @@ def split_into_orders(steps, order):
     1."""
     full, rest = divmod(steps, order)
     if order == 3 and rest == 0 and steps:
-        return [3] * (full - 1) + [2, 1]  # DPM-Solver-fast ends low, where eps is hardest to extrapolate
+        return [3] * (full - 1) + [2, 1]  # DPM-Solver-fast keeps two short updates for the end
     return [order] * full + [rest] * (rest > 0)
 
 
@@ -186,24 +184,24 @@ def dpm_solver(denoiser, x, times, orders, clip):
     lam, t, i = denoiser.schedule.lam(times).tolist(), times.tolist(), 0
     for order in orders:
         inside = slice(i, i + order + 1)
-        points = list(zip(t[inside], a[inside], s[inside], lam[inside]))
-        if all(p[3] < q[3] for p, q in zip(points, points[1:])):
+        points = list(zip(t[inside], a[inside], s[inside], lam[inside], strict=True))
+        if all(p[3] < q[3] for p, q in pairwise(points)):
             x = singlestep(denoiser, x, points, clip)
-        else:  # lam stands still (where log SNR is clipped): order 1, which there is the identity
-            for pair in zip(points, points[1:]):
+        else:  # λ stands still where log SNR is clipped: order 1 is the identity there
+            for pair in pairwise(points):
                 x = singlestep(denoiser, x, pair, clip)
         i += order
     return x
 
 
 def singlestep(denoiser, x, points, clip):
-    r"""One update over points (t, a, s, lam), of order len(points) - 1 <= 3. With h its length in
-    lam, e = eps:
+    r"""One update over points (t, a, s, λ), whose order, up to 3, is the number of points less one.
 
-    order 2  x = a x0 + s e - s (e^h - 1)/(2 r1) (e_1 - e)                        e_1 at lam + r1 h
-    order 3  x = a x0 + s e - s/r2 ((e^h - 1)/h - 1) (e_2 - e)                    e_2 at lam + r2 h
+    With h its length in λ, e = ε at its start, and e_1, e_2 at λ + r1 h and λ + r2 h:
+        order 2:  x = a x_0 + s e − s (exp(h) − 1)/(2 r1) (e_1 − e)
+        order 3:  x = a x_0 + s e − s/r2 ((exp(h) − 1)/h − 1) (e_2 − e)
     """
-    times, a, s, lam = zip(*points)
+    times, a, s, lam = zip(*points, strict=True)
     x0, eps = predict(denoiser, x, times[0], clip)
     u = a[1] * x0 + s[1] * eps  # order 1: to the first inner point, or all the way
     if len(points) == 2:
@@ -220,11 +218,12 @@ def singlestep(denoiser, x, points, clip):
 
 
 def dpm_solver_2m(denoiser, x, times, clip):
-    r"""DPM-Solver++ 2M (Lu et al. 2023, algorithm 2): x = a x0 + s eps - a (e^-h - 1)/2 (x0 -
-    x0_before) h/h_before.
+    r"""DPM-Solver++ 2M (Lu et al. 2023, algorithm 2): the slope of x_0 comes from the step before.
 
-    One call per step: the slope of x0 comes from the step before, so the first step is order 1. So
-    is the last of fewer than 10, where extrapolating over a long step does more harm than good.
+        x = a x_0 + s ε − a (exp(−h) − 1)/2 · (x_0 − x_0 before) h/(h before)
+
+    The first step has none before it and is order 1. So is the last of fewer than 10 steps, where
+    extrapolating so far does more harm than good.
     """
     a, s = (k.tolist() for k in denoiser.schedule.coefficients(times))
     lam, t = denoiser.schedule.lam(times).tolist(), times.tolist()
@@ -233,8 +232,7 @@ def dpm_solver_2m(denoiser, x, times, clip):
         x0, eps = predict(denoiser, x, t[i], clip)
         h = lam[i + 1] - lam[i]
         x = a[i + 1] * x0 + s[i + 1] * eps
-        # Not where the step before had no length, nor from alpha_bar = 0, an infinite length away:
-        # no slope there.
+        # No slope from a step of no length, or of infinite length (from ᾱ = 0).
         if 0 < h_before < math.inf and not (i == steps - 1 and steps < 10):
             x = x - a[i + 1] * math.expm1(-h) / 2 * h / h_before * (x0 - before)
         before, h_before = x0, h
@@ -244,7 +242,8 @@ def dpm_solver_2m(denoiser, x, times, clip):
 # ------------------------------------------------------------------ starting
 
 class SeededNoise:
-    """noise(shape) for samples whose picture depends on its own seed alone: one generator per image.
+    """noise(shape) for samples whose picture depends on its own seed alone: one generator per
+    image.
 
     Always drawn on the CPU, so that the same seed is the same noise on every device.
     """
@@ -257,10 +256,12 @@ class SeededNoise:
         """(B, ...) float32 noise, image by image; B must be the number of seeds."""
         if shape[0] != len(self.generators):
             raise ValueError(f"{shape[0]} images, but {len(self.generators)} seeds")
-        return torch.stack([torch.randn(shape[1:], generator=g) for g in self.generators]).to(self.device)
+        draws = [torch.randn(shape[1:], generator=g) for g in self.generators]
+        return torch.stack(draws).to(self.device)
 
 
 def start_time(denoiser):
-    """T, or the largest integer with alpha_bar > 0 where eps-prediction could not start at T."""
+    """T, or T − 1 where ε-prediction could not start at T, since ᾱ(T) = 0."""
     T = denoiser.schedule.T
-    return T - 1 if denoiser.prediction == "eps" and float(denoiser.schedule.alpha_bar(T)) == 0 else T
+    blind = denoiser.prediction == "eps" and float(denoiser.schedule.alpha_bar(T)) == 0
+    return T - 1 if blind else T

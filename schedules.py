@@ -1,29 +1,29 @@
-r"""The forward process: how much signal and how much noise is in x_t, and at which times a sampler
-looks.
+r"""The forward process: how much signal and how much noise is in x_t, and when a sampler looks.
 
-    x_t = a x_0 + s eps,   a = sqrt(alpha_bar(t)),  s = sqrt(1 - alpha_bar(t)),  eps ~ N(0, I)      DDPM eq. 4
+    x_t = a x_0 + s ε,   a = √ᾱ(t),   s = √(1 − ᾱ(t)),   ε ~ N(0, I)                    DDPM eq. 4
 
-Papers: DDPM (Ho 2020), iDDPM (cosine), simple diffusion (cosine-shift), "Common Diffusion Noise
-Schedules ... are Flawed" (zero-terminal-snr); E-TSDM section 3 and its Modified-NS alternative
-(names ending in -mns).
+Papers: DDPM (linear, and its β), iDDPM (cosine), simple diffusion (cosine-shift), "Common Diffusion
+Noise Schedules and Sample Steps are Flawed" (zero-terminal-snr); of E-TSDM its continuous forms and
+Modified-NS, the names that end in -mns.
 
 Time t is a real number in [0, T]: t = 0 is clean data, the integers 1..T are DDPM's steps, and
-alpha_bar(0) = 1 exactly, so no array of "previous" values exists anywhere. A schedule comes in two
-forms:
-  discrete    a float64 table of log alpha_bar over 0..T, read between integers by linear interpolation;
-  continuous  a closed form in u = t/T.
-Both are one object that holds log alpha_bar as a function of t, and its inverse. The logarithm is
-what keeps the ends exact: 1 - alpha_bar = -expm1(log alpha_bar) has all its digits at t = 1e-9,
-and log 0 = -inf is a number.
+ᾱ(0) = 1 exactly, so no array of "previous" values exists anywhere. A schedule comes in two forms:
 
-What this file does not do: choose what the network is told about t (etsdm.py), or move any x
+    discrete      a float64 table of log ᾱ over 0..T, read between integers by linear interpolation
+    continuous    a closed form in u = t/T
+
+Either way it is one object that holds log ᾱ as a function of t, and the inverse of that function.
+The logarithm keeps both ends exact: 1 − ᾱ = −expm1(log ᾱ) has all its digits at t = 1e-9, and
+log 0 = −∞ is a number.
+
+What this file does not do: choose what the network is told about t (etsdm.py), or take a step
 backwards (samplers.py).
 
-    python -c "import schedules as S; print(S.make_schedule('cosine').coefficients(500))"
+    python -c "import schedules; print(schedules.make_schedule('cosine').coefficients(500))"
 
-alpha_bar signal power, a, s coefficients, lam = log(a/s) half the log SNR, beta_t = 1 -
-alpha_bar(t)/alpha_bar(t-1), beta_tilde the variance of q(x_s | x_t, x_0). Everything is float64
-until it meets x.
+ᾱ (alpha_bar) signal power; a, s coefficients; λ (lam) = log(a/s), half the log signal-to-noise
+ratio (SNR); β_t = 1 − ᾱ(t)/ᾱ(t−1); β̃ (beta_tilde) the variance of q(x_next | x_t, x_0). Everything
+is float64 until it meets x.
 """
 
 import math
@@ -32,12 +32,12 @@ import torch
 
 NAMES = ("linear", "quadratic", "cosine", "cosine-shift", "zero-terminal-snr",
          "linear-mns", "quadratic-mns", "cosine-mns")
-BETA_ENDS = (1e-4, 0.02)  # DDPM's beta_1 and beta_T at T = 1000; LDM uses (0.0015, 0.0195)
+BETA_ENDS = (1e-4, 0.02)  # DDPM's β_1 and β_T at T = 1000; latent diffusion's: (0.0015, 0.0195)
 
 
 class Schedule:
-    """alpha_bar and its relatives as functions of t, a number or a tensor of any shape, in [0, T]
-    -> float64."""
+    """ᾱ and its relatives as functions of t in [0, T], a number or a tensor of any shape -> float64
+    of that shape."""
 
     def __init__(self, name, T, continuous, log_alpha_bar, inverse):
         self.name, self.T, self.continuous = name, T, continuous
@@ -50,35 +50,37 @@ class Schedule:
         return self.log_alpha_bar(t).exp()
 
     def coefficients(self, t):
-        """(a, s) with x_t = a x_0 + s eps."""
+        """(a, s) with x_t = a x_0 + s ε."""
         log_ab = self.log_alpha_bar(t)
         return (log_ab / 2).exp(), (-torch.expm1(log_ab)).sqrt()
 
     def lam(self, t):
-        """log(a/s): +inf at t = 0, -inf where alpha_bar = 0."""
+        """λ = log(a/s): +∞ at t = 0, −∞ where ᾱ = 0."""
         log_ab = self.log_alpha_bar(t)
         return (log_ab - torch.log(-torch.expm1(log_ab))) / 2
 
     def t_of_lam(self, lam):
-        """The time at which log(a/s) = lam: alpha_bar = 1/(1 + e^(-2 lam)), then the inverse of
-        log alpha_bar."""
+        """The time at which log(a/s) = λ: there ᾱ = 1/(1 + exp(−2λ)), and log ᾱ has an inverse."""
         lam = torch.as_tensor(lam, dtype=torch.float64)
         return self._inverse(-torch.logaddexp(-2 * lam, torch.zeros_like(lam)))
 
     def step_variances(self, t, t_next):
-        r"""(beta, beta_tilde) of the step t -> t_next < t, which need not be neighbours:
-        beta = Var q(x_t | x_next) = 1 - alpha_bar_t/alpha_bar_next,  beta_tilde = Var q(x_next | x_t, x_0)."""
+        r"""(β, β̃) of a step t -> t_next < t, neighbours or not:
+
+        β = Var q(x_t | x_next) = 1 − ᾱ_t/ᾱ_next
+        β̃ = Var q(x_next | x_t, x_0) = β (1 − ᾱ_next)/(1 − ᾱ_t)
+        """
         log_t, log_next = self.log_alpha_bar(t), self.log_alpha_bar(t_next)
         beta = -torch.expm1(log_t - log_next)
         return beta, beta * torch.expm1(log_next) / torch.expm1(log_t)
 
 
 def make_schedule(name, T=1000, continuous=False, image_size=32, beta_ends=BETA_ENDS):
-    r"""A Schedule by name (NAMES). image_size matters to cosine-shift only; beta_ends to the
-    schedules made of betas.
+    r"""The Schedule of this name (NAMES). image_size (pixels) matters to cosine-shift only.
 
-    For T != 1000 both ends of beta are scaled by 1000/T, so that the noise at T stays the same.
-    ValueError: unknown name, T < 1, or a beta >= 1 (too few steps for these ends).
+    beta_ends are β_1 and β_T at T = 1000, of the schedules made of betas; for another T both are
+    scaled by 1000/T, so that as much noise has been added at T. Continuous forms use the rates
+    1000 β. ValueError: unknown name, T < 2, or a β >= 1 (too few steps for these ends).
     """
     if name not in NAMES:
         raise ValueError(f"unknown schedule {name!r}: choose from {' '.join(NAMES)}")
@@ -94,28 +96,27 @@ def make_schedule(name, T=1000, continuous=False, image_size=32, beta_ends=BETA_
 # ------------------------------------------------------------------ discrete: a table over 0..T
 
 def discrete_form(name, T, image_size, beta_ends):
-    """(log alpha_bar, inverse) read from a table whose knots are the integers 0..T."""
+    """(log ᾱ, its inverse), read from a table whose knots are the integers 0..T."""
     u = torch.arange(T + 1, dtype=torch.float64) / T  # t/T
     if name == "cosine-shift":
         return table(cosine_shift(u, image_size))
     if name in ("cosine", "cosine-mns"):
         log_ab = log_cosine(u, 0.0 if name == "cosine-mns" else 0.008)
-        # The clip of beta at 0.999 (iDDPM) is what keeps alpha_bar_T above 0.
+        # iDDPM clips β at 0.999: without it ᾱ_T = 0.
         return table(accumulate((-torch.expm1(log_ab[1:] - log_ab[:-1])).clamp(max=0.999)))
     low, high = (b * 1000 / T for b in beta_ends)
     if name in ("linear", "zero-terminal-snr"):
         log_ab = accumulate(torch.linspace(low, high, T, dtype=torch.float64))
         return table(zero_terminal(log_ab) if name == "zero-terminal-snr" else log_ab)
-    if name == "linear-mns":  # Modified-NS: beta_t = beta_T t/T has da/dt = 0 at t = 0
+    if name == "linear-mns":  # β_t = β_T t/T
         return table(accumulate(high * u[1:]))
     root = torch.linspace(math.sqrt(low), math.sqrt(high), T, dtype=torch.float64)
     log_ab = accumulate(root**2)  # quadratic
     if name == "quadratic":
         return table(log_ab)
-    # quadratic-mns: beta_t = beta_T' (t/T)^2, with beta_T' raised (0.0214810) until the SNR at T
-    # is unchanged.
+    # quadratic-mns: β_t = β' (t/T)², with β' raised (to 0.0214810) until the SNR at T is unchanged.
     below, above = high, 1 - 1e-9
-    for _ in range(200):  # bisection to the last bit; the sum falls monotonically with beta_T'
+    for _ in range(200):  # bisection, to the last bit
         middle = (below + above) / 2
         enough = torch.log1p(-middle * u[1:] ** 2).sum() < log_ab[-1]
         below, above = (below, middle) if enough else (middle, above)
@@ -123,17 +124,15 @@ def discrete_form(name, T, image_size, beta_ends):
 
 
 def accumulate(beta):
-    """beta_1..beta_T -> log alpha_bar over 0..T, as a sum of log1p(-beta): no product that could
-    round to 1."""
+    """β_1..β_T -> log ᾱ over 0..T: a sum of log1p(−β), where a product would round to 1."""
     if beta.max() >= 1:
-        raise ValueError(f"beta reaches {beta.max():.4g} with {len(beta)} steps, and beta must stay below 1: "
-                         "use a larger T")
+        raise ValueError(f"beta reaches {beta.max():.4g} with T = {len(beta)}, and must stay below "
+                         "1: use a larger T")
     return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-beta).cumsum(0)])
 
 
 def zero_terminal(log_ab):
-    r"""a <- (a - a_T) a_1/(a_1 - a_T) over 1..T: a_1 stays, a_T becomes exactly 0 (Lin 2024,
-    algorithm 1)."""
+    r"""a ← (a − a_T) a_1/(a_1 − a_T) over 1..T: a_1 stays, a_T becomes exactly 0 (Lin 2024)."""
     a = (log_ab / 2).exp()
     a = (a - a[-1]) * a[1] / (a[1] - a[-1])
     a[0] = 1.0
@@ -141,8 +140,8 @@ def zero_terminal(log_ab):
 
 
 def table(log_ab):
-    """(log alpha_bar, inverse): the table (T+1,), read by linear interpolation of log alpha_bar."""
-    copies = {}  # one per device: a table that stays on the CPU would stall a GPU at every step
+    """(log ᾱ, its inverse) from the values log_ab (T+1,) at 0..T, by linear interpolation."""
+    copies = {}  # one per device: fetching the table from the CPU would stall a GPU every step
 
     def on(device):
         if device not in copies:
@@ -154,13 +153,13 @@ def table(log_ab):
         i = t.floor().long().clamp(0, len(values) - 1)
         low, high = values[i], values[(i + 1).clamp(max=len(values) - 1)]
         f = t - i
-        return torch.where(f > 0, low + f * (high - low), low)  # where: 0 * (-inf) must not happen at T - 1
+        return torch.where(f > 0, low + f * (high - low), low)  # never 0 · (−∞)
 
     def inverse(y):
         values = on(y.device)
         i = (torch.searchsorted(-values, -y.contiguous(), right=True) - 1).clamp(0, len(values) - 2)
         low, high = values[i], values[i + 1]
-        f = ((y - low) / (high - low)).nan_to_num(1.0)  # -inf/-inf: alpha_bar = 0 is t = T
+        f = ((y - low) / (high - low)).nan_to_num(1.0)  # −∞/−∞: ᾱ = 0 is t = T
         return i + f.clamp(0, 1)
 
     return forward, inverse
@@ -170,67 +169,66 @@ def table(log_ab):
 # = t/T
 
 def continuous_form(name, T, image_size, beta_ends):
-    """(log alpha_bar, inverse) in closed form. beta_min, beta_max are rates per unit of u: 0.1 and
-    20."""
+    """(log ᾱ, its inverse) in closed form, as functions of t; β's rates are per unit of u."""
     low, high = (1000 * b for b in beta_ends)
     if name in ("linear", "zero-terminal-snr"):
         slope = high - low
-        form = (lambda u: -(low * u + slope * u**2 / 2),
-                lambda y: -2 * y / (low + (low**2 - 2 * slope * y).sqrt()))  # the root without cancellation
+        form = (lambda u: -(low * u + slope * u**2 / 2),  # the root below: without cancellation
+                lambda y: -2 * y / (low + (low**2 - 2 * slope * y).sqrt()))
         if name == "zero-terminal-snr":
             form = zero_terminal_continuous(*form)
     elif name == "linear-mns":
         form = lambda u: -high * u**2 / 2, lambda y: (-2 * y / high).sqrt()
-    elif name == "quadratic":  # integral of (p + q u)^2
+    elif name == "quadratic":  # ∫ (p + q u)² du
         p, q = math.sqrt(low), math.sqrt(high) - math.sqrt(low)
         form = (lambda u: -u * (p**2 + p * q * u + q**2 * u**2 / 3),
                 lambda y: _cube_root_difference(p, -3 * q * y) / q)
-    elif name == "quadratic-mns":  # the beta_max' that gives the same SNR at T
+    elif name == "quadratic-mns":  # the β_max that gives the same SNR at T
         high = low + math.sqrt(low * high) + high
         form = lambda u: -high / 3 * u**3, lambda y: (-3 * y / high) ** (1 / 3)
     elif name == "cosine-shift":
         shift = 2 * math.log(64 / image_size)
-        form = (lambda u: cosine_shift(u, image_size),
-                lambda y: 2 / math.pi * torch.atan(torch.exp((shift - (y - torch.log(-torch.expm1(y)))) / 2)))
+        form = (lambda u: cosine_shift(u, image_size), lambda y: 2 / math.pi * torch.atan(
+            torch.exp((shift - (y - torch.log(-torch.expm1(y)))) / 2)))  # y − log(1 − e^y): log SNR
     else:
         form = cosine_continuous(0.0 if name == "cosine-mns" else 0.008)
     return lambda t: form[0](t / T), lambda y: (form[1](y) * T).clamp(0, T)
 
 
 def _cube_root_difference(p, d):
-    """cbrt(p^3 + d) - p, without the cancellation at small d."""
+    """∛(p³ + d) − p, without cancellation at small d."""
     root = (p**3 + d) ** (1 / 3)
     return d / (root**2 + root * p + p**2)
 
 
 def log_cosine(u, offset):
-    r"""log of f(u)/f(0), f(u) = cos^2((u + offset)/(1 + offset) pi/2); iDDPM has offset 0.008."""
+    r"""log f(u)/f(0), f(u) = cos²((u + offset)/(1 + offset) π/2); iDDPM has offset 0.008."""
     angle = (u + offset) / (1 + offset) * math.pi / 2
     start = offset / (1 + offset) * math.pi / 2
-    # log cos^2 two ways: each keeps its digits at one end, where cos is near 1 or near 0.
+    # log cos² two ways: each keeps its digits at one end, where cos is near 1 or near 0.
     log_cos = torch.where(angle < 1, torch.log1p(-angle.sin() ** 2), 2 * angle.cos().abs().log())
     return log_cos - math.log1p(-math.sin(start) ** 2)
 
 
 def cosine_continuous(offset, floor=-20.0):
-    """iDDPM's formula; log SNR is kept above `floor`, because the cosine reaches 0 at u = 1."""
-    least = -math.log1p(math.exp(-floor))  # log alpha_bar where log SNR = floor
+    """(log ᾱ, inverse) of iDDPM's formula; log SNR stays above `floor`, since cos reaches 0."""
+    least = -math.log1p(math.exp(-floor))  # log ᾱ where log SNR = floor
     start = math.log1p(-math.sin(offset / (1 + offset) * math.pi / 2) ** 2)
 
     def inverse(y):
-        y = y + start  # log cos^2(angle)
-        angle = torch.atan2((-torch.expm1(y)).sqrt(), (y / 2).exp())  # acos would lose half the digits at u = 0
+        y = y + start  # log cos²(angle)
+        # acos would lose half the digits near u = 0
+        angle = torch.atan2((-torch.expm1(y)).sqrt(), (y / 2).exp())
         return angle * 2 / math.pi * (1 + offset) - offset
 
     return lambda u: log_cosine(u, offset).clamp(min=least), inverse
 
 
 def cosine_shift(u, image_size, limit=15.0):
-    r"""log SNR = -2 log tan(pi u/2) + 2 log(64/image_size), within [-limit, limit]; alpha_bar(0) =
-    1 all the same.
+    r"""log SNR = −2 log tan(πu/2) + 2 log(64/image_size), within ±limit; ᾱ(0) = 1 all the same.
 
-    Larger images average noise away, so they need more of it (simple diffusion, Hoogeboom 2023): d
-    = 64 is plain cosine.
+    Neighbouring pixels of a large image average noise away, so it needs more (simple diffusion,
+    Hoogeboom 2023); a side of 64 gives the plain cosine.
     """
     log_snr = -2 * torch.log(torch.tan(math.pi * u / 2).abs()) + 2 * math.log(64 / image_size)
     log_ab = -torch.logaddexp(-log_snr.clamp(-limit, limit), torch.zeros_like(u))
@@ -238,53 +236,53 @@ def cosine_shift(u, image_size, limit=15.0):
 
 
 def zero_terminal_continuous(forward, inverse):
-    """a <- (a - a(T))/(1 - a(T)) of another continuous schedule, with expm1 and log1p for the
-    digits near t = 0."""
+    """a ← (a − a(T))/(1 − a(T)) of another continuous schedule; expm1 and log1p keep the digits
+    near t = 0."""
     end = math.exp(float(forward(torch.ones((), dtype=torch.float64))) / 2)  # a(T)
-    return (lambda u: 2 * torch.log1p((torch.expm1(forward(u) / 2) / (1 - end)).clamp(min=-1.0)),
+    return (lambda u: 2 * torch.log1p((torch.expm1(forward(u) / 2) / (1 - end)).clamp(min=-1)),
             lambda y: inverse(2 * torch.log1p(torch.expm1(y / 2) * (1 - end))))
 
 
 # ------------------------------------------------------------------ using a schedule
 
 def match(coefficient, x):
-    """A float64 coefficient, a scalar or one per image (B,), made to multiply x (B, ...) in x's
-    own precision."""
+    """A float64 coefficient, 0-d or (B,), made to multiply x (B, ...) in x's own dtype."""
     if coefficient.dim() == 0:
         return coefficient  # a 0-d tensor never changes the dtype of x, wherever it lives
     return coefficient.to(x).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def diffuse(schedule, x0, t, eps):
-    """x_t ~ q(x_t | x_0): clean x0 (B, ...), t a number or (B,), noise eps like x0 -> x_t like
-    x0."""
+    """x_t ~ q(x_t | x_0): x0 (B, ...), t a number or (B,), noise eps like x0 -> x_t like x0."""
     a, s = schedule.coefficients(t)
     return match(a, x0) * x0 + match(s, x0) * eps
 
 
 def time_grid(schedule, points, spacing="uniform", t_end=1.0, t_start=None):
-    r"""`points` strictly falling times, float64, the first t_start (T unless given), the last
-    t_end; one point is t_start.
+    r"""`points` strictly falling times, float64: from t_start (T unless given) to t_end. A single
+    point is t_start.
 
-    uniform: equal steps in t;  quadratic: in sqrt t;  logsnr: in lam. Real-valued: rounding to integers is what makes
-    other programs repeat or skip a time. Where alpha_bar(t_start) = 0, lam is -inf there and the logsnr grid places
-    its other points from lam(T - 1) on.
+    spacing: equal steps in t (uniform), in √t (quadratic) or in λ (logsnr). Times are real-valued:
+    rounding to integers is how other programs come to repeat or skip one. Where ᾱ(t_start) = 0, λ
+    is −∞ there, and the logsnr grid places its other points from λ(T − 1) on.
     """
     t_start = schedule.T if t_start is None else t_start
     if points < 1:
         raise ValueError(f"a grid needs at least one point, not {points}")
     if not 0 < t_end < t_start <= schedule.T:
-        raise ValueError(f"times must satisfy 0 < t_end < t_start <= {schedule.T}, not {t_end} and {t_start}")
+        raise ValueError(f"times must satisfy 0 < t_end < t_start <= {schedule.T}, "
+                         f"not {t_end} and {t_start}")
     if points == 1:
         return torch.tensor([t_start], dtype=torch.float64)
     if spacing == "uniform":
         grid = torch.linspace(t_start, t_end, points, dtype=torch.float64)
     elif spacing == "quadratic":
-        grid = torch.linspace(math.sqrt(t_start), math.sqrt(t_end), points, dtype=torch.float64) ** 2
+        grid = torch.linspace(t_start**0.5, t_end**0.5, points, dtype=torch.float64) ** 2
     elif spacing == "logsnr":
         blind = bool(schedule.alpha_bar(t_start) == 0)
         first = schedule.lam(min(t_start, schedule.T - 1) if blind else t_start)
-        lam = torch.linspace(float(first), float(schedule.lam(t_end)), points - blind, dtype=torch.float64)
+        lam = torch.linspace(float(first), float(schedule.lam(t_end)), points - blind,
+                             dtype=torch.float64)
         grid = torch.cat([torch.zeros(int(blind), dtype=torch.float64), schedule.t_of_lam(lam)])
     else:
         raise ValueError(f"unknown spacing {spacing!r}: choose uniform, quadratic or logsnr")

@@ -1,84 +1,91 @@
-r"""The network: the U-Net of ADM ("Diffusion Models Beat GANs", Dhariwal & Nichol 2021), which
-both papers train.
+r"""The network: the U-Net of ADM ("Diffusion Models Beat GANs", Dhariwal & Nichol 2021).
 
-    net(x, c):  noisy images x (B, C, H, W), conditions c (B,)  ->  prediction (B, C_out, H, W)
+    net(x, c):   noisy images x (B, C, H, W), conditions c (B,)   ->   prediction (B, C_out, H, W)
 
-c is what the network is *told* about time (etsdm.py), a real number in [0, T] and not a schedule
-coefficient: the network never learns which schedule it serves. The picture to keep in mind:
+c is what the network is *told* about time (etsdm.py): a real number in [0, T]. The network never
+learns which noise schedule it serves. The picture to keep in mind, for three levels:
 
-    x -> conv -> [Res Res] -> down -> [Res Res] -> down -> [Res Attn Res] -> up -> [Res Res Res] ->
-    up -> ... -> conv
-                     \______ every output on the way down is kept, and concatenated on the way up
-                     _____/
+    conv  [Res Res] down  [Res Res] down  [Res Res]                        conv
+      |     |   |    |      |   |    |      |   |   \                        ^
+      |     |   |    |      |   |    |      |   |    [Res Attention Res]      |
+      v     v   v    v      v   v    v      v   v   /  the middle             |
+    a stack of skips; on the way up each [Res] takes one off and concatenates it
 
-Two families of sizes are in PRESETS. SA-DPM's: plain convolutions for down and up, the time
-embedding added, one attention head. E-TSDM's (ADM proper): BigGAN residual blocks that resample
-inside themselves, the time embedding as a scale and shift of the normalisation, heads of 64
-channels.
+Two families of sizes are in PRESETS. SA-DPM's: plain convolutions resample, the time embedding is
+added, attention has one head. E-TSDM's, ADM proper: BigGAN residual blocks resample, the time
+embedding scales and shifts the normalised map, heads have 64 channels.
 
-What this file does not do: class labels, learned time embeddings, and the new attention order of
-guided-diffusion (no released ADM weights use it). SA-DPM's own net differs from its preset here in
-four numbers that no count shows: sin before cos, GroupNorm eps 1e-6, one-sided padding when it
-downsamples, and no zero initialisation.
+What this file does not do: class labels, learned variances, and guided-diffusion's "new attention
+order" (no released weights use it). SA-DPM's own net differs from its preset here in what no count
+of parameters shows: sin before cos, GroupNorm eps 1e-6, one-sided padding in front of a strided
+convolution, and no layers that start at zero.
 
-    python -c "import unet; print(unet.describe())"          # the presets and their parameter counts
+    python -c "import unet; print(unet.describe())"        # the presets, with parameter counts
 
 B images, C channels, H, W pixels, E width of the time embedding, N = H W positions, d channels of
-one head.
+one attention head.
 """
 
 import math
-import re
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# The sizes of the two papers, as arguments of UNet. Parameter counts are exact and tested.
-_SA = dict(channels=128, head_channels=None, dropout=0.1, scale_shift=False, resblock_updown=False)
-_ADM = dict(channels=128, image_size=256, attention_resolutions=(32, 16, 8))
+# The sizes of the two papers, as arguments of UNet. The counts of parameters are exact, and tested.
+SA = dict(head_channels=None, dropout=0.1, scale_shift=False, resblock_updown=False)
+ADM = dict(image_size=256, attention_resolutions=(32, 16, 8))
 PRESETS = {
-    # Ours, for a laptop: 32x32 pixels become a 16x16 core of 2x2 patches; 8 groups, because one
-    # channel per group (32 of 32) makes GroupNorm the slowest layer.
-    "tiny": dict(image_size=32, channels=48, channel_mult=(1, 2, 2), res_blocks=1, patch=2, norm_groups=8,
-                 attention_resolutions=(8,), head_channels=None),
-    # SA-DPM (config files of the paper)
-    "cifar10": dict(_SA, image_size=32, channel_mult=(1, 2, 2, 2)),                          # 35,746,307
-    "celeba64": dict(_SA, image_size=64, channel_mult=(1, 2, 2, 2, 4)),                      # 78,700,803
-    "celebahq256": dict(_SA, image_size=256, channel_mult=(1, 1, 2, 2, 4, 4), dropout=0.0),  # 113,673,219
-    # E-TSDM table A1. Its "131M" and "692M" are these counts / 2^20, truncated, and its attention
-    # set "32, 64, 8" must be 32, 16, 8: no other common set gives both counts.
-    "ffhq256": dict(_ADM, channel_mult=(1, 1, 2, 2, 4, 4), time_channels=512),               # 138,286,467
-    "ffhq256-large": dict(_ADM, channel_mult=(1, 1, 2, 4, 6, 8), res_blocks=4, time_channels=2048),  # 725,956,227
+    # Ours, for minutes on a CPU: 32x32 pixels are a 16x16 core of 2x2 patches, with attention in
+    # the middle only, and 8 groups: one channel per group (32 of 32) is slow.
+    "tiny": dict(image_size=32, channels=32, channel_mult=(1, 2, 2), res_blocks=1, patch=2,
+                 norm_groups=8, attention_resolutions=(), head_channels=None,
+                 resblock_updown=False),                                                 # 1,147,276
+    # SA-DPM's configuration files
+    "cifar10": dict(SA, image_size=32, channel_mult=(1, 2, 2, 2)),                      # 35,746,307
+    "celeba64": dict(SA, image_size=64, channel_mult=(1, 2, 2, 2, 4)),                  # 78,700,803
+    "celebahq256": dict(SA, image_size=256, channel_mult=(1, 1, 2, 2, 4, 4),
+                        dropout=0.0),                                                  # 113,673,219
+    # E-TSDM's table A1. Its "131M" and "692M" are these counts over 2^20, cut off; and attention
+    # at "32, 64, 8" must be at 32, 16, 8: of the sets it could be, this alone gives both counts.
+    "ffhq256": dict(ADM, channel_mult=(1, 1, 2, 2, 4, 4), time_channels=512),          # 138,286,467
+    "ffhq256-large": dict(ADM, channel_mult=(1, 1, 2, 4, 6, 8), res_blocks=4,
+                          time_channels=2048),                                         # 725,956,227
 }
 
 
 class UNet(nn.Module):
-    r"""ADM U-Net.  forward(x (B, in_channels, H, W), c (B,)) -> (B, out_channels, H, W).
+    r"""forward(x (B, in_channels, H, W), c (B,)) -> (B, out_channels, H, W).
 
-    image_size             side in pixels the attention resolutions refer to; any multiple of patch * 2^(levels-1) runs
-    channels, channel_mult base width, and its multiple at each level; each level halves the resolution
-    res_blocks             residual blocks per level on the way down (one more on the way up)
-    attention_resolutions  sides of the feature maps (in units of patches) that get self-attention
-    head_channels          channels of one attention head; None = a single head
-    time_channels          width E of the time embedding (None = 4 * channels)
-    scale_shift            True: embedding scales and shifts the normalised map; False: is added to it
-    resblock_updown        True: BigGAN residual blocks resample; False: plain convolutions do
-    norm_groups            groups of GroupNorm; must divide every width
-    patch                  p > 1: p x p pixels become channels before the first convolution, and back after the last
+    image_size             side in pixels; the attention resolutions refer to it
+    channels               width of level 0; channel_mult: that of each level, as its multiple
+    res_blocks             residual blocks per level on the way down; one more on the way up
+    attention_resolutions  sides of the feature maps, in patches, that get self-attention
+    head_channels          channels of one attention head; None: a single head
+    time_channels          width E of the time embedding; None: 4 channels
+    scale_shift            the embedding scales and shifts the normalised map; False: is added
+    resblock_updown        residual blocks resample; False: plain convolutions do
+    norm_groups            groups of GroupNorm; they must divide every width
+    patch                  p x p pixels become channels before the first convolution, and back after
+                           the last (SA and ADM: 1)
+
+    ValueError: a size that cannot be halved often enough, widths that do not divide.
     """
 
-    def __init__(self, image_size, in_channels=3, out_channels=3, channels=128, channel_mult=(1, 2, 2, 2), res_blocks=2,
-                 attention_resolutions=(16,), head_channels=64, dropout=0.0, time_channels=None,
-                 scale_shift=True, resblock_updown=True, norm_groups=32, patch=1):
+    def __init__(self, image_size, in_channels=3, out_channels=3, channels=128,
+                 channel_mult=(1, 2, 2, 2), res_blocks=2, attention_resolutions=(16,),
+                 head_channels=64, dropout=0.0, time_channels=None, scale_shift=True,
+                 resblock_updown=True, norm_groups=32, patch=1):
         super().__init__()
         levels = len(channel_mult)
-        if image_size % (patch * 2 ** (levels - 1)):
+        unit = patch * 2 ** (levels - 1)
+        if image_size % unit:
             raise ValueError(f"image size {image_size} cannot be halved {levels - 1} times"
-                             f"{f' after {patch}x{patch} patches' if patch > 1 else ''}: "
-                             f"use a multiple of {patch * 2 ** (levels - 1)}")
+                             + f" after {patch}x{patch} patches" * (patch > 1)
+                             + f": use a multiple of {unit}")
         if any(channels * m % norm_groups for m in channel_mult):
-            raise ValueError(f"{channels} channels x {channel_mult} do not divide into {norm_groups} groups")
+            raise ValueError(f"{channels} channels times {channel_mult} do not divide into "
+                             f"{norm_groups} groups")
         E = time_channels or 4 * channels
         self.channels, self.patch = channels, patch
         self.time_embed = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
@@ -86,18 +93,19 @@ class UNet(nn.Module):
         def res(c_in, c_out, resample=None):
             return ResBlock(c_in, c_out, E, dropout, scale_shift, norm_groups, resample)
 
-        def attention(width, level):  # a list, so that "no attention here" is simply empty
+        def attention(width, level):  # a list: where there is none, it is empty
             here = image_size // patch >> level in attention_resolutions
             return [Attention(width, head_channels, norm_groups)] if here else []
 
         # ---- down: every stage's output goes on the stack of skips
         width = channels * channel_mult[0]
-        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(in_channels * patch**2, width, 3, padding=1)])])
+        first = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
+        self.input_blocks = nn.ModuleList([Stage([first])])
         skips = [width]
         for level, mult in enumerate(channel_mult):
             for _ in range(res_blocks):
-                self.input_blocks.append(Stage([res(width, channels * mult), *attention(channels * mult, level)]))
-                width = channels * mult
+                before, width = width, channels * mult
+                self.input_blocks.append(Stage([res(before, width), *attention(width, level)]))
                 skips.append(width)
             if level < levels - 1:
                 down = res(width, width, "down") if resblock_updown else Downsample(width)
@@ -105,14 +113,15 @@ class UNet(nn.Module):
                 skips.append(width)
 
         # ---- middle: attention always
-        self.middle_block = Stage([res(width, width), Attention(width, head_channels, norm_groups), res(width, width)])
+        self.middle_block = Stage([res(width, width), Attention(width, head_channels, norm_groups),
+                                   res(width, width)])
 
         # ---- up: one block more than on the way down, because the downsampled map was kept too
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(res_blocks + 1):
-                stage = [res(width + skips.pop(), channels * mult), *attention(channels * mult, level)]
-                width = channels * mult
+                joined, width = width + skips.pop(), channels * mult
+                stage = [res(joined, width), *attention(width, level)]
                 if level and i == res_blocks:
                     stage.append(res(width, width, "up") if resblock_updown else Upsample(width))
                 self.output_blocks.append(Stage(stage))
@@ -123,7 +132,8 @@ class UNet(nn.Module):
         # Time is embedded in full precision even under bf16 autocast: bf16 cannot tell t = 999
         # from 1000.
         with torch.autocast(x.device.type, enabled=False):
-            emb = self.time_embed(timestep_embedding(c, self.channels, self.time_embed[0].weight.dtype))  # (B, E)
+            dtype = self.time_embed[0].weight.dtype
+            emb = self.time_embed(timestep_embedding(c, self.channels, dtype))  # (B, E)
         h, skips = F.pixel_unshuffle(x, self.patch), []
         for stage in self.input_blocks:
             h = stage(h, emb)
@@ -145,14 +155,14 @@ class Stage(nn.ModuleList):
 
 
 class ResBlock(nn.Module):
-    r"""h = conv2 SiLU norm2( conv1 SiLU norm1 x  (+) time ),  output = skip(x) + h.
+    r"""skip(x) + conv2(SiLU(norm2(h, time))),   h = conv1(SiLU(norm1(x))).
 
-    resample: "down" (2x2 average) or "up" (nearest) acts on both branches, between activation and
-    convolution (BigGAN): norm and activation see the old resolution, and no weights are spent on
-    resampling.
+    resample: "down" (2x2 average) or "up" (nearest) acts on both branches, in the first between
+    activation and convolution (BigGAN): no weights are spent on it. None: neither.
     """
 
-    def __init__(self, c_in, c_out, time_channels, dropout, scale_shift, norm_groups, resample=None):
+    def __init__(self, c_in, c_out, time_channels, dropout, scale_shift, norm_groups,
+                 resample=None):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(norm_groups, c_in)
@@ -160,9 +170,10 @@ class ResBlock(nn.Module):
         self.time = nn.Linear(time_channels, 2 * c_out if scale_shift else c_out)
         self.norm2 = nn.GroupNorm(norm_groups, c_out)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))  # zero: each block starts as the identity
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))  # the block starts as its skip
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-        self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
+        self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2),
+                         "up": nn.Upsample(scale_factor=2)}[resample]
 
     def forward(self, x, emb):
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
@@ -181,7 +192,8 @@ class Attention(nn.Module):
     def __init__(self, width, head_channels, norm_groups):
         super().__init__()
         if head_channels and width % head_channels:
-            raise ValueError(f"{width} channels do not divide into attention heads of {head_channels}")
+            raise ValueError(f"{width} channels do not divide into attention heads of "
+                             f"{head_channels}")
         self.heads = width // head_channels if head_channels else 1
         self.norm = nn.GroupNorm(norm_groups, width)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
@@ -189,11 +201,11 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        # Channel layout [head][q, k, v][d], the order of guidance-free ADM weights. SDPA silently
-        # takes a slow path on strided inputs, hence the one contiguous() for all three.
+        # Channels lie as [head][q, k, v][d], as in ADM's weights. One contiguous() for all three:
+        # on strided inputs scaled_dot_product_attention silently takes a slow path.
         qkv = self.qkv(self.norm(x)).reshape(B, self.heads, 3, C // self.heads, H * W)
         q, k, v = qkv.permute(2, 0, 1, 4, 3).contiguous()  # each (B, heads, N, d)
-        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q kT / sqrt d) v
+        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ/√d) v
         return x + self.proj(h.transpose(2, 3).reshape(B, C, H, W))
 
 
@@ -227,45 +239,44 @@ def zero(layer):
 
 
 def timestep_embedding(c, dim, dtype=torch.float32):
-    r"""[cos(c w_j) | sin(c w_j)], w_j = 10000^(-j/half), j = 0..half-1: conditions (B,) -> (B,
-    dim).
+    r"""[cos(c w_j) | sin(c w_j)], w_j = 10000^(−j/half), j < half = dim/2: c (B,) -> (B, dim).
 
-    The angle is formed in float64: c w_0 reaches 1000 radians, where float32 keeps only four
-    decimals.
+    Angles are formed in float64: c w_0 reaches 1000 radians, where float32 keeps four decimals.
     """
     half = dim // 2
-    w = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float64, device=c.device))
+    j = torch.arange(half, dtype=torch.float64, device=c.device)
+    w = torch.exp(-math.log(10000) / half * j)
     angle = c.double()[:, None] * w
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, dim % 2)).to(dtype)
 
 
 # ---- weights of OpenAI's guided-diffusion and improved-diffusion
 
-_RENAME = [(r"in_layers\.0", "norm1"), (r"in_layers\.2", "conv1"), (r"emb_layers\.1", "time"),
-           (r"out_layers\.0", "norm2"), (r"out_layers\.3", "conv2"), (r"skip_connection", "skip"),
-           (r"proj_out", "proj"), (r"\.op\.", ".conv."), (r"^out\.0", "out_norm"), (r"^out\.2", "out_conv")]
+_RENAME = (("in_layers.0.", "norm1."), ("in_layers.2.", "conv1."), ("emb_layers.1.", "time."),
+           ("out_layers.0.", "norm2."), ("out_layers.3.", "conv2."),
+           ("skip_connection.", "skip."), ("proj_out.", "proj."), (".op.", ".conv."),
+           ("out.0.", "out_norm."), ("out.2.", "out_conv."))
 
 
 def from_guided_diffusion(state_dict):
-    """Rename a guided-diffusion U-Net's state dict into ours: {key: tensor} -> {key: tensor}, same
-    values.
+    """A guided-diffusion U-Net's state dict under our names: {key: tensor} -> {key: tensor}.
 
-    Nothing is dropped or invented, so load_state_dict(strict=True) checks the rest. Its networks
-    count time from 0: our t is their t + 1 (denoiser.py says where that is put right). ValueError
-    if it is not such a state dict.
+    Nothing is dropped or invented, so load_state_dict(strict=True) checks the rest. Those networks
+    count time from 0: they are told our t less one (denoiser.zero_based). ValueError: not such a
+    state dict, or a class-conditional one.
     """
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}  # saved from inside DDP
+    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}  # from inside DDP
     if "input_blocks.0.0.weight" not in state_dict:
-        raise ValueError("not a guided-diffusion U-Net: it has no input_blocks.0.0.weight, but keys like "
+        raise ValueError("not a guided-diffusion U-Net: it has no input_blocks.0.0.weight, but "
                          + ", ".join(list(state_dict)[:3]))
     if any(k.startswith("label_emb") for k in state_dict):
-        raise ValueError("a class-conditional network (label_emb): only unconditional ones can be loaded")
+        raise ValueError("a class-conditional network (label_emb): only others can be loaded")
     ours = {}
     for key, value in state_dict.items():
-        for pattern, name in _RENAME:
-            key = re.sub(pattern, name, key)
-        is_attention = key.endswith(("qkv.weight", "proj.weight"))  # 1-d convolutions there, 1x1 here
-        ours[key] = value[..., None] if is_attention and value.dim() == 3 else value
+        for theirs, name in _RENAME:
+            key = key.replace(theirs, name)
+        # qkv and proj are 1-d convolutions there, 1x1 ones here
+        ours[key] = value[..., None] if value.dim() == 3 else value
     return ours
 
 
@@ -273,5 +284,6 @@ def describe():
     """One line per preset: name, image side, parameters."""
     with torch.device("meta"):
         nets = {name: UNet(**size) for name, size in PRESETS.items()}
-    return "\n".join(f"{name:14} {PRESETS[name]['image_size']:4} px {sum(p.numel() for p in net.parameters()):12,}"
-                     " parameters" for name, net in nets.items())
+    return "\n".join(f"{name:14}{PRESETS[name]['image_size']:4} px "
+                     f"{sum(p.numel() for p in net.parameters()):12,} parameters"
+                     for name, net in nets.items())

@@ -1,4 +1,5 @@
 r"""Tests of data.py: each builds its small inputs in tmp_path, and states what would go wrong."""
+
 import gzip
 import hashlib
 import io
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 import data
+import readers
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ORIENTATION = 0x0112
@@ -52,6 +54,7 @@ def one_line(info):
 
 # ------------------------------------------------------------------ numbers
 
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_uint8_survives_the_trip_through_float(dtype):
     every = torch.arange(256, dtype=torch.uint8)
@@ -70,6 +73,7 @@ def test_to_uint8_rounds_half_up_and_clamps():
 
 # ------------------------------------------------------------------ one image
 
+
 @pytest.mark.parametrize("shape,channels", [((16, 16, 3), 3), ((16, 16), 1)])
 def test_image_of_the_right_size_keeps_every_bit(shape, channels):
     array = pixels(*shape)
@@ -79,9 +83,16 @@ def test_image_of_the_right_size_keeps_every_bit(shape, channels):
 
 
 # What a viewer must do, written with NumPy, for the eight values of the EXIF tag.
-UPRIGHT = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
-           5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1),
-           7: lambda a: np.rot90(a.transpose(1, 0, 2), 2), 8: np.rot90}
+UPRIGHT = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a.transpose(1, 0, 2), 2),
+    8: np.rot90,
+}
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])  # Pillow turns a TIFF itself: not twice, then
@@ -197,6 +208,7 @@ def test_shrinking_is_antialiased():
 
 # ------------------------------------------------------------------ data sets from files
 
+
 def test_folder_of_everything(tmp_path):
     arrays = folder_of(tmp_path / "b deep" / "é ü 図")
     Image.fromarray(arrays[0]).save(tmp_path / "A.PNG")
@@ -254,9 +266,14 @@ def broken_files(path):
     good = encode(Image.fromarray(pixels(64, 64, 3)))
     bomb = bytearray(good)
     bomb[16:24] = struct.pack(">2I", 60000, 60000)
-    broken = {"a-truncated": good[:len(good) // 2], "b-empty": b"", "c-html": b"<html></html>",
-              "d-bomb": bytes(bomb), "e-eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-              "f-float": encode(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF")}
+    broken = {
+        "a-truncated": good[: len(good) // 2],
+        "b-empty": b"",
+        "c-html": b"<html></html>",
+        "d-bomb": bytes(bomb),
+        "e-eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "f-float": encode(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"),
+    }
     for name, content in broken.items():
         (path / f"{name}.png").write_bytes(content)
     (path / "g-dangling.png").symlink_to(path / "nowhere")
@@ -335,8 +352,13 @@ def test_wrong_sources_are_named_in_one_line(tmp_path):
         tar.add(tmp_path / "nothing", "nothing")
     with pytest.raises(FileNotFoundError, match="no such file or folder: .*absent"):
         data.load(tmp_path / "absent", 8, 3)
-    expected = {"empty": "empty folder", "text only": r"no images in .*\.webp",
-                "page.zip": "DOCTYP", "empty.zip": "no images in", "other.tar": "data_batch_1"}
+    expected = {
+        "empty": "empty folder",
+        "text only": r"no images in .*\.webp",
+        "page.zip": "DOCTYP",
+        "empty.zip": "no images in",
+        "other.tar": "data_batch_1",
+    }
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises((ValueError, OSError), match=expected.get(path.name)) as info:
             data.load(path, 8, 3)
@@ -347,12 +369,15 @@ def test_wrong_sources_are_named_in_one_line(tmp_path):
 
 # ------------------------------------------------------------------ arrays
 
+
 def idx(array):
     return struct.pack(">4I", 0x803, *array.shape) + array.tobytes()
 
 
-@pytest.mark.parametrize("name", ["x.idx3-ubyte", "x-ubyte.gz", "f/train-images-idx3-ubyte.gz",
-                                  "f/train-images.idx3-ubyte"])
+@pytest.mark.parametrize(
+    "name",
+    ["x.idx3-ubyte", "x-ubyte.gz", "f/train-images-idx3-ubyte.gz", "f/train-images.idx3-ubyte"],
+)
 def test_idx_is_padded_exactly(tmp_path, name):
     array = pixels(5, 28, 28)
     path = tmp_path / name
@@ -365,15 +390,16 @@ def test_idx_is_padded_exactly(tmp_path, name):
     assert np.array_equal(d.images[:, 0, 2:30, 2:30].numpy(), array)
     assert d.images.long().sum() == array.sum(dtype=int)  # the border is black
     three = data.load(source, 32, 3).images
-    assert all(torch.equal(three[:, c:c + 1], d.images) for c in range(3))
+    assert all(torch.equal(three[:, c : c + 1], d.images) for c in range(3))
     same = data.load(source, 28, 1).images
     assert np.array_equal(same[:, 0].numpy(), array)
     resized = data.load(source, 14, 1)
     assert torch.equal(resized[4], data.prepare(Image.fromarray(array[4]), 14, 1))
 
 
-@pytest.mark.parametrize("shape", [(4, 8, 8), (4, 8, 8, 1), (4, 1, 8, 8), (4, 8, 8, 3),
-                                   (4, 3, 8, 8)])
+@pytest.mark.parametrize(
+    "shape", [(4, 8, 8), (4, 8, 8, 1), (4, 1, 8, 8), (4, 8, 8, 3), (4, 3, 8, 8)]
+)
 def test_npy_layouts(tmp_path, shape):
     array = pixels(*shape)
     np.save(tmp_path / "x.npy", array)
@@ -407,10 +433,15 @@ def test_npz_keys(tmp_path):
         assert "a uint8 (3, 8, 8, 3), b uint8 (5, 8, 8), f float64 (3,)" in one_line(info)
 
 
-@pytest.mark.parametrize("array,match", [
-    (np.zeros((3, 8, 8), np.float32), "float32 is not uint8.*astype"),
-    (np.zeros((3, 8, 8, 7), np.uint8), "none of"), (np.zeros((0, 8, 8), np.uint8), "no images"),
-    (np.array([{}], dtype=object), "allow_pickle")])
+@pytest.mark.parametrize(
+    "array,match",
+    [
+        (np.zeros((3, 8, 8), np.float32), "float32 is not uint8.*astype"),
+        (np.zeros((3, 8, 8, 7), np.uint8), "none of"),
+        (np.zeros((0, 8, 8), np.uint8), "no images"),
+        (np.array([{}], dtype=object), "allow_pickle"),
+    ],
+)
 def test_unfit_arrays_are_refused(tmp_path, array, match):
     np.save(tmp_path / "x.npy", array)
     np.savez(tmp_path / "x.npz", key=array)
@@ -422,22 +453,37 @@ def test_unfit_arrays_are_refused(tmp_path, array, match):
 
 # ------------------------------------------------------------------ CIFAR-10
 
+
 # A batch as Python 2 wrote it: protocol 2, byte strings, numpy.core. Row 0 is 0 1 2 ... 255 0 ...
 def cifar_pickle(rows):
     def text(s):
         return b"U" + bytes([len(s)]) + s
-    return (b"\x80\x02}(" + text(b"data") + b"cnumpy.core.multiarray\n_reconstruct\n"
-            b"cnumpy\nndarray\nK\0\x85" + text(b"b") + b"\x87R(K\x01K"
-            + bytes([len(rows)]) + b"M\0\x0c\x86cnumpy\ndtype\n" + text(b"u1")
-            + b"K\0K\x01\x87R(K\x03" + text(b"|") + b"NNN" + b"J\xff\xff\xff\xff" * 2
-            + b"K\0tb\x89"
-            + b"T" + struct.pack("<I", rows.size) + rows.tobytes() + b"tb" + text(b"labels")
-            + b"]u.")
+
+    return (
+        b"\x80\x02}(" + text(b"data") + b"cnumpy.core.multiarray\n_reconstruct\n"
+        b"cnumpy\nndarray\nK\0\x85"
+        + text(b"b")
+        + b"\x87R(K\x01K"
+        + bytes([len(rows)])
+        + b"M\0\x0c\x86cnumpy\ndtype\n"
+        + text(b"u1")
+        + b"K\0K\x01\x87R(K\x03"
+        + text(b"|")
+        + b"NNN"
+        + b"J\xff\xff\xff\xff" * 2
+        + b"K\0tb\x89"
+        + b"T"
+        + struct.pack("<I", rows.size)
+        + rows.tobytes()
+        + b"tb"
+        + text(b"labels")
+        + b"]u."
+    )
 
 
 def cifar_files(binary, rows):
     for i in range(5):
-        part = rows[2 * i:2 * i + 2]
+        part = rows[2 * i : 2 * i + 2]
         if binary:
             yield f"data_batch_{i + 1}.bin", b"".join(b"\x07" + row.tobytes() for row in part)
         else:
@@ -494,9 +540,12 @@ class Evil:
 
 @pytest.mark.parametrize("content", ["evil", "list", "text", "cut"])
 def test_pickles_that_are_not_arrays_are_refused(tmp_path, content):
-    payload = {"evil": pickle.dumps({b"data": Evil(tmp_path / "owned")}),
-               "list": pickle.dumps([1]), "text": pickle.dumps({b"data": "text"}),
-               "cut": cifar_pickle(pixels(2, 3072))[:500]}[content]
+    payload = {
+        "evil": pickle.dumps({b"data": Evil(tmp_path / "owned")}),
+        "list": pickle.dumps([1]),
+        "text": pickle.dumps({b"data": "text"}),
+        "cut": cifar_pickle(pixels(2, 3072))[:500],
+    }[content]
     for i in range(5):
         (tmp_path / f"data_batch_{i + 1}").write_bytes(payload)
     match = "refused: the pickle asks for posix.system" if content == "evil" else None
@@ -510,25 +559,29 @@ def test_download(tmp_path, monkeypatch):
     source, target = tmp_path / "source", tmp_path / "new folder" / "file.tar.gz"
     source.write_bytes(b"content" * 1000)
     right = hashlib.sha256(source.read_bytes()).hexdigest()
-    for url, sha256 in ((source.as_uri(), "0" * 64), ((tmp_path / "none").as_uri(), right),
-                        ("http://127.0.0.1:9/x", right), ("nonsense", right)):
+    for url, sha256 in (
+        (source.as_uri(), "0" * 64),
+        ((tmp_path / "none").as_uri(), right),
+        ("http://127.0.0.1:9/x", right),
+        ("nonsense", right),
+    ):
         with pytest.raises(OSError) as info:
-            data.download(url, str(target), sha256)
+            readers.download(url, str(target), sha256)
         message = one_line(info)
         assert url in message and sha256 in message and str(target) in message
         assert not list(target.parent.iterdir())
-    data.download(source.as_uri(), str(target), right)
+    readers.download(source.as_uri(), str(target), right)
     assert [p.name for p in target.parent.iterdir()] == ["file.tar.gz"]
     assert target.read_bytes() == source.read_bytes()
 
 
 def test_cifar10_by_name_uses_the_cache_and_else_says_where_to_put_it(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(data, "CIFAR_URL", (tmp_path / "no network").as_uri())
+    monkeypatch.setattr(readers, "CIFAR_URL", (tmp_path / "no network").as_uri())
     with pytest.raises(OSError, match="put the file with SHA-256") as info:
         data.load("cifar10", 32, 3)
     path = tmp_path / "diffusion-data" / "cifar-10-python.tar.gz"
-    assert str(path) in one_line(info) and data.CIFAR_SHA256 in str(info.value)
+    assert str(path) in one_line(info) and readers.CIFAR_SHA256 in str(info.value)
     rows = pixels(10, 3072)
     with tarfile.open(path, "w:gz") as tar:
         for name, content in cifar_files(False, rows):
@@ -539,6 +592,7 @@ def test_cifar10_by_name_uses_the_cache_and_else_says_where_to_put_it(tmp_path, 
 
 
 # ------------------------------------------------------------------ the order
+
 
 def test_every_epoch_is_a_permutation_of_its_own():
     n = 23
@@ -552,7 +606,7 @@ def test_every_epoch_is_a_permutation_of_its_own():
 def test_order_depends_on_the_position_alone():
     whole = data.batch_indices(10, 0, 100, seed=3)
     for start, batch in ((0, 7), (7, 7), (96, 4), (13, 40), (9, 2)):
-        assert np.array_equal(data.batch_indices(10, start, batch, 3), whole[start:start + batch])
+        assert np.array_equal(data.batch_indices(10, start, batch, 3), whole[start : start + batch])
     assert data.batch_indices(2**31, 5, 3, 0).tolist() == [5, 6, 7]  # endless: counted through
 
 
@@ -600,8 +654,11 @@ def test_workers_give_the_same_batches(tmp_path, kind):
     assert torch.equal(before, torch.get_rng_state())  # the noise of training stays the same
 
 
-def test_workers_survive_ctrl_c():
-    stream = data.batches(data.Shapes(8, 3), 2, 0, seed=0, workers=2)
+def test_workers_survive_ctrl_c(tmp_path):
+    folder_of(tmp_path / "set", 10)
+    stream = data.batches(
+        data.load(tmp_path / "set", 8, 3, memory_limit=0), 2, 0, seed=0, workers=2
+    )
     take(stream, 2)  # one from each: both are up
     for worker in stream._workers:  # the terminal sends Ctrl-C to every process
         os.kill(worker.pid, signal.SIGINT)
@@ -610,8 +667,10 @@ def test_workers_survive_ctrl_c():
 
 
 def test_an_array_needs_no_workers():
-    assert torch.equal(take(data.batches(numbered(), 4, 0, 0, workers=2), 3),
-                       take(data.batches(numbered(), 4, 0, 0), 3))
+    assert torch.equal(
+        take(data.batches(numbered(), 4, 0, 0, workers=2), 3),
+        take(data.batches(numbered(), 4, 0, 0), 3),
+    )
 
 
 def test_impossible_batches_are_refused_at_the_call():
@@ -633,6 +692,7 @@ def test_shapes_depend_on_seed_and_index_alone():
 
 
 # ------------------------------------------------------------------ real data
+
 
 def shared(path):
     if not (SHARED / path).exists():

@@ -9,20 +9,28 @@ from etsdm import make_condition, remap, share_timesteps, unremap
 
 
 def by_definition(t, interval, n):
-    """f(t) = max{t_i : t_i <= t} for t < interval, else t; one number at a time, exact fractions."""
+    """f(t) = max{t_i : t_i <= t} for t < interval, else t; one number at a time, exact
+    fractions."""
     from fractions import Fraction
+
     if t >= interval:
         return float(t)
     starts = [Fraction(interval) * i / n for i in range(n)]
     return float(max(b for b in starts if b <= Fraction(t)))
 
 
-@pytest.mark.parametrize("interval, n", [(100, 5), (100, 1), (100, 100), (60, 7), (1000, 10), (100, 3)])
+@pytest.mark.parametrize(
+    "interval, n", [(100, 5), (100, 1), (100, 100), (60, 7), (1000, 10), (100, 3)]
+)
 def test_integers_follow_the_definition(interval, n):
     t = torch.arange(0, 1001)
     c = share_timesteps(t, interval, n)
-    assert_close(c.double(), torch.tensor([by_definition(int(v), interval, n) for v in t],
-                                          dtype=torch.float64), rtol=1e-15, atol=0)
+    assert_close(
+        c.double(),
+        torch.tensor([by_definition(int(v), interval, n) for v in t], dtype=torch.float64),
+        rtol=1e-15,
+        atol=0,
+    )
     assert c.dtype == (torch.int64 if interval % n == 0 else torch.float64)
 
 
@@ -42,7 +50,9 @@ def test_real_times_boundaries_and_idempotence(dtype, n):
     assert_close(share_timesteps(c, 100, n), c, rtol=0, atol=0)
     assert len(c[t < 100].unique()) == n
     bounds = (torch.arange(n, dtype=torch.float64) * 100 / n).to(dtype)
-    assert_close(share_timesteps(bounds, 100, n), bounds, rtol=0, atol=0)  # a boundary begins its part
+    assert_close(
+        share_timesteps(bounds, 100, n), bounds, rtol=0, atol=0
+    )  # a boundary begins its part
 
 
 def test_numbers_and_shapes():
@@ -68,6 +78,7 @@ def test_remap_values():
     assert_close(remap(250.0, "sqrt").item(), 500.0)
     # inverse of the logistic function on [m, 1 - m], by numpy's formula
     import numpy as np
+
     m = etsdm.MARGIN
     p = m + (1 - 2 * m) * 0.25
     logit = np.log(p / (1 - p)) / np.log((1 - m) / m)
@@ -81,14 +92,17 @@ def test_make_condition():
     assert_close(make_condition(remap_name="sqrt", T=100)(25.0).item(), 50.0)
 
 
-@pytest.mark.parametrize("kwargs, words", [
-    (dict(etsdm=True, remap_name="sqrt"), "alternatives"),
-    (dict(remap_name="cube"), "unknown remap 'cube': choose from sqrt"),
-    (dict(etsdm=True, interval=2000), "longer than the 1000 timesteps"),
-    (dict(etsdm=True, interval=10, n=11), "shorter than a step"),
-    (dict(etsdm=True, n=0), "whole number n >= 1"),
-    (dict(etsdm=True, interval=-5, n=1), "interval > 0|shorter than a step"),
-])
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        (dict(etsdm=True, remap_name="sqrt"), "alternatives"),
+        (dict(remap_name="cube"), "unknown remap 'cube': choose from sqrt"),
+        (dict(etsdm=True, interval=2000), "longer than the 1000 timesteps"),
+        (dict(etsdm=True, interval=10, n=11), "shorter than a step"),
+        (dict(etsdm=True, n=0), "whole number n >= 1"),
+        (dict(etsdm=True, interval=-5, n=1), "interval > 0|shorter than a step"),
+    ],
+)
 def test_contradictions_are_refused_in_one_line(kwargs, words):
     with pytest.raises(ValueError, match=words) as error:
         make_condition(**kwargs)

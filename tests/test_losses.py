@@ -16,8 +16,15 @@ LINEAR = schedules.make_schedule("linear")
 
 def small_net(seed=0):
     torch.manual_seed(seed)
-    net = unet.UNet(image_size=8, channels=16, channel_mult=(1, 2), res_blocks=1, attention_resolutions=(4,),
-                    head_channels=None, norm_groups=8)
+    net = unet.UNet(
+        image_size=8,
+        channels=16,
+        channel_mult=(1, 2),
+        res_blocks=1,
+        attention_resolutions=(4,),
+        head_channels=None,
+        norm_groups=8,
+    )
     for p in net.parameters():  # the last layer starts at zero, and would hide everything before it
         if not p.any():
             p.data.normal_(0, 0.1)
@@ -35,7 +42,7 @@ def by_hand(denoiser, x0, t, noises):
                 continue
             a, s = LINEAR.coefficients((t[b] - i).item())
             xt = a * x0[b] + s * noises[i, b]
-            eps_hat = denoiser.predict(xt[None], t[b:b + 1] - i)[1][0]
+            eps_hat = denoiser.predict(xt[None], t[b : b + 1] - i)[1][0]
             residual = noises[i, b] - eps_hat
             if i == 0:
                 simple.append(residual.square().mean())
@@ -69,9 +76,17 @@ def test_float32_gradients_agree_to_1e_5():
     net = small_net()
     denoiser = D.Denoiser(net, LINEAR)
     torch.manual_seed(2)
-    x0, noises, t = torch.randn(4, 3, 8, 8), torch.randn(3, 4, 3, 8, 8), torch.tensor([2, 50, 500, 999])
-    grads = [torch.cat([g.flatten() for g in torch.autograd.grad(sum(pair).mean(), list(net.parameters()))])
-             for pair in (losses.sa_loss(denoiser, x0, t, noises), by_hand(denoiser, x0, t, noises))]
+    x0, noises, t = (
+        torch.randn(4, 3, 8, 8),
+        torch.randn(3, 4, 3, 8, 8),
+        torch.tensor([2, 50, 500, 999]),
+    )
+    grads = [
+        torch.cat(
+            [g.flatten() for g in torch.autograd.grad(sum(pair).mean(), list(net.parameters()))]
+        )
+        for pair in (losses.sa_loss(denoiser, x0, t, noises), by_hand(denoiser, x0, t, noises))
+    ]
     assert_close(grads[0], grads[1], rtol=0, atol=1e-5 * grads[1].abs().max().item())
 
 
@@ -107,7 +122,10 @@ def test_the_oracle_has_the_least_loss():
     """E||eps - eps_theta||^2 is least at the exact eps*, and there equals Var[eps | x_t]."""
     mixture = toy.one_gaussian((1,))
     g = torch.Generator().manual_seed(0)
-    x0, noise = mixture.sample(100_000, g), torch.randn(100_000, 1, dtype=torch.float64, generator=g)
+    x0, noise = (
+        mixture.sample(100_000, g),
+        torch.randn(100_000, 1, dtype=torch.float64, generator=g),
+    )
     t = torch.full((100_000,), 300)
     exact = toy.oracle(mixture, LINEAR)
     best = losses.simple_loss(D.Denoiser(exact, LINEAR), x0, t, noise).mean()
@@ -140,8 +158,13 @@ def test_loss_spaces_are_the_plain_residuals(name):
 
 def test_unknown_space():
     with pytest.raises(ValueError, match="unknown loss space 'u'"):
-        losses.simple_loss(D.Denoiser(lambda x, c: x, LINEAR), torch.randn(1, 2), torch.tensor([3]),
-                           torch.randn(1, 2), "u")
+        losses.simple_loss(
+            D.Denoiser(lambda x, c: x, LINEAR),
+            torch.randn(1, 2),
+            torch.tensor([3]),
+            torch.randn(1, 2),
+            "u",
+        )
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 64])
@@ -157,7 +180,9 @@ def test_timesteps_are_uniform_and_reach_both_ends():
     t = losses.draw_timesteps(400_000, LINEAR, 1, 1000, torch.Generator().manual_seed(0))
     counts = torch.bincount(t, minlength=1001)[1:].double()
     assert counts.min() > 0
-    chi2 = ((counts - 400) ** 2 / 400).sum() / 2  # antithetic: half as many independent draws, each twice
+    chi2 = (
+        (counts - 400) ** 2 / 400
+    ).sum() / 2  # antithetic: half as many independent draws, each twice
     assert abs(chi2 - 499.5) < 5 * (2 * 499.5) ** 0.5
     schedule = schedules.make_schedule("linear", continuous=True)
     low, high = losses.time_range(schedule, "eps")

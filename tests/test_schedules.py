@@ -55,11 +55,19 @@ def test_t_of_lam_inverts_lam(name, continuous):
 def test_linear_known_numbers():
     # Re-derived by several programs: DDPM's linear schedule, T = 1000.
     s = make_schedule("linear")
-    assert_close(s.alpha_bar(f64(1, 2, 500, 1000)),
-                 f64(0.9999, 0.99978009207, 0.078587242882, 4.0358297654e-5), rtol=1e-10, atol=0)
+    assert_close(
+        s.alpha_bar(f64(1, 2, 500, 1000)),
+        f64(0.9999, 0.99978009207, 0.078587242882, 4.0358297654e-5),
+        rtol=1e-10,
+        atol=0,
+    )
     assert_close(s.step_variances(2, 1)[1].item(), 5.4531876613e-5, rtol=1e-10, atol=0)
-    assert_close(s.lam(f64(1, 2, 500, 1000)),
-                 f64(4.6051201835, 4.2110408383, -1.2308493579, -5.0588365917), rtol=1e-9, atol=0)
+    assert_close(
+        s.lam(f64(1, 2, 500, 1000)),
+        f64(4.6051201835, 4.2110408383, -1.2308493579, -5.0588365917),
+        rtol=1e-9,
+        atol=0,
+    )
     # DPM-Solver's lambda inverse: its time is t/1000
     assert_close(s.t_of_lam(0.0).item() / 1000, 0.2590927982, rtol=1e-9, atol=0)
     assert_close(s.log_alpha_bar(500.5).item() / 2, -1.2743006744, rtol=1e-9, atol=0)
@@ -72,7 +80,9 @@ def test_cosine_tail_is_clipped_not_zero():
     assert_close(s.alpha_bar(1).item(), 0.9999587, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", ["linear", "quadratic", "cosine", "linear-mns", "zero-terminal-snr"])
+@pytest.mark.parametrize(
+    "name", ["linear", "quadratic", "cosine", "linear-mns", "zero-terminal-snr"]
+)
 def test_discrete_tables_by_plain_products(name):
     """alpha_bar as a running product of 1 - beta, the way the papers write it."""
     T = 1000
@@ -101,8 +111,12 @@ def test_continuous_forms_by_quadrature(name):
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n * 0.7
     root = 0.1**0.5 + (20**0.5 - 0.1**0.5) * u
     end = make_schedule("quadratic", continuous=True).log_alpha_bar(1000)
-    beta = {"linear": 0.1 + 19.9 * u, "quadratic": root**2, "linear-mns": 20 * u,
-            "quadratic-mns": -3 * end * u**2}[name]
+    beta = {
+        "linear": 0.1 + 19.9 * u,
+        "quadratic": root**2,
+        "linear-mns": 20 * u,
+        "quadratic-mns": -3 * end * u**2,
+    }[name]
     assert_close(s.log_alpha_bar(700.0), -beta.mean() * 0.7, rtol=1e-9, atol=0)
 
 
@@ -119,8 +133,10 @@ def test_cosine_shift_formula_and_limits(continuous):
     for d in (16, 64, 256):
         s = make_schedule("cosine-shift", continuous=continuous, image_size=d)
         log_snr = 2 * s.lam(f64(250, 500, 900))
-        expected = [-2 * math.log(math.tan(math.pi * u / 2)) + 2 * math.log(64 / d)
-                    for u in (0.25, 0.5, 0.9)]
+        expected = [
+            -2 * math.log(math.tan(math.pi * u / 2)) + 2 * math.log(64 / d)
+            for u in (0.25, 0.5, 0.9)
+        ]
         assert_close(log_snr, f64(*expected), rtol=1e-10, atol=1e-10)
         assert_close(2 * s.lam(1000).item(), -15.0, rtol=1e-12, atol=0)
         assert s.lam(1e-6 if continuous else 1) <= 7.5 + 1e-9
@@ -140,10 +156,22 @@ def test_modified_ns_matches_the_snr_at_T_and_is_flat_at_0(continuous):
         assert_close(beta_T.item(), 0.0214810, rtol=0, atol=5e-8)
 
 
-@pytest.mark.parametrize("name", ["linear", "quadratic", "cosine", "zero-terminal-snr", "cosine-shift",
-                                  "linear-mns", "quadratic-mns", "cosine-mns"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear",
+        "quadratic",
+        "cosine",
+        "zero-terminal-snr",
+        "cosine-shift",
+        "linear-mns",
+        "quadratic-mns",
+        "cosine-mns",
+    ],
+)
 def test_ds_dt_at_zero(name):
-    """E-TSDM theorem 3.1's premise: da/dt(0) != 0 <=> ds/dt -> infinity, on the continuous forms."""
+    """E-TSDM theorem 3.1's premise: da/dt(0) != 0 <=> ds/dt -> infinity, on the continuous
+    forms."""
     s = make_schedule(name, continuous=True)
     t = f64(1e-4, 1e-2)
     slope = (s.coefficients(t * 1.001)[1] - s.coefficients(t)[1]) / (0.001 * t)
@@ -155,7 +183,8 @@ def test_ds_dt_at_zero(name):
 
 
 def test_digits_survive_near_zero():
-    """1 - alpha_bar at t = 1e-9 is 1e-13 of beta's rate: a plain 1 - cumprod has no digit left there."""
+    """1 - alpha_bar at t = 1e-9 is 1e-13 of beta's rate: a plain 1 - cumprod has no digit left
+    there."""
     s = make_schedule("linear", continuous=True)
     assert_close(s.coefficients(1e-9)[1].item() ** 2, 0.1 * 1e-12, rtol=1e-8, atol=0)
 
@@ -235,14 +264,17 @@ def test_logsnr_grid_of_a_schedule_without_signal_at_T():
     assert_close(steps, steps.mean().expand(4), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: make_schedule("lineer"), "unknown schedule 'lineer': choose from linear"),
-    (lambda: make_schedule("linear", T=0), "T must be"),
-    (lambda: make_schedule("linear", beta_ends=(0.02, 1e-4)), "beta must grow"),
-    (lambda: schedules.time_grid(make_schedule("linear"), 0), "at least one point"),
-    (lambda: schedules.time_grid(make_schedule("linear"), 5, "karras"), "unknown spacing"),
-    (lambda: schedules.time_grid(make_schedule("linear"), 5, t_end=0), "times must satisfy"),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: make_schedule("lineer"), "unknown schedule 'lineer': choose from linear"),
+        (lambda: make_schedule("linear", T=0), "T must be"),
+        (lambda: make_schedule("linear", beta_ends=(0.02, 1e-4)), "beta must grow"),
+        (lambda: schedules.time_grid(make_schedule("linear"), 0), "at least one point"),
+        (lambda: schedules.time_grid(make_schedule("linear"), 5, "karras"), "unknown spacing"),
+        (lambda: schedules.time_grid(make_schedule("linear"), 5, t_end=0), "times must satisfy"),
+    ],
+)
 def test_errors_say_what_is_wrong(call, words):
     with pytest.raises(ValueError, match=words) as error:
         call()

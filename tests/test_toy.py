@@ -17,7 +17,9 @@ def log_density(mixture, x, a, s):
     v = a**2 * mixture.stds**2 + s**2
     d = flat.shape[1]
     square = (flat[:, None] - a * means).square().sum(2)
-    return torch.logsumexp(mixture.weights.log() - d / 2 * torch.log(2 * torch.pi * v) - square / (2 * v), 1)
+    return torch.logsumexp(
+        mixture.weights.log() - d / 2 * torch.log(2 * torch.pi * v) - square / (2 * v), 1
+    )
 
 
 @pytest.mark.parametrize("t", [1, 50, 400, 1000])

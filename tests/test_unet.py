@@ -9,8 +9,14 @@ from torch.testing import assert_close
 
 import unet
 
-SMALL = dict(image_size=16, channels=32, channel_mult=(1, 2), res_blocks=1, attention_resolutions=(8,),
-             head_channels=32)
+SMALL = dict(
+    image_size=16,
+    channels=32,
+    channel_mult=(1, 2),
+    res_blocks=1,
+    attention_resolutions=(8,),
+    head_channels=32,
+)
 
 
 def awake(net, seed=0):
@@ -22,9 +28,16 @@ def awake(net, seed=0):
     return net.eval()
 
 
-@pytest.mark.parametrize("preset, count", [
-    ("cifar10", 35_746_307), ("celeba64", 78_700_803), ("celebahq256", 113_673_219),
-    ("ffhq256", 138_286_467), ("ffhq256-large", 725_956_227)])
+@pytest.mark.parametrize(
+    "preset, count",
+    [
+        ("cifar10", 35_746_307),
+        ("celeba64", 78_700_803),
+        ("celebahq256", 113_673_219),
+        ("ffhq256", 138_286_467),
+        ("ffhq256-large", 725_956_227),
+    ],
+)
 def test_parameter_counts_of_the_papers(preset, count):
     with torch.device("meta"):
         net = unet.UNet(**unet.PRESETS[preset])
@@ -36,10 +49,15 @@ def test_parameter_counts_of_the_papers(preset, count):
 
 
 # E-TSDM's table of variants: which settings give which count is how its misprint was resolved.
-@pytest.mark.parametrize("kwargs, count", [
-    (dict(scale_shift=False), 131_654_403), (dict(attention_resolutions=(16,)), 131_709_827),
-    (dict(resblock_updown=False), 125_371_651),
-    (dict(scale_shift=False, resblock_updown=False), 120_249_859)])
+@pytest.mark.parametrize(
+    "kwargs, count",
+    [
+        (dict(scale_shift=False), 131_654_403),
+        (dict(attention_resolutions=(16,)), 131_709_827),
+        (dict(resblock_updown=False), 125_371_651),
+        (dict(scale_shift=False, resblock_updown=False), 120_249_859),
+    ],
+)
 def test_parameter_counts_of_variants(kwargs, count):
     with torch.device("meta"):
         net = unet.UNet(**{**unet.PRESETS["ffhq256"], **kwargs})
@@ -49,11 +67,19 @@ def test_parameter_counts_of_variants(kwargs, count):
 def test_guided_diffusion_weights_give_its_output(shared):
     sys.path.insert(0, str(shared / "golden"))
     import fill
+
     gold = json.loads((shared / "golden" / "unet_guided_diffusion.json").read_text())
     c = gold["config"]
-    net = unet.UNet(c["image_size"], channels=c["C"], channel_mult=c["mult"], res_blocks=c["R"],
-                    attention_resolutions=c["attn"], head_channels=c["hc"], scale_shift=c["ss"],
-                    resblock_updown=c["ud"])
+    net = unet.UNet(
+        c["image_size"],
+        channels=c["C"],
+        channel_mult=c["mult"],
+        res_blocks=c["R"],
+        attention_resolutions=c["attn"],
+        head_channels=c["hc"],
+        scale_shift=c["ss"],
+        resblock_updown=c["ud"],
+    )
     assert sum(p.numel() for p in net.parameters()) == gold["params"]
     state = {k: torch.tensor(v).float() for k, v in fill.state(gold["keys"]).items()}
     net.load_state_dict(unet.from_guided_diffusion(state), strict=True)
@@ -67,9 +93,17 @@ def test_guided_diffusion_weights_give_its_output(shared):
 
 def to_guided_diffusion(state):
     """Our keys back into theirs: the inverse of the import, written separately."""
-    pairs = [("norm1.", "in_layers.0."), ("conv1.", "in_layers.2."), ("norm2.", "out_layers.0."),
-             ("conv2.", "out_layers.3."), (".time.", ".emb_layers.1."), (".skip.", ".skip_connection."),
-             (".proj.", ".proj_out."), ("out_norm.", "out.0."), ("out_conv.", "out.2.")]
+    pairs = [
+        ("norm1.", "in_layers.0."),
+        ("conv1.", "in_layers.2."),
+        ("norm2.", "out_layers.0."),
+        ("conv2.", "out_layers.3."),
+        (".time.", ".emb_layers.1."),
+        (".skip.", ".skip_connection."),
+        (".proj.", ".proj_out."),
+        ("out_norm.", "out.0."),
+        ("out_conv.", "out.2."),
+    ]
     theirs = {}
     for key, value in state.items():
         for ours, name in pairs:
@@ -86,14 +120,23 @@ def to_guided_diffusion(state):
 def test_import_round_trip_is_strict(updown):
     net = awake(unet.UNet(**SMALL, resblock_updown=updown))
     again = unet.UNet(**SMALL, resblock_updown=updown).eval()
-    again.load_state_dict(unet.from_guided_diffusion(to_guided_diffusion(net.state_dict())), strict=True)
+    again.load_state_dict(
+        unet.from_guided_diffusion(to_guided_diffusion(net.state_dict())), strict=True
+    )
     x, c = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 700.0])
     assert_close(again(x, c), net(x, c), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("state, words", [
-    ({"conv_in.weight": torch.zeros(1)}, "not a guided-diffusion U-Net.*conv_in.weight"),
-    ({"input_blocks.0.0.weight": torch.zeros(1), "label_emb.weight": torch.zeros(1)}, "class-conditional")])
+@pytest.mark.parametrize(
+    "state, words",
+    [
+        ({"conv_in.weight": torch.zeros(1)}, "not a guided-diffusion U-Net.*conv_in.weight"),
+        (
+            {"input_blocks.0.0.weight": torch.zeros(1), "label_emb.weight": torch.zeros(1)},
+            "class-conditional",
+        ),
+    ],
+)
 def test_import_refuses_what_it_is_not(state, words):
     with pytest.raises(ValueError, match=words):
         unet.from_guided_diffusion(state)
@@ -101,7 +144,8 @@ def test_import_refuses_what_it_is_not(state, words):
 
 @pytest.mark.parametrize("head_channels", [None, 16])
 def test_attention_is_the_formula(head_channels):
-    """softmax(q kT / sqrt d) v with explicit loops over heads, from the [head][q, k, v][d] layout."""
+    """softmax(q kT / sqrt d) v with explicit loops over heads, from the [head][q, k, v][d]
+    layout."""
     torch.manual_seed(0)
     layer = awake(unet.Attention(32, head_channels, 8)).double()
     x = torch.randn(2, 32, 3, 5, dtype=torch.float64)
@@ -109,9 +153,9 @@ def test_attention_is_the_formula(head_channels):
     d = head_channels or 32
     out = torch.zeros(2, 32, 15, dtype=torch.float64)
     for head in range(32 // d):
-        q, k, v = (qkv[:, 3 * d * head + d * i: 3 * d * head + d * (i + 1)] for i in range(3))
+        q, k, v = (qkv[:, 3 * d * head + d * i : 3 * d * head + d * (i + 1)] for i in range(3))
         weight = torch.softmax(q.transpose(1, 2) @ k / d**0.5, dim=2)  # (B, N query, N key)
-        out[:, d * head: d * (head + 1)] = v @ weight.transpose(1, 2)
+        out[:, d * head : d * (head + 1)] = v @ weight.transpose(1, 2)
     out = torch.einsum("oc,bcn->bon", layer.proj.weight[:, :, 0, 0], out) + layer.proj.bias[:, None]
     assert_close(layer(x), x + out.reshape(x.shape), rtol=1e-12, atol=1e-12)
 
@@ -128,8 +172,15 @@ def test_timestep_embedding():
 @pytest.mark.parametrize("updown", [True, False])
 @pytest.mark.parametrize("patch", [1, 2])
 def test_every_kind_runs_backwards_and_starts_at_zero(scale_shift, updown, patch):
-    net = unet.UNet(**{**SMALL, "attention_resolutions": (8 // patch,)}, scale_shift=scale_shift,
-                    resblock_updown=updown, patch=patch, in_channels=1, out_channels=2, dropout=0.1)
+    net = unet.UNet(
+        **{**SMALL, "attention_resolutions": (8 // patch,)},
+        scale_shift=scale_shift,
+        resblock_updown=updown,
+        patch=patch,
+        in_channels=1,
+        out_channels=2,
+        dropout=0.1,
+    )
     x = torch.randn(2, 1, 16, 16)
     out = net(x, torch.tensor([1.0, 2.0]))
     assert out.shape == (2, 2, 16, 16)
@@ -146,7 +197,7 @@ def test_images_do_not_see_their_batch_mates():
     x, c = torch.randn(5, 3, 16, 16), torch.tensor([1.0, 5.0, 50.0, 500.0, 1000.0])
     whole = net(x, c)
     for i in range(5):
-        assert_close(net(x[i:i + 1], c[i:i + 1]), whole[i:i + 1], rtol=1e-4, atol=1e-5)
+        assert_close(net(x[i : i + 1], c[i : i + 1]), whole[i : i + 1], rtol=1e-4, atol=1e-5)
 
 
 def test_bf16_autocast_still_tells_999_from_1000():
@@ -163,10 +214,20 @@ def test_bf16_autocast_still_tells_999_from_1000():
     assert (seen[0][0] - seen[0][1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kwargs, words", [
-    (dict(image_size=18, channel_mult=(1, 2, 2)), "cannot be halved 2 times: use a multiple of 4"),
-    (dict(image_size=16, channels=20), "do not divide into 32 groups"),
-    (dict(image_size=16, channels=96, head_channels=64, attention_resolutions=(16,)), "attention heads of 64")])
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        (
+            dict(image_size=18, channel_mult=(1, 2, 2)),
+            "cannot be halved 2 times: use a multiple of 4",
+        ),
+        (dict(image_size=16, channels=20), "do not divide into 32 groups"),
+        (
+            dict(image_size=16, channels=96, head_channels=64, attention_resolutions=(16,)),
+            "attention heads of 64",
+        ),
+    ],
+)
 def test_impossible_sizes_are_refused(kwargs, words):
     with pytest.raises(ValueError, match=words):
         unet.UNet(**kwargs)

@@ -1,0 +1,191 @@
+r"""Sets of images that are one array: CIFAR-10's archives, MNIST-like IDX files, .npy and .npz.
+
+Each reader gives uint8 (N, H, W, C), 0..255, and names in one line what is wrong with a file. None
+of them executes anything a file contains: CIFAR-10's pickles go through an unpickler that knows
+only arrays, and NumPy's are read with allow_pickle=False.
+
+What this file does not do: labels, test splits, resizing (data.py), or unpacking to the disk.
+
+    python -c "import readers; print(readers.read_array('train-images-idx3-ubyte.gz').shape)"
+
+N images, H height, W width, C channels.
+"""
+
+import codecs
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import re
+import struct
+import tarfile
+import urllib.request
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+CIFAR_BATCH = re.compile(r"(?:^|/)data_batch_([1-5])(\.bin)?$")
+IDX_TRAIN = re.compile(r"^train-images.*idx3-ubyte(\.gz)?$")
+
+
+def reason(error):
+    """One line, fit for a user, that says what an exception says."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image of a known format"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads pickled NumPy arrays and refuses all else: a plain pickle.load may run any program."""
+
+    # Named by what they are, since NumPy 2 moved numpy.core to numpy._core.
+    reconstruct = np.empty(0).__reduce__()[0]
+    allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+               ("numpy.core.multiarray", "_reconstruct"): reconstruct,
+               ("numpy._core.multiarray", "_reconstruct"): reconstruct,
+               ("_codecs", "encode"): codecs.encode}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.allowed:
+            raise ValueError(f"refused: the pickle asks for {module}.{name}, not only for arrays")
+        return self.allowed[module, name]
+
+
+def read_cifar(path):
+    """CIFAR-10 training images, from the archive or its folder -> uint8 (N, 32, 32, 3).
+
+    Both official forms, told apart by the names inside: data_batch_1 ... 5 (Python pickles) and
+    data_batch_1.bin ... 5.bin. Four batches out of five would train without a murmur on 40,000
+    images, so a missing one is an error; how many rows each has is left open.
+    """
+    parts = {}
+    if os.path.isdir(path):
+        for name in os.listdir(path):
+            if match := CIFAR_BATCH.search(name):
+                with open(os.path.join(path, name), "rb") as file:
+                    parts[match[1]] = (match[2], file.read())
+    else:
+        with tarfile.open(path) as tar:  # nothing is unpacked to disk
+            for member in tar:
+                if (match := CIFAR_BATCH.search(member.name)) and member.isfile():
+                    parts[match[1]] = (match[2], tar.extractfile(member).read())
+            while tar.fileobj.read(2**20):  # gzip compares its checksum at the very end only
+                pass
+    if missing := set("12345") - set(parts):
+        raise ValueError(f"{path} has no CIFAR-10 data_batch_{min(missing)} "
+                         "(an archive of image files: unpack it, or use a .zip)")
+    rows = []
+    for number, (binary, raw) in sorted(parts.items()):
+        if binary:  # each record: one byte of label, then 3072 of pixels
+            batch = np.frombuffer(raw, np.uint8).reshape(-1, 3073)[:, 1:]
+        else:
+            batch = ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load()[b"data"]
+        if not isinstance(batch, np.ndarray) or batch.dtype != np.uint8:
+            raise ValueError(f"{path}: data_batch_{number} holds no uint8 array")
+        rows.append(batch.reshape(-1, 3, 32, 32))
+    return np.concatenate(rows).transpose(0, 2, 3, 1)
+
+
+def read_idx(raw, path, size=0):
+    """The bytes of an IDX file of images -> uint8 (N, H, W, 1), padded with zeros up to `size`.
+
+    IDX: bytes 0 0 8 3 (unsigned bytes, 3 axes), then N, H, W big-endian, then the pixels.
+    """
+    count, height, width = struct.unpack(">3I", raw[4:16])
+    if len(raw) != 16 + count * height * width:
+        raise ValueError(f"{path} should hold {count} images of {width}x{height}, is cut or broken")
+    images = np.frombuffer(raw, np.uint8, offset=16).reshape(count, height, width, 1)
+    if max(height, width) <= size:  # 28 -> 32 by a border: digits keep their exact pixels
+        down, right = size - height, size - width
+        images = np.pad(images, ((0, 0), (down // 2, down - down // 2),
+                                 (right // 2, right - right // 2), (0, 0)))
+    return images
+
+
+def read_numpy(path, key):
+    """A .npy file, or one array of a .npz (`key`, or the only one) -> uint8 (N, H, W, C).
+
+    Floats are refused, not guessed at: they may mean [0, 1], [-1, 1] or [0, 255].
+    """
+    array = np.load(path, allow_pickle=False)  # a pickle in it could run any program
+    if not isinstance(array, np.ndarray):
+        with array as archive:
+            arrays = {k: archive[k] for k in archive.files if key in (None, k)}
+            likely = [k for k, a in arrays.items() if a.dtype == np.uint8 and a.ndim in (3, 4)]
+            choices = likely or list(arrays)
+            if len(choices) != 1:
+                listing = ", ".join(f"{k} {archive[k].dtype} {archive[k].shape}" for k in archive)
+                raise ValueError(f"{path}: name one array as {path}:KEY, of {listing or 'none'}")
+            array = arrays[choices[0]]
+    if array.dtype != np.uint8:
+        raise ValueError(f"{path}: {array.dtype} is not uint8; save 0..255, for floats in [0, 1] "
+                         "as (x * 255).round().astype('uint8')")
+    if array.ndim == 3:
+        return array[..., None]
+    if array.ndim == 4 and array.shape[3] in (1, 3, 4):
+        return array
+    if array.ndim == 4 and array.shape[1] in (1, 3, 4):
+        return array.transpose(0, 2, 3, 1)
+    raise ValueError(f"{path}: {array.shape} is none of (N,H,W), (N,H,W,C), (N,C,H,W), C = 1, 3, 4")
+
+
+def read_array(path, key=None, size=0):
+    """A file or folder that is one array of images, told by its first bytes -> (N, H, W, C)."""
+    if os.path.isdir(path):
+        return read_cifar(path)
+    with open(path, "rb") as file:
+        raw = file.read(8)
+    zipped = raw[:2] == b"\x1f\x8b"
+    if zipped:
+        with gzip.open(path) as file:
+            raw = file.read(8)
+    if raw[:4] == b"\0\0\x08\x03":
+        with (gzip.open if zipped else open)(path, "rb") as file:
+            return read_idx(file.read(), path, size)
+    if raw[:6] == b"\x93NUMPY" or raw[:2] == b"PK":
+        return read_numpy(path, key)
+    if tarfile.is_tarfile(path):
+        return read_cifar(path)
+    raise ValueError(f"{path} is no data set of a known kind (it begins with {raw}); known are a "
+                     "folder or .zip of images, .npy, .npz, IDX, and the CIFAR-10 archives")
+
+
+def download(url, path, sha256):
+    """Fetch `url` to `path`: all of it and with the right SHA-256 (hex), or nothing and OSError.
+
+    The error says where to put the file by hand, since clusters often have no network. Several
+    processes may do this at once: each writes a file of its own, and the last to finish wins.
+    """
+    part = f"{path}.{os.getpid()}.part"  # same folder, so that os.replace is one atomic step
+    digest = hashlib.sha256()
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with urllib.request.urlopen(url, timeout=60) as reply, open(part, "wb") as file:
+            total = int(reply.headers.get("Content-Length") or 0) or None
+            with tqdm(desc=os.path.basename(path), total=total, unit="B", unit_scale=True) as bar:
+                while chunk := reply.read(2**20):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+        if digest.hexdigest() != sha256:
+            raise OSError(f"its SHA-256 is {digest.hexdigest()}")
+        os.replace(part, path)
+    except Exception as error:  # OSError mostly, but a cut reply is an HTTPException
+        raise OSError(f"cannot download {url} ({reason(error)}): put the file with SHA-256 {sha256}"
+                      f" at {path}, or give its path to --data") from error
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def cifar_archive():
+    """Path of the CIFAR-10 archive in the cache folder; downloaded (170 MB) if it is not there."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = os.path.join(cache, "diffusion-data", "cifar-10-python.tar.gz")
+    if not os.path.exists(path):
+        download(CIFAR_URL, path, CIFAR_SHA256)
+    return path

@@ -1,0 +1,244 @@
+"""The two programs as a user starts them: the README's commands at their smallest, signals,
+errors."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import denoiser
+import runtime
+import sample
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--image-size", "8", "--batch-size", "4", "--precision", "fp32"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}
+
+
+def run(*words, cwd, program="train.py", check=True, **kwargs):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / program), *words],
+        cwd=cwd,
+        env=ENV,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+        **kwargs,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with one finished small run, made by the README's first command through torchrun."""
+    folder = tmp_path_factory.mktemp("cli")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            str(ROOT / "train.py"),
+            "--sa-k",
+            "2",
+            *TINY,
+            "--steps",
+            "3",
+        ],
+        cwd=folder,
+        env=ENV,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "next: python sample.py shapes-tiny-sa2" in done.stdout
+    return folder
+
+
+def test_train_then_sample(trained):
+    out = run("--num", "5", "--nfe", "4", cwd=trained, program="sample.py").stdout
+    grid = Path(re.search(r"grid: (.*)", out)[1])
+    assert grid.is_absolute() and Image.open(grid).size == (16, 24)  # 2 columns, 3 rows of 8 x 8
+    folder = grid.parent
+    assert sorted(p.name for p in folder.glob("0*.png")) == [f"{i:06d}.png" for i in range(5)]
+    assert len(re.search(r"mean of each channel.*: (.*) of 255", out)[1].split(", ")) == 3
+
+
+def samples(folder, *words):
+    """sample.py in this process -> its output folder."""
+    out = folder / "out"
+    sample.main(["shapes-tiny-sa2", "--out", str(out), *words])
+    return out
+
+
+@pytest.fixture
+def inside(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained)
+    return tmp_path
+
+
+def pngs(folder):
+    return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob("0*.png"))])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--nfe", "5"],
+        ["--sampler", "ddpm", "--nfe", "6"],
+        ["--sampler", "dpm-solver", "--nfe", "7", "--spacing", "logsnr"],
+    ],
+    ids=str,
+)
+def test_an_image_is_the_same_for_any_batch_size(inside, flags):
+    whole = pngs(samples(inside / "a", "--num", "7", *flags))
+    parts = pngs(samples(inside / "b", "--num", "7", "--batch-size", "2", *flags))
+    assert np.abs(whole - parts).max() <= 1
+    later = pngs(samples(inside / "c", "--num", "4", "--seed", "3", *flags))
+    assert np.abs(whole[3:] - later).max() <= 1
+    assert np.abs(whole[0] - whole[1]).max() > 10, "different seeds are different pictures"
+
+
+def test_npz_holds_the_same_pictures(inside):
+    pictures = pngs(samples(inside / "a", "--num", "3", "--nfe", "3"))
+    archive = np.load(samples(inside / "b", "--num", "3", "--nfe", "3", "--npz") / "images.npz")[
+        "images"
+    ]
+    assert archive.dtype == np.uint8 and archive.shape == (3, 8, 8, 3)
+    assert np.abs(archive.astype(int) - pictures).max() <= 1
+
+
+def test_sampling_goes_on_where_it_stopped(inside, capsys):
+    out = samples(inside, "--num", "6", "--nfe", "3")
+    before = pngs(out)
+    (out / "000004.png").unlink()
+    stamp = (out / "000002.png").stat().st_mtime_ns
+    samples(inside, "--num", "6", "--nfe", "3")
+    assert "5 of 6 images are there already" in capsys.readouterr().out
+    assert np.abs(pngs(out) - before).max() <= 1
+    assert (out / "000002.png").stat().st_mtime_ns == stamp
+
+
+def test_other_settings_do_not_mix_with_old_pictures(inside):
+    out = samples(inside, "--num", "6", "--nfe", "3")
+    samples(inside, "--num", "2", "--nfe", "4")
+    assert len(list(out.glob("0*.png"))) == 2
+
+
+def test_a_folder_of_somebody_else_is_left_alone(inside):
+    (inside / "out").mkdir()
+    (inside / "out" / "000000.png").write_text("precious")
+    with pytest.raises(ValueError, match="files in it that sample.py did not write"):
+        samples(inside, "--num", "2", "--nfe", "2")
+    assert (inside / "out" / "000000.png").read_text() == "precious"
+
+
+def test_stochastic_samplers_are_clipped_by_default(inside):
+    d = denoiser.load_run("shapes-tiny-sa2")
+    for flags, clip in (
+        (["--sampler", "ddpm"], (-1, 1)),
+        ([], None),
+        (["--eta", "0.5"], (-1, 1)),
+        (["--sampler", "ddpm", "--clip", "off"], None),
+        (["--clip", "on"], (-1, 1)),
+    ):
+        assert sample.how(sample.parse(flags), d)["clip"] == clip
+
+
+def test_load_run_gives_what_the_run_describes(inside):
+    ema, raw = (denoiser.load_run("runs/shapes-tiny-sa2", weights) for weights in ("ema", "raw"))
+    assert ema.prediction == "v" and ema.schedule.name == "cosine" and ema.settings["sa_k"] == 2
+    assert not ema.net.training and not any(p.requires_grad for p in ema.net.parameters())
+    checkpoint = runtime.load_checkpoint(runtime.find_checkpoint())
+    assert_close(ema.net.state_dict(), checkpoint["ema"], rtol=0, atol=0)
+    assert_close(raw.net.state_dict(), checkpoint["raw"], rtol=0, atol=0)
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(ema.net.parameters(), raw.net.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+def test_help_teaches(program, tmp_path):
+    text = run("--help", cwd=tmp_path, program=program).stdout
+    assert "examples" in text and "default" in text and f"{program}" in text
+    assert all(len(line) <= 110 for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    "program, words, message",
+    [
+        ("train.py", ["--data", "nowhere"], "no such file or folder"),
+        ("train.py", ["--sa-weight", "1"], "there is none"),
+        ("train.py", ["--batch-size", "x"], "invalid int value"),
+        ("train.py", ["--preset", "huge"], "invalid choice"),
+        ("train.py", ["--images", "100", "--steps", "2"], "not allowed with"),
+        ("sample.py", [], "no run under .*train one first"),
+        ("sample.py", ["nobody"], "no run nobody"),
+        ("sample.py", ["--eta", "0.1", "--sampler", "ddpm"], "--eta belongs to ddim"),
+        ("sample.py", ["--order", "2"], "--order belongs to dpm-solver"),
+        ("sample.py", ["--variance", "large"], "--variance belongs to ddpm"),
+        ("sample.py", ["--num", "0"], "at least 1"),
+        ("sample.py", ["--seed", "-1"], "must not be negative"),
+        ("sample.py", ["page.pt"], "web page"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(program, words, message, tmp_path):
+    (tmp_path / "page.pt").write_text("<html>not found</html>")
+    done = run(*words, cwd=tmp_path, program=program, check=False)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(message, last), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*/checkpoint.pt"))
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name
+)
+def test_a_stopped_run_resumes_to_the_same_weights(number, tmp_path):
+    """Stop it anyhow: the same command goes on, and ends bit for bit where an unstopped run
+    ends."""
+    words = [*TINY, "--steps", "40", "--save-every", "3", "--sample-every", "1000"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words, "--name", "stopped"],
+        cwd=tmp_path,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoint = tmp_path / "runs" / "stopped" / "checkpoint.pt"
+    until = time.time() + 60
+    while not checkpoint.exists() and time.time() < until and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 0 and "Traceback" not in err, err
+        assert f"stopped by {number.name} at step" in out and "same command" in out
+    step = runtime.load_checkpoint(checkpoint)["step"]
+    assert 0 < step < 40, "the signal must land inside the run"
+    done = run(*words, "--name", "stopped", cwd=tmp_path)
+    assert f"from step {step}" in done.stdout and "done:" in done.stdout
+    os.chdir(tmp_path)
+    train.main([*words, "--name", "whole"])
+    whole = runtime.load_checkpoint(tmp_path / "runs" / "whole" / "checkpoint.pt")
+    again = runtime.load_checkpoint(checkpoint)
+    for key in ("raw", "ema", "optimizer"):
+        assert_close(again[key], whole[key], rtol=0, atol=0)
+    assert not list((tmp_path / "runs" / "stopped").rglob("*.tmp"))

@@ -1,0 +1,137 @@
+"""Two gloo processes do what one does: gradients, shards, resuming, pictures."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import runtime
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}
+TINY = ["--image-size", "8", "--batch-size", "4", "--precision", "fp32", "--sample-every", "1000"]
+
+
+def torchrun(n, *words, cwd, check=True):
+    """`torchrun --nproc_per_node n words`, on a free port of its own choosing."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(n),
+            *map(str, words),
+        ],
+        cwd=cwd,
+        env=ENV,
+        text=True,
+        capture_output=True,
+        timeout=150,
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    for n in (1, 2):
+        torchrun(n, ROOT / "tests" / "distributed_worker.py", tmp_path, cwd=tmp_path)
+    one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
+    assert_close(
+        two["images"], one["images"], rtol=0, atol=0
+    )  # shards: disjoint, complete, in order
+    assert_close(
+        two["gradient"], one["gradient"], rtol=0, atol=1e-5 * one["gradient"].abs().max().item()
+    )
+    assert_close(two["losses"], one["losses"], rtol=1e-5, atol=0)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run by one process and by two, and a resumed one that began with one and went on
+    with two."""
+    folder = tmp_path_factory.mktemp("distributed")
+    for n in (1, 2):
+        torchrun(n, ROOT / "train.py", *TINY, "--steps", "10", "--name", f"by{n}", cwd=folder)
+    torchrun(2, ROOT / "train.py", *TINY, "--steps", "4", "--name", "resumed", cwd=folder)
+    done = torchrun(2, ROOT / "train.py", *TINY, "--steps", "10", "--name", "resumed", cwd=folder)
+    assert "from step 4" in done.stdout
+    assert "batch: 4 = 2 at a time x 1 accumulated x 2 processes" in done.stdout
+    assert done.stdout.count("done:") == 1, "rank 0 alone speaks"
+    return folder
+
+
+def test_losses_are_the_same(runs):
+    rows = []
+    for n in (1, 2):
+        with open(runs / "runs" / f"by{n}" / "log.csv", newline="") as f:
+            rows.append(next(csv.DictReader(f)))
+    for key in ("loss", "simple"):
+        assert_close(float(rows[0][key]), float(rows[1][key]), rtol=1e-4, atol=0)
+
+
+def test_resuming_with_two_processes_changes_nothing(runs):
+    whole, parts = (
+        runtime.load_checkpoint(runs / "runs" / name / "checkpoint.pt")
+        for name in ("by2", "resumed")
+    )
+    for key in ("raw", "ema", "optimizer"):
+        assert_close(parts[key], whole[key], rtol=0, atol=0)
+    assert not any(k.startswith("module.") for k in whole["raw"]), "the bare module's names"
+
+
+def test_another_number_of_processes_goes_on(runs):
+    done = torchrun(1, ROOT / "train.py", *TINY, "--steps", "12", "--name", "resumed", cwd=runs)
+    assert "from step 10" in done.stdout
+    assert runtime.load_checkpoint(runs / "runs" / "resumed" / "checkpoint.pt")["step"] == 12
+
+
+@pytest.mark.parametrize("flags", [[], ["--npz"]], ids=str)
+def test_pictures_are_the_same(runs, flags):
+    pictures = []
+    for n in (1, 2):
+        torchrun(
+            n,
+            ROOT / "sample.py",
+            "by1",
+            "--num",
+            "5",
+            "--nfe",
+            "4",
+            "--sampler",
+            "ddpm",
+            "--out",
+            f"out{n}",
+            "--batch-size",
+            "2",
+            *flags,
+            cwd=runs,
+        )
+        out = runs / f"out{n}"
+        pictures.append(
+            np.load(out / "images.npz")["images"].astype(int)
+            if flags
+            else np.stack(
+                [np.asarray(Image.open(p)).astype(int) for p in sorted(out.glob("0*.png"))]
+            )
+        )
+        for p in (out / "images.npz", out / "settings.json"):
+            p.unlink(missing_ok=True)
+        for p in out.glob("*.png"):
+            p.unlink()
+    assert len(pictures[0]) == 5
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    done = torchrun(2, ROOT / "train.py", "--batch-size", "3", cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert "--batch-size 3 is global and must divide by the 2 processes" in done.stderr

@@ -1,0 +1,214 @@
+"""runtime.py: seeds, EMA, precision, and files that are whole or absent."""
+
+import copy
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import runtime
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_generators_are_functions_of_their_key():
+    draws = {
+        key: torch.randn(50, generator=runtime.generator(*key))
+        for key in [(0, 0), (0, 1), (1, 0), (1, 1), (0,), (2**40, 3)]
+    }
+    for key, values in draws.items():
+        assert_close(torch.randn(50, generator=runtime.generator(*key)), values, rtol=0, atol=0)
+        others = [v for k, v in draws.items() if k != key]
+        assert all(abs(torch.corrcoef(torch.stack([values, v]))[0, 1]) < 0.6 for v in others)
+    assert len({runtime.mix(seed, step) for seed in range(50) for step in range(200)}) == 10_000
+
+
+def test_ema_warm_up_and_decay():
+    """d = min(decay, (1 + n)/(10 + n)): by hand for two steps, then against a long plain loop."""
+    net = torch.nn.Linear(3, 2)
+    ema = copy.deepcopy(net)
+    start = net.weight.detach().clone()
+    expected = start.clone()
+    for n in range(300):
+        with torch.no_grad():
+            net.weight.add_(torch.randn(2, 3))
+        runtime.update_ema(ema, net, 0.9, n)
+        d = min(0.9, (1 + n) / (10 + n))
+        expected = d * expected + (1 - d) * net.weight.detach()
+        if n == 0:
+            assert_close(ema.weight, 0.1 * start + 0.9 * net.weight, rtol=1e-6, atol=1e-6)
+    assert_close(ema.weight, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ema_follows_buffers_too():
+    net = torch.nn.BatchNorm1d(2)
+    ema = copy.deepcopy(net)
+    net.running_mean.fill_(1.0)
+    runtime.update_ema(ema, net, 0.5, 10**6)
+    assert_close(ema.running_mean, torch.full((2,), 0.5))
+
+
+def test_atomic_write_is_all_or_nothing(tmp_path):
+    path = tmp_path / "a.txt"
+    runtime.write_text(path, "old")
+    with pytest.raises(OSError, match="disk full"), runtime.atomic_write(path) as temporary:
+        temporary.write_text("half of the n")
+        raise OSError("disk full")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+    runtime.write_text(path, "new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    (tmp_path / ".checkpoint.pt.123.tmp").write_text("half")
+    (tmp_path / "checkpoint.pt").write_text("whole")
+    runtime.remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_a_kill_during_the_write_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    runtime.save_checkpoint(path, {"step": 1})
+    code = (
+        f"import sys, os, signal; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import runtime\n"
+        f"with runtime.atomic_write({str(path)!r}) as t:\n"
+        "    t.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code])
+    assert done.returncode == -signal.SIGKILL
+    assert runtime.load_checkpoint(path)["step"] == 1
+    runtime.remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_checkpoint_round_trip(tmp_path):
+    tensors = {"a": torch.randn(3), "b": torch.arange(4)}
+    runtime.save_checkpoint(tmp_path / "c.pt", {"step": 7, "raw": tensors, "settings": {"x": None}})
+    back = runtime.load_checkpoint(tmp_path / "c.pt")
+    assert back["step"] == 7 and back["settings"] == {"x": None}
+    assert_close(back["raw"], tensors, rtol=0, atol=0)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.system, ("touch trapped",)
+
+
+def foreign_files(folder):
+    net = torch.nn.Linear(2, 2)
+    torch.save(torch.optim.Adam(net.parameters()).state_dict(), folder / "optimizer.pt")
+    torch.save(net.state_dict(), folder / "weights.pt")
+    torch.save({"format": "sa-etsdm run 99"}, folder / "newer.pt")
+    torch.save([1, 2], folder / "list.pt")
+    (folder / "page.pt").write_text("<!DOCTYPE html><html>404</html>")
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "text.pt").write_text("hello")
+    torch.save({"x": torch.zeros(1000)}, folder / "whole.pt")
+    (folder / "cut.pt").write_bytes((folder / "whole.pt").read_bytes()[:900])
+    with open(folder / "trap.pt", "wb") as f:
+        pickle.dump(Trap(), f)
+    return {
+        "optimizer.pt": "state of an optimizer",
+        "weights.pt": "2 entries: weight, bias",
+        "newer.pt": "another version",
+        "list.pt": "a list",
+        "page.pt": "web page",
+        "empty.pt": "empty",
+        "text.pt": "first bytes",
+        "cut.pt": "cut short",
+        "trap.pt": "not a checkpoint",
+    }
+
+
+def test_other_files_are_named_for_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, words in foreign_files(tmp_path).items():
+        with pytest.raises(ValueError, match=words) as error:
+            runtime.load_checkpoint(tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "trapped").exists(), "nothing in a file is ever executed"
+    with pytest.raises(FileNotFoundError):
+        runtime.load_checkpoint(tmp_path / "nowhere.pt")
+
+
+def test_find_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="train one first"):
+        runtime.find_checkpoint()
+    for i, name in enumerate(("one", "two", "three")):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.pt").write_text("x")
+        os.utime(folder / "checkpoint.pt", (100 - i, 100 - i))
+    assert runtime.find_checkpoint().parent.name == "one"
+    assert runtime.find_checkpoint("two").parent.name == "two"
+    assert runtime.find_checkpoint(str(tmp_path / "runs" / "three")).parent.name == "three"
+    assert runtime.find_checkpoint("runs/three/checkpoint.pt").name == "checkpoint.pt"
+    with pytest.raises(
+        FileNotFoundError, match="no run four; under runs/ there are: one three two"
+    ):
+        runtime.find_checkpoint("four")
+    with pytest.raises(FileNotFoundError, match="is it a run folder"):
+        runtime.find_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [(ValueError("two\nlines"), 2), (FileNotFoundError("no x"), 2), (KeyboardInterrupt(), 130)],
+)
+def test_programs_end_in_one_line(error, status, capsys, monkeypatch):
+    monkeypatch.delenv("TRACEBACK", raising=False)
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        runtime.run_program(main)
+    assert end.value.code == status
+    text = capsys.readouterr().err
+    assert text.count("\n") == (status == 2) and "Traceback" not in text
+
+
+def test_bugs_keep_their_traceback():
+    def main():
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        runtime.run_program(main)
+
+
+def test_stop_collects_signals_and_restores_handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    with runtime.Stop() as stop:
+        assert stop.asked == ""
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked == "SIGTERM"
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_precision():
+    cpu = torch.device("cpu")
+    assert runtime.choose_precision("fp32", cpu) is None
+    assert runtime.choose_precision("bf16", cpu) == torch.bfloat16
+    auto = runtime.choose_precision("auto", cpu)
+    assert (auto == torch.bfloat16) == runtime.has_bf16_units(cpu)
+
+
+def test_one_process_needs_no_torchrun(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with runtime.setup() as process:
+        assert (process.rank, process.world, process.first) == (0, 1, True)
+        assert process.sum(1.5, True) == (1.5, True)
+        assert process.share("x") == "x" and process.gather("y") == ["y"]
+        process.barrier()

@@ -1,0 +1,437 @@
+"""samplers.py on the toy mixture, whose ideal network is known, and against reference numbers."""
+
+import functools
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import denoiser as D
+import etsdm
+import samplers
+import schedules
+import toy
+
+LINEAR = schedules.make_schedule("linear")
+SPACINGS = ["uniform", "quadratic", "logsnr"]
+ALL = [
+    dict(sampler="ddpm"),
+    dict(sampler="ddpm", variance="large"),
+    dict(sampler="ddim"),
+    dict(sampler="ddim", eta=0.5),
+    dict(sampler="dpm-solver", order=1),
+    dict(sampler="dpm-solver", order=2),
+    dict(sampler="dpm-solver", order=3),
+    dict(sampler="dpm-solver++"),
+]
+
+
+def toy_denoiser(mixture, schedule=LINEAR, prediction="eps", shared=False):
+    times = toy.shared_times(100, 5, schedule.continuous) if shared else None
+    return D.Denoiser(
+        toy.oracle(mixture, schedule, prediction, times),
+        schedule,
+        prediction,
+        etsdm.make_condition(etsdm=shared),
+    )
+
+
+def counted(denoiser):
+    """(denoiser, list): the list receives the time of every network call."""
+    calls, net = [], denoiser.net
+    denoiser.net = lambda x, c: (calls.append(c[0].item()), net(x, c))[1]
+    return denoiser, calls
+
+
+ONE = torch.ones(1, 1, dtype=torch.float64)
+# The authors' solver in float64: x_0 ~ N(0, 0.25), x_T = 1, t from 1000 to 1, in 10 and 12 steps.
+GOLDEN = [
+    (dict(sampler="dpm-solver", order=1, spacing="logsnr"), 0.3928415927, 0.4089247057),
+    (dict(sampler="dpm-solver", order=1, spacing="uniform"), 0.3743365386, 0.3936437627),
+    (dict(sampler="dpm-solver", order=2, spacing="logsnr"), 0.6375051560, 0.6065632703),
+    (dict(sampler="dpm-solver", order=3, spacing="logsnr"), 0.5173934719, 0.5674205291),
+    (dict(sampler="dpm-solver", order=3, spacing="uniform"), 0.4181992805, 0.4619463394),
+    (dict(sampler="dpm-solver", order=3, spacing="quadratic"), 0.5100068633, 0.5221685951),
+    (dict(sampler="dpm-solver++", spacing="logsnr"), 0.5166374092, 0.5144655654),
+]
+
+
+@pytest.mark.parametrize("kwargs, ten, twelve", GOLDEN)
+@pytest.mark.parametrize("prediction", D.PREDICTIONS)
+def test_dpm_solver_reference_numbers(kwargs, ten, twelve, prediction):
+    denoiser = toy_denoiser(toy.one_gaussian(), prediction=prediction)
+    for nfe, expected in ((10, ten), (12, twelve)):
+        got = samplers.sample(denoiser, ONE, nfe=nfe, final_denoise=False, **kwargs).item()
+        assert_close(got, expected, rtol=0, atol=1e-8)
+
+
+def test_2m_ends_in_order_1_below_ten_steps():
+    denoiser = toy_denoiser(toy.one_gaussian())
+    got = samplers.sample(denoiser, ONE, "dpm-solver++", 9, "logsnr", final_denoise=False).item()
+    assert_close(got, 0.5079454981, rtol=0, atol=1e-8)
+
+
+def test_denoise_to_zero_reference_number_and_call_times():
+    denoiser, calls = counted(toy_denoiser(toy.one_gaussian()))
+    got = samplers.sample(denoiser, ONE, "dpm-solver", 11, "logsnr").item()
+    assert_close(got, 0.5172124379, rtol=0, atol=1e-8)
+    labels = torch.tensor(
+        [
+            999,
+            915.848498,
+            824.361112,
+            721.563661,
+            602.765122,
+            462.027672,
+            302.307847,
+            160.134728,
+            72.796112,
+            30.144004,
+            0,
+        ],
+        dtype=torch.float64,
+    )
+    assert_close(torch.tensor(calls, dtype=torch.float64) - 1, labels, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "grid, expected",
+    [
+        ([round(1 + k * 999 / 9) for k in range(10)], 0.3616117227),
+        ([round(1 + k * 999 / 49) for k in range(50)], 0.4719151076),
+        (list(range(1, 1001)), 0.4984952830),
+        (list(range(1, 1001, 100)), 0.3741284938),
+        (list(range(1, 1001, 20)), 0.4724391130),
+    ],
+)
+def test_ddim_reference_numbers_on_given_grids(grid, expected):
+    times = torch.tensor(grid[::-1], dtype=torch.float64)
+    got = samplers.sample(
+        toy_denoiser(toy.one_gaussian()), ONE, nfe=len(grid), spacing=times
+    ).item()
+    assert_close(got, expected, rtol=0, atol=1e-8)
+
+
+def test_singlestep_plan_of_the_authors():
+    times, orders = samplers.singlestep_plan(LINEAR, 10, 3)
+    assert orders == [3, 3, 3, 1]
+    outer = times[[0, 3, 6, 9, 10]] / 1000
+    assert_close(
+        outer, torch.tensor([1, 0.722564, 0.303308, 0.031144, 0.001]).double(), rtol=0, atol=1e-6
+    )
+    times, orders = samplers.singlestep_plan(LINEAR, 12, 3)
+    assert orders == [3, 3, 3, 2, 1]
+    outer = times[[0, 3, 6, 9, 11, 12]] / 1000
+    assert_close(
+        outer,
+        torch.tensor([1, 0.785817, 0.493114, 0.13904, 0.017803, 0.001]).double(),
+        rtol=0,
+        atol=1e-6,
+    )
+    assert samplers.split_into_orders(3, 3) == [2, 1]
+    assert samplers.split_into_orders(9, 2) == [2, 2, 2, 2, 1]
+    assert all(sum(samplers.split_into_orders(n, o)) == n for n in range(60) for o in (1, 2, 3))
+
+
+@pytest.mark.parametrize("kwargs", ALL, ids=str)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_exactly_nfe_calls_and_finite(kwargs, spacing):
+    """Every NFE from 1 to 50, and T; schedules with and without signal at T; from T down to
+    t_end."""
+    mixture = toy.two_bumps()
+    for schedule, prediction in (
+        (LINEAR, "eps"),
+        (schedules.make_schedule("zero-terminal-snr"), "v"),
+        (schedules.make_schedule("cosine", continuous=True), "x0"),
+    ):
+        for final_denoise in (True, False):
+            for nfe in (*range(1, 51), 1000):
+                if nfe == 1000 and not (final_denoise and spacing == "uniform"):
+                    continue
+                denoiser, calls = counted(toy_denoiser(mixture, schedule, prediction))
+                x = samplers.sample(
+                    denoiser,
+                    torch.randn(2, 1, dtype=torch.float64),
+                    nfe=nfe,
+                    spacing=spacing,
+                    final_denoise=final_denoise,
+                    **kwargs,
+                )
+                assert len(calls) == nfe and torch.isfinite(x).all(), (nfe, schedule.name)
+                assert calls[0] == 1000 and min(calls) >= 1
+                assert all(s > t for s, t in zip(calls, calls[1:], strict=False)), "times fall"
+                if final_denoise and nfe > 1:
+                    assert calls[-1] == 1
+
+
+@pytest.mark.parametrize("kwargs", ALL, ids=str)
+def test_an_oracle_of_one_image_gives_it_back_exactly(kwargs):
+    """If eps is exactly the noise of one x_0, every sampler must end on that x_0 (no noise of std
+    0.01)."""
+    x0 = torch.linspace(-0.9, 0.9, 12, dtype=torch.float64).reshape(1, 12)
+
+    def net(x, c):
+        a, s = LINEAR.coefficients(c[0].item())
+        return (x - a * x0) / s
+
+    for nfe in (1, 2, 3, 7, 13, 21, 40):
+        out = samplers.sample(
+            D.Denoiser(net, LINEAR), torch.randn(1, 12, dtype=torch.float64), nfe=nfe, **kwargs
+        )
+        assert_close(out, x0, rtol=1e-9, atol=1e-9)
+
+
+@functools.cache
+def exact_flow(end):
+    """The probability-flow ODE of the two bumps from x_T to t = end, by scipy at 1e-12 (an
+    independent solver)."""
+    from scipy.integrate import solve_ivp
+
+    schedule = schedules.make_schedule("linear", continuous=True)
+    denoiser = toy_denoiser(toy.two_bumps(), schedule)
+    start, stop = float(schedule.lam(1000)), float(schedule.lam(end))
+
+    def slope(lam, y):  # y = x/a moves along d y = eps d(s/a), s/a = e^-lam
+        t = float(schedule.t_of_lam(lam))
+        a = float(schedule.coefficients(t)[0])
+        eps = denoiser.predict(torch.tensor(y * a)[:, None], t)[1][:, 0].numpy()
+        return -math.exp(-lam) * eps
+
+    x = torch.tensor([-1.3, -0.2, 0.4, 1.1], dtype=torch.float64)
+    a0, a1 = (float(schedule.coefficients(t)[0]) for t in (1000, end))
+    y = solve_ivp(
+        slope, (start, stop), (x / a0).numpy(), rtol=1e-11, atol=1e-12, method="DOP853"
+    ).y[:, -1]
+    return denoiser, x[:, None], torch.tensor(y * a1)[:, None]
+
+
+@pytest.mark.parametrize(
+    "kwargs, order, nfes",
+    [
+        (dict(sampler="ddim", spacing="logsnr"), 1, (64, 128, 256, 512)),
+        (dict(sampler="dpm-solver", order=1, spacing="logsnr"), 1, (64, 128, 256, 512)),
+        (dict(sampler="dpm-solver", order=2, spacing="logsnr"), 2, (64, 128, 256, 512)),
+        (
+            dict(sampler="dpm-solver", order=3, spacing="logsnr"),
+            3,
+            (62, 125, 248, 500),
+        ),  # = 2 (mod 3)
+        (dict(sampler="dpm-solver++", spacing="logsnr"), 2, (64, 128, 256, 512)),
+    ],
+    ids=str,
+)
+def test_convergence_orders(kwargs, order, nfes):
+    """Error against nfe on log-log axes falls with the solver's order; fitted slope over three
+    halvings."""
+    denoiser, x, exact = exact_flow(1.0)
+    errors = torch.tensor(
+        [
+            (samplers.sample(denoiser, x, nfe=n, final_denoise=False, **kwargs) - exact).abs().max()
+            for n in nfes
+        ],
+        dtype=torch.float64,
+    )
+    logs = torch.tensor(nfes, dtype=torch.float64).log()
+    logs = logs - logs.mean()
+    slope = -(logs @ errors.log() / (logs @ logs)).item()
+    print(f"\n{kwargs}: errors {[f'{e:.2e}' for e in errors]}, slope {slope:.2f}")
+    assert abs(slope - order) < 0.25
+
+
+def test_order_one_is_ddim():
+    denoiser = toy_denoiser(toy.two_bumps())
+    x = torch.randn(5, 1, dtype=torch.float64)
+    for spacing in SPACINGS:
+        one = samplers.sample(denoiser, x, "dpm-solver", 12, spacing, order=1, final_denoise=False)
+        ddim = samplers.sample(denoiser, x, "ddim", 12, spacing, final_denoise=False)
+        assert_close(one, ddim, rtol=1e-12, atol=1e-12)
+
+
+def test_ddpm_is_the_posterior_written_out():
+    """One ancestral step against mu_tilde and beta_tilde as DDPM prints them."""
+    mixture, nfe = toy.two_bumps((3,)), 1000
+    denoiser = toy_denoiser(mixture)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    z = torch.randn(4, 3, dtype=torch.float64)
+    ab = LINEAR.alpha_bar(torch.arange(1001))
+    beta = 1 - ab[1000] / ab[999]
+    x0 = mixture.posterior(x, ab[1000].sqrt(), (1 - ab[1000]).sqrt())[0]
+    mean = (ab[999].sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - ab[999]) * x) / (1 - ab[1000])
+    seen = []
+    spy = D.Denoiser(lambda x, c: (seen.append(x), denoiser.net(x, c))[1], LINEAR)
+    for variance, std in (
+        ("small", (beta * (1 - ab[999]) / (1 - ab[1000])).sqrt()),
+        ("large", beta.sqrt()),
+    ):
+        seen.clear()
+        samplers.sample(spy, x, "ddpm", nfe, noise=lambda shape: z, variance=variance)
+        assert_close(seen[1], mean + std * z, rtol=1e-9, atol=1e-9)
+
+
+def test_clipping_keeps_the_pair_consistent():
+    """The clipped x0 gives DDPM's mean with that x0, and nothing leaves the range at the end."""
+    wild = D.Denoiser(lambda x, c: -x, LINEAR)  # asks for x_0 far outside
+    x = torch.randn(8, 4, dtype=torch.float64)
+    assert samplers.sample(wild, x, nfe=10).abs().max() > 1
+    for kwargs in ALL:
+        out = samplers.sample(wild, x, nfe=10, clip=(-1.0, 1.0), **kwargs)
+        assert out.abs().max() <= 1
+    x0, eps = samplers.predict(wild, x, 300, (-1.0, 1.0))
+    a, s = LINEAR.coefficients(300)
+    assert_close(a * x0 + s * eps, x, rtol=1e-12, atol=1e-12)
+
+
+def test_variance_as_a_function():
+    """A callable sees x_t and both times; its number replaces the spread of the step, not its
+    mean."""
+    denoiser, asked = toy_denoiser(toy.one_gaussian()), []
+
+    def variance(x, t, t_next):
+        asked.append((t, t_next))
+        return torch.tensor(0.04, dtype=torch.float64)
+
+    ones = functools.partial(torch.ones, dtype=torch.float64)
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    out = samplers.sample(
+        denoiser, x, "ddpm", spacing=torch.tensor([1000.0, 500.0]), noise=ones, variance=variance
+    )
+    assert asked == [(1000.0, 500.0)]  # the step onto 0 adds no noise and asks nobody
+    a, s = LINEAR.coefficients(500)
+    expected = toy.one_gaussian().posterior(torch.full((1, 1), 0.2, dtype=torch.float64), a, s)[0]
+    assert_close(out, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_last_step_adds_no_noise():
+    shapes = []
+
+    def noise(shape):
+        shapes.append(shape)
+        return torch.randn(shape, dtype=torch.float64)
+
+    for nfe in (1, 2, 9):
+        shapes.clear()
+        samplers.sample(
+            toy_denoiser(toy.two_bumps()), torch.randn(3, 1).double(), "ddpm", nfe, noise=noise
+        )
+        assert len(shapes) == nfe - 1
+
+
+def test_x_keeps_its_precision_and_is_not_changed():
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(3, 1, dtype=dtype)
+        before = x.clone()
+        for kwargs in ALL:
+            assert samplers.sample(toy_denoiser(toy.two_bumps()), x, nfe=5, **kwargs).dtype == dtype
+        assert_close(x, before, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------ the whole product
+
+PRODUCT = [
+    (name, continuous, prediction, shared)
+    for name in schedules.NAMES
+    for continuous in (False, True)
+    for prediction in D.PREDICTIONS
+    for shared in (False, True)
+]
+
+
+@pytest.mark.parametrize("name, continuous, prediction, shared", PRODUCT)
+def test_moments_over_the_whole_product(name, continuous, prediction, shared):
+    """Any schedule x prediction x sharing: the sampled mean and variance are the mixture's."""
+    schedule = schedules.make_schedule(name, continuous=continuous)
+    mixture = toy.two_bumps()
+    denoiser = toy_denoiser(mixture, schedule, prediction, shared)
+    start = samplers.start_time(denoiser)
+    n = 4000
+    # An even sample of N(0, 1): the moments of its image under the flow carry no luck.
+    x = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)[:, None]
+    # ... or rather of x_T's own distribution, where the schedule leaves signal at T
+    a, s = (float(c) for c in schedule.coefficients(start))
+    x = a * mixture.mean() + (a**2 * mixture.variance() + s**2).sqrt() * x
+    for kwargs in (
+        dict(sampler="ddim"),
+        dict(sampler="dpm-solver"),
+        dict(sampler="dpm-solver++"),
+        dict(sampler="ddpm"),
+    ):
+        spacing = "uniform" if kwargs["sampler"] in ("ddim", "ddpm") else "logsnr"
+        g = torch.Generator().manual_seed(0)
+        out = samplers.sample(
+            denoiser,
+            x,
+            nfe=200,
+            spacing=spacing,
+            t_start=start,
+            **kwargs,
+            noise=lambda shape, g=g: torch.randn(shape, dtype=torch.float64, generator=g),
+        )
+        std = mixture.variance().sqrt().item()
+        slack = (
+            0.05 if kwargs["sampler"] == "ddpm" else 0.02
+        )  # ddpm's fresh noise is a finite sample
+        assert abs(out.mean() - mixture.mean()) < slack * std, kwargs
+        assert (
+            abs(out.var() / mixture.variance() - 1) < 0.05 + (kwargs["sampler"] == "ddpm") * 0.03
+        ), kwargs
+
+
+@pytest.mark.parametrize("remap", etsdm.REMAPS)
+def test_remapped_conditions_sample_the_same(remap):
+    """A network that is told f(t), and knows it, samples as one that is told t."""
+    mixture, x = toy.two_bumps(), torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    net = toy.oracle(mixture, LINEAR, times=lambda c: [etsdm.unremap(c, remap)])
+    told = D.Denoiser(net, LINEAR, condition=etsdm.make_condition(remap_name=remap))
+    for kwargs in (dict(sampler="ddim"), dict(sampler="dpm-solver"), dict(sampler="dpm-solver++")):
+        expected = samplers.sample(toy_denoiser(mixture), x, nfe=20, **kwargs)
+        assert_close(samplers.sample(told, x, nfe=20, **kwargs), expected, rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------ seeds and refusals
+
+
+def test_one_seed_is_one_noise_whatever_the_batch():
+    whole = samplers.SeededNoise(range(5))
+    first, again = whole((5, 3, 4, 4)), whole((5, 3, 4, 4))
+    assert not torch.equal(first, again), "the second draw is fresh"
+    for i in range(5):
+        one = samplers.SeededNoise([i])
+        assert_close(one((1, 3, 4, 4))[0], first[i], rtol=0, atol=0)
+        assert_close(one((1, 3, 4, 4))[0], again[i], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="3 images, but 5 seeds"):
+        whole((3, 1))
+
+
+def test_start_time():
+    zero = schedules.make_schedule("zero-terminal-snr")
+    assert samplers.start_time(D.Denoiser(None, zero, "eps")) == 999
+    assert samplers.start_time(D.Denoiser(None, zero, "v")) == 1000
+    assert samplers.start_time(D.Denoiser(None, LINEAR, "eps")) == 1000
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        (dict(sampler="euler"), "unknown sampler 'euler': choose from ddpm ddim"),
+        (dict(nfe=0), "whole number from 1 on, not 0"),
+        (dict(nfe=2.5), "whole number"),
+        (dict(eta=1.5), "eta must be between 0"),
+        (dict(order=4), "order 1, 2 or 3, not 4"),
+        (dict(variance="large"), "ddpm takes small or large"),
+        (dict(spacing="karras"), "unknown spacing"),
+        (dict(spacing=torch.tensor([3.0, 5.0])), "one falling sequence"),
+        (dict(t_end=0.0), "times must satisfy"),
+    ],
+)
+def test_refusals(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        samplers.sample(toy_denoiser(toy.one_gaussian()), ONE, **kwargs)
+
+
+def test_eps_at_no_signal_is_refused():
+    zero = schedules.make_schedule("zero-terminal-snr")
+    with pytest.raises(ValueError, match="eps-prediction has no x_0 at t = 1000"):
+        samplers.sample(toy_denoiser(toy.one_gaussian(), zero), ONE)
+    out = samplers.sample(toy_denoiser(toy.one_gaussian(), zero), ONE, t_start=999)
+    assert torch.isfinite(out).all()
