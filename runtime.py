@@ -277,7 +277,7 @@ class Stop:
     """Inside `with Stop() as stop`, Ctrl-C, SIGTERM and SIGHUP only set stop.asked to their name,
     so that a loop can finish its step and save. A second Ctrl-C means now."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
     def __enter__(self):
         self.asked = ""

@@ -46,14 +46,15 @@ import schedules
 import unet
 
 # How each preset is trained unless a flag says otherwise. The papers': SA-DPM's configuration files
-# (epochs turned into images seen) and E-TSDM's table A1, which gives no length: 48 million is ours.
+# (epochs turned into images seen) and E-TSDM's table A1, which gives no length: 48 M is ours.
+# loss_space None: that of the prediction.
 PAPER = dict(schedule="linear", prediction="eps", loss_space="eps", lr=2e-4, beta2=0.999,
              ema=0.9999, grad_clip=1.0, warmup=0, flip=False, sample_every=5000, save_every=1000)
 RECIPES = {
     # Ours, for minutes on a CPU. v-prediction, cosine schedule: eps on the linear one still gives
     # coloured fog after the same minutes (NOTES.md).
     "tiny": dict(PAPER, batch_size=32, images=44_800, schedule="cosine", prediction="v",
-                 loss_space="v", lr=2e-3, beta2=0.99, ema=0.995, warmup=100,
+                 loss_space=None, lr=2e-3, beta2=0.99, ema=0.995, warmup=100,
                  sample_every=350, save_every=200),
     "cifar10": dict(PAPER, batch_size=128, images=60_000_000),
     "celeba64": dict(PAPER, batch_size=128, images=195_000_000, flip=True),
@@ -147,11 +148,10 @@ def resolve(args):
     if args.prediction is None and s["schedule"] == "zero-terminal-snr":
         s["prediction"] = "v"  # eps has no x_0 at t = T there
     if args.loss_space is None:
-        # eps's residual is a times v's: where a = 0, nothing would be learnt. The papers' theory is
-        # about eps, so elsewhere their presets keep it.
-        s["loss_space"] = ("eps" if s["prediction"] == "eps" else
-                           s["prediction"] if s["schedule"] == "zero-terminal-snr" else
-                           s["loss_space"])
+        # The papers measure ε, and so do their presets. But ε's residual is a times v's: nothing
+        # would be learnt where a = 0.
+        own = s["loss_space"] is None or s["schedule"] == "zero-terminal-snr"
+        s["loss_space"] = s["prediction"] if own else "eps"
     if args.steps is not None:
         s["images"] = args.steps * s["batch_size"]
     refuse_contradictions(args, s)
