@@ -414,7 +414,15 @@ def batches(dataset, batch, start, seed, rank=0, world=1, workers=0):
         return (torch.stack([dataset[i] for i in some]) for some in indices())
     # A generator of its own: DataLoader draws a seed, and from the global one that would make the
     # noise of training depend on the number of workers.
-    return iter(torch.utils.data.DataLoader(
+    return from_workers(torch.utils.data.DataLoader(
         dataset, batch_sampler=indices(), num_workers=workers, collate_fn=torch.stack,
         worker_init_fn=quiet_worker, persistent_workers=True, prefetch_factor=4,
         generator=torch.Generator()))
+
+
+def from_workers(loader):
+    """The loader's batches; an error in a worker arrives as the one line it was there."""
+    try:
+        yield from loader
+    except ValueError as error:  # DataLoader wraps a whole traceback round it
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None

@@ -90,9 +90,10 @@ def load_run(run, weights="ema"):
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights are ema or raw, not {weights!r}")
-    checkpoint = runtime.load_checkpoint(runtime.find_checkpoint(run))
+    path = runtime.find_checkpoint(run)
+    checkpoint = runtime.load_checkpoint(path)
     denoiser = from_settings(checkpoint["settings"])
-    denoiser.net.load_state_dict(checkpoint[weights])
+    runtime.load_weights(denoiser.net, checkpoint[weights], path)
     denoiser.step = checkpoint["step"]
     denoiser.net.eval().requires_grad_(False)
     return denoiser

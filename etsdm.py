@@ -53,7 +53,7 @@ def share_timesteps(t, interval=100, n=5):
     # Boundaries are looked up, not computed as floor(t n/interval): that can land one short of i.
     i = torch.searchsorted(starts, t.to(starts.dtype).contiguous(), right=True) - 1
     shared = starts[i.clamp(min=0)]
-    if not t.is_floating_point() and bool((starts == starts.floor()).all()):
+    if not t.is_floating_point() and all((i * interval / n) % 1 == 0 for i in range(int(n))):
         shared = shared.to(t.dtype)
     return torch.where(t < interval, shared, t.to(shared.dtype))
 
@@ -98,6 +98,8 @@ def make_condition(etsdm=False, interval=100, n=5, remap_name=None, T=1000):
         return lambda t: remap(t, remap_name, T)
     if not etsdm:
         return None
+    if not math.isfinite(interval):
+        raise ValueError(f"--etsdm-interval must be a number of timesteps, not {interval}")
     if interval > T:
         raise ValueError(f"--etsdm-interval {interval:g} is longer than the {T} timesteps")
     if n > interval:

@@ -1,11 +1,12 @@
 r"""Training losses: DDPM's simple loss, and SA-DPM's sequence-aware loss for any k.
 
     L = L_simple + weight · L_SA                                           SA-DPM, algorithm 2
-    L_simple = E‖r_0‖²,     L_SA = E‖(1/k) Σ_{i<k} r_i‖²,     r_i = ε_i − ε_θ(x_{t−i}, t − i)
+    L_simple = E‖r_0‖²,   L_SA = E‖(1/k) Σ_{i<k} r_i‖²,   r_i = ε_i − ε_θ(x_{t−i}, t − i)
 
-Why a second term: the error at the end of a sampling run is the *sum* of the errors of its steps,
-Σ_t τ_t e_t (theorem 1). L_simple makes every e_t small, but does not care whether neighbours add up
-or cancel; L_SA is about the sum of k neighbours, and bounds the total more tightly (theorem 2).
+Why a second term: the error at the end of a sampling run is a weighted *sum* of the errors of its
+steps, Σ_t τ_t r(t), with weights τ_t that follow from the schedule (theorem 1). L_simple makes
+every r(t) small, but does not care whether neighbours add up or cancel; L_SA is about the sum of
+k neighbours, and bounds the total more tightly (theorem 2).
 
 Two choices the code shows and the paper leaves open:
 
@@ -73,8 +74,8 @@ def time_range(schedule, prediction):
 
     Where ᾱ(T) = 0 there is no trace of x_0 in x_T, and no x_0 in ε: ε-prediction ends at T − 1.
     """
-    blind = prediction == "eps" and bool(schedule.alpha_bar(schedule.T) == 0)
-    return (schedule.T / 1e5 if schedule.continuous else 1), schedule.T - blind
+    skip = int(prediction == "eps" and schedule.alpha_bar(schedule.T) == 0)
+    return (schedule.T / 1e5 if schedule.continuous else 1), schedule.T - skip
 
 
 def draw_timesteps(n, schedule, low, high, generator=None):

@@ -18,6 +18,7 @@ import ctypes
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 # OpenMP threads spin while they wait; with two busy processes on few cores that costs 2 to 5
@@ -77,6 +78,22 @@ class Processes:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def first_does(self, work):
+        """work() on rank 0 alone: what it returns, on every process. An error there is reported
+        once, by rank 0, and ends all."""
+        value, error = None, None
+        if self.first:
+            try:
+                value = work()
+            except (ValueError, OSError) as e:
+                error = e
+        value, failed = self.share((value, error is not None))
+        if error:
+            raise error
+        if failed:
+            sys.exit(2)
+        return value
+
     def gather(self, value):
         """Every process's value (any plain object) as a list, on rank 0; None elsewhere."""
         if self.world == 1:
@@ -98,9 +115,11 @@ def setup(tf32=True):
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+        for cudnn in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):  # they must agree
+            cudnn.fp32_precision = "tf32" if tf32 else "ieee"
     if world > 1:  # CPU tensors (flags, counts) go over gloo; gradients over NCCL where on GPUs
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=2))  # rank 0 may have a download to do
     return Processes(rank, world, local_rank, device)
 
 
@@ -226,6 +245,15 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def load_weights(module, weights, path):
+    """module.load_state_dict, strict; ValueError in one line where a checkpoint does not fit."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(f"{path} does not fit its own settings: {first}") from error
+
+
 def what_is(path):
     """A few words on what a file that does not load looks like."""
     with open(path, "rb") as f:
@@ -281,11 +309,13 @@ class Stop:
 
     def __enter__(self):
         self.asked = ""
-        self.before = [signal.signal(number, self.ask) for number in self.SIGNALS]
+        # One that is ignored stays so: nohup relies on it.
+        caught = [n for n in self.SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.ask) for number in caught}
         return self
 
     def __exit__(self, *exc):
-        for number, handler in zip(self.SIGNALS, self.before, strict=True):
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def ask(self, number, frame):
@@ -305,5 +335,8 @@ def run_program(main):
         words = " ".join(str(error).split())
         print(f"{Path(sys.argv[0]).name}: error: {words}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"out of GPU memory ({str(error).splitlines()[0]}): try a smaller --microbatch, "
+                 "or --batch-size in sample.py")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -6,8 +6,8 @@ r"""Make pictures with a trained run.
 
 Everything about the model (size, schedule, prediction, time condition) comes from the checkpoint.
 Image i starts from the noise of seed + i, and draws its fresh noise from the same generator: it is
-the same picture (within one grey level) whatever the batch size and the number of processes, and a
-second call goes on where a first one was stopped.
+the same picture (within one grey level) whatever the batch size and the number of processes. PNGs
+that a stopped call has left are not made again.
 
 What this file does not do: the samplers' formulas (samplers.py), or scoring images.
 
@@ -120,19 +120,17 @@ def main(argv=None):
     args = parse(argv)
     with runtime.setup(tf32=False) as process:
         runtime.keep_memory()
-        path = process.share(runtime.find_checkpoint(args.run) if process.first else None)
+        path = process.first_does(lambda: runtime.find_checkpoint(args.run))
         denoiser = denoisers.load_run(path, args.weights)
         s = denoiser.settings
         denoiser.net.to(process.device)
         arguments = how(args, denoiser)
-        samplers.check(denoiser, **{k: arguments[k] for k in (
-            "sampler", "nfe", "eta", "order", "variance", "t_start")})
+        samplers.check(*(arguments[k] for k in ("sampler", "nfe", "eta", "order", "variance")))
         process.say(f"run: {path.parent.resolve()}, step {denoiser.step}, {args.weights} weights")
         if arguments["t_start"] < s["T"]:
             process.say(f"eps-prediction knows no x_0 at t = {s['T']}, where alpha_bar = 0: "
                         f"starting at t = {arguments['t_start']}")
-        out = process.share(prepare_folder(args, path, denoiser.step, arguments)
-                            if process.first else None)
+        out = process.first_does(lambda: prepare_folder(args, path, denoiser.step, arguments))
         made = generate(args, process, denoiser, arguments, out)
         process.barrier()
         finish(args, process, out, made)
@@ -184,6 +182,9 @@ def finish(args, process, out, made):
         data.grid(grid, columns=max(1, round(first**0.5))).save(temporary, format="png")
     # A colour tint of the whole set is the commonest silent fault of a sampler.
     means = ", ".join(f"{m:.1f}" for m in grid.double().mean((0, 2, 3)))
+    more = len(list(out.glob("[0-9]*.png"))) - args.num
+    if more > 0 and not args.npz:
+        print(f"note: an earlier call made {more} more like these, which are in the folder too")
     print(f"{args.num} images; mean of each channel over the grid: {means} of 255")
     print(f"images: {(out / 'images.npz' if args.npz else out).resolve()}")
     print(f"grid: {(out / 'grid.png').resolve()}")

@@ -9,16 +9,24 @@ All start from one identity. Given (x_0, ε) at time t, the noise-free move to a
 
     x_next = a_next x_0 + s_next ε                                         the DDIM step, order 1
 
-DDPM and DDIM put fresh noise where some of ε was. The DPM solvers add to the same move corrections
-for how ε (or x_0) changes along the step. All see only denoiser.predict(x, t) -> (x_0, ε) and the
-schedule, so each works with every schedule, prediction type and time condition.
+DDPM and DDIM put fresh noise where some of ε was. The DPM solvers follow the same move as an ODE:
+the probability-flow ODE of diffusion reads, in x/a and λ = log(a/s),
+
+    d(x/a)/dλ = −exp(−λ) ε(x, λ)     =>     x_next = a_next (x/a − ∫ exp(−λ) ε dλ) up to λ_next
+
+Were ε constant along the step, the integral would give the DDIM step. Expanding ε around the start
+of the step instead leaves, beyond that, integrals of exp(−λ) times powers of λ: the (exp(h) − 1)
+and ((exp(h) − 1)/h − 1) below, times differences of ε between points of the step.
+
+All samplers see only denoiser.predict(x, t) -> (x_0, ε) and the schedule, so each works with every
+schedule, prediction type and time condition.
 
 What this file does not do: loop over batches or write images (sample.py); Heun's method.
 
     x = samplers.sample(denoiser, torch.randn(16, 3, 32, 32), "dpm-solver", 20, "logsnr")
 
-x (B, ...); t in [0, T], falling; a, s, λ = log(a/s) at a time; h the length of a step in λ; β, β̃ of
-a step t -> t_next (schedules.py).
+x (B, ...); t in [0, T], falling; a, s, λ = log(a/s) at a time; h the length of a step in λ; x̂_0 the
+denoiser's x_0; β, β̃ of a step t -> t_next (schedules.py).
 """
 
 import math
@@ -36,49 +44,49 @@ def sample(denoiser, x, sampler="ddim", nfe=50, spacing="uniform", eta=0.0, orde
            final_denoise=True, clip=None, noise=None, variance=None, t_start=None):
     r"""Noise x (B, ...) at t = T -> x_0 (B, ...), with exactly nfe network calls.
 
-    spacing        uniform | quadratic | logsnr, or a falling tensor of times: the calls of ddpm and
-                   ddim, the points of the solvers (which arrive at the last one)
+    spacing        uniform | quadratic | logsnr, from T to t_end; or a falling tensor of times,
+                   which then stands for nfe, t_end and t_start too
     eta            ddim: share of DDPM's fresh noise, from 0 (none) to 1 (DDPM)
     order          dpm-solver: 1, 2 or 3 (dpm-solver++ is always 2M)
-    t_end          the time of the last call
+    t_end          the last time of the grid
     final_denoise  True: the last call gives x_0, seen from t_end. False: every call is a step, and
                    x at t_end is returned
     clip           (low, high): x̂_0 is kept within, and ε re-derived from it; None never clips
     noise          noise(shape) -> Gaussian like x; None draws from torch's global generator
-    variance       of the fresh noise. ddpm: "small" = β̃ (so is None), "large" = β. ddpm and ddim: a
-                   callable (x, t, t_next) -> variance of x_next given x_t
+    variance       of the fresh noise. "small" = η² β̃ (so is None), "large" = β (ddpm only), or a
+                   callable (x, t, t_next) -> variance of x_next given x_t (ddpm and ddim)
     t_start        where to start instead of at T
 
-    ValueError: an argument out of its range, or ε-prediction at ᾱ = 0, where it has no x_0.
+    ValueError: an argument out of its range or without use for this sampler, or ε-prediction at
+    ᾱ = 0, where it has no x_0.
     """
     schedule = denoiser.schedule
-    check(denoiser, sampler, nfe, eta, order, variance, schedule.T if t_start is None else t_start)
-    if noise is None:
-        def noise(shape):
-            return torch.randn(shape, dtype=x.dtype, device=x.device)
+    check(sampler, nfe, eta, order, variance)
+    given = isinstance(spacing, torch.Tensor)
+    times = falling(spacing, schedule.T) if given else time_grid(
+        schedule, int(nfe) + (not final_denoise), spacing, t_end, t_start)
+    if times[0] > start_time(denoiser):
+        raise ValueError(f"eps-prediction has no x_0 at t = {times[0]:g}, where alpha_bar = 0 in "
+                         f"{schedule.name}: predict v or x0, or start lower (t_start)")
 
     if sampler in ("ddpm", "ddim"):
-        times = spacing if isinstance(spacing, torch.Tensor) else time_grid(
-            schedule, nfe + (not final_denoise), spacing, t_end, t_start)
-        times = falling(times).tolist() + [0.0] * final_denoise
+        if noise is None:
+            def noise(shape):
+                return torch.randn(shape, dtype=x.dtype, device=x.device)
+        times = times.tolist() + [0.0] * final_denoise
         eta = 1.0 if sampler == "ddpm" else eta
         return ancestral(denoiser, x, times, eta, variance, clip, noise)
-
-    steps = nfe - final_denoise  # with final_denoise, nfe = 1 is x_0 seen from t_start
-    if steps == 0:
-        return predict(denoiser, x, schedule.T if t_start is None else t_start, clip)[0]
     if sampler == "dpm-solver":
-        times, orders = singlestep_plan(schedule, steps, order, spacing, t_end, t_start)
+        equal = not given and spacing == "logsnr"
+        times, orders = singlestep_plan(schedule, times, order, equal)
         x = dpm_solver(denoiser, x, times, orders, clip)
     else:
-        times = spacing if isinstance(spacing, torch.Tensor) else time_grid(
-            schedule, steps + 1, spacing, t_end, t_start)
-        x = dpm_solver_2m(denoiser, x, falling(times), clip)
+        x = dpm_solver_2m(denoiser, x, times, clip)
     return predict(denoiser, x, times[-1].item(), clip)[0] if final_denoise else x
 
 
-def check(denoiser, sampler, nfe, eta, order, variance, t_start):
-    """Refuse, in one line each, what no sampler could do."""
+def check(sampler, nfe, eta, order, variance):
+    """Refuse, in one line each, what no sampler could do, and what this one would ignore."""
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: choose from {' '.join(SAMPLERS)}")
     if int(nfe) != nfe or nfe < 1:
@@ -87,18 +95,23 @@ def check(denoiser, sampler, nfe, eta, order, variance, t_start):
         raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), not {eta}")
     if order not in (1, 2, 3):
         raise ValueError(f"DPM-Solver has order 1, 2 or 3, not {order}")
-    if isinstance(variance, str) and (variance not in ("small", "large") or sampler != "ddpm"):
-        raise ValueError(f"variance {variance!r}: ddpm takes small or large, any other a callable")
-    if denoiser.prediction == "eps" and float(denoiser.schedule.alpha_bar(t_start)) == 0:
-        raise ValueError(f"eps-prediction has no x_0 at t = {t_start:g}, where alpha_bar = 0 in "
-                         f"{denoiser.schedule.name}: predict v or x0, or start lower (t_start)")
+    noisy = sampler in ("ddpm", "ddim")
+    if (eta or variance is not None) and not noisy:
+        raise ValueError(f"{sampler} adds no noise: it has no use for eta or variance")
+    if variance == "large" and sampler != "ddpm":
+        raise ValueError(f"variance 'large' is ddpm's: with {sampler} give a number by a callable")
+    if not (variance in (None, "small", "large") or callable(variance)):
+        raise ValueError(f"variance is small, large or a callable, not {variance!r}")
 
 
-def falling(times):
-    """A grid of times, checked: at least one, strictly falling."""
+def falling(times, T):
+    """A grid of times, checked: float64 on the CPU, at least one, strictly falling, in (0, T]."""
     times = times.double().cpu()
     if times.dim() != 1 or len(times) == 0 or bool((times.diff() >= 0).any()):
         raise ValueError("a grid of times must be one falling sequence")
+    if not 0 < times[-1] <= times[0] <= T:
+        raise ValueError(f"a grid of times must lie above 0 and up to {T}, "
+                         f"not from {times[0]:g} to {times[-1]:g}")
     return times
 
 
@@ -121,15 +134,17 @@ def ancestral(denoiser, x, times, eta, variance, clip, noise):
     `times` are those of the calls and, last, where to arrive: 0, or t_end. The step onto 0 is x_0
     itself, without noise.
     """
-    for t, t_next in pairwise(times):
+    grid = torch.tensor(times, dtype=torch.float64)
+    a, s = (k.tolist() for k in denoiser.schedule.coefficients(grid))
+    betas, betas_tilde = (
+        k.tolist() for k in denoiser.schedule.step_variances(grid[:-1], grid[1:]))
+    for i, (t, t_next) in enumerate(pairwise(times)):
         x0, eps = predict(denoiser, x, t, clip)
-        a_next, s_next = map(float, denoiser.schedule.coefficients(t_next))
-        beta, beta_tilde = map(float, denoiser.schedule.step_variances(t, t_next))
-        replaced = eta**2 * beta_tilde  # so much of ε's variance makes room for fresh noise
-        mean = a_next * x0 + math.sqrt(max(s_next**2 - replaced, 0.0)) * eps
+        replaced = eta**2 * betas_tilde[i]  # so much of ε's variance makes room for fresh noise
+        mean = a[i + 1] * x0 + math.sqrt(max(s[i + 1] ** 2 - replaced, 0.0)) * eps
         if t_next == 0:
             return mean  # = x0
-        var = replaced if variance in (None, "small") else beta
+        var = betas[i] if variance == "large" else replaced
         if callable(variance):
             var = variance(x, t, t_next)
         if isinstance(var, torch.Tensor) or var > 0:
@@ -146,21 +161,19 @@ def _std(var, x):
 
 # ------------------------------------------------------------------ DPM-Solver
 
-def singlestep_plan(schedule, steps, order, spacing="logsnr", t_end=1.0, t_start=None):
-    r"""(times (steps + 1,), orders): an update of order o goes o times further, and costs o calls.
+def singlestep_plan(schedule, times, order, equal=False):
+    r"""(times, orders): an update of order o goes o times further, and costs o calls.
 
-    As many updates of full order as fit, then the rest, so that the orders sum to `steps`. On the
-    logsnr grid all updates are equally long in λ, and their inner points divide them equally; on
-    other grids the inner points are grid points. Where ᾱ = 0, λ = −∞: only order 1 leads away.
+    As many updates of full order as fit, then the rest, so that the orders sum to the steps of the
+    grid. Their inner points are grid points; with `equal`, instead, updates are equally long in λ
+    and so are their parts. Where ᾱ = 0, λ = −∞: only order 1 leads away from there.
     """
-    given = isinstance(spacing, torch.Tensor)
-    times = falling(spacing) if given else time_grid(schedule, steps + 1, spacing, t_end, t_start)
     steps = len(times) - 1
-    blind = int((schedule.lam(times)[:-1] == -math.inf).sum())
-    orders = [1] * blind + split_into_orders(steps - blind, order)
-    if not given and spacing == "logsnr":
-        outer = time_grid(schedule, len(orders) + 1, spacing, t_end, t_start)
-        parts = [outer[:1]]
+    without_signal = int((schedule.lam(times)[:-1] == -math.inf).sum())
+    orders = [1] * without_signal + split_into_orders(steps - without_signal, order)
+    if equal and steps:
+        outer = time_grid(schedule, len(orders) + 1, "logsnr", times[-1].item(), times[0].item())
+        parts = [outer[:1]]  # first the start, then each update's inner points and its end
         for t, t_next, o in zip(outer[:-1], outer[1:], orders, strict=True):
             inside = torch.arange(1, o, dtype=torch.float64) / o
             lam = torch.lerp(schedule.lam(t), schedule.lam(t_next), inside)
@@ -197,8 +210,11 @@ def dpm_solver(denoiser, x, times, orders, clip):
 def singlestep(denoiser, x, points, clip):
     r"""One update over points (t, a, s, λ), whose order, up to 3, is the number of points less one.
 
-    With h its length in λ, e = ε at its start, and e_1, e_2 at λ + r1 h and λ + r2 h:
+    h is its length in λ; x_0 and e = ε at its start, a and s at the point that is reached; e_1 and
+    e_2 at λ + r1 h and λ + r2 h, themselves reached by order 1 and 2:
+        order 1:  x = a x_0 + s e
         order 2:  x = a x_0 + s e − s (exp(h) − 1)/(2 r1) (e_1 − e)
+        to e_2:   x = a x_0 + s e − s r2/r1 ((exp(r2 h) − 1)/(r2 h) − 1) (e_1 − e)
         order 3:  x = a x_0 + s e − s/r2 ((exp(h) − 1)/h − 1) (e_2 − e)
     """
     times, a, s, lam = zip(*points, strict=True)
@@ -261,7 +277,7 @@ class SeededNoise:
 
 
 def start_time(denoiser):
-    """T, or T − 1 where ε-prediction could not start at T, since ᾱ(T) = 0."""
+    """Where sampling can start: T, or T − 1 for ε-prediction with ᾱ(T) = 0, since it has no x_0."""
     T = denoiser.schedule.T
-    blind = denoiser.prediction == "eps" and float(denoiser.schedule.alpha_bar(T)) == 0
-    return T - 1 if blind else T
+    needs_signal = getattr(denoiser, "prediction", None) == "eps"
+    return T - 1 if needs_signal and float(denoiser.schedule.alpha_bar(T)) == 0 else T

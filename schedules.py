@@ -2,9 +2,9 @@ r"""The forward process: how much signal and how much noise is in x_t, and when 
 
     x_t = a x_0 + s ε,   a = √ᾱ(t),   s = √(1 − ᾱ(t)),   ε ~ N(0, I)                    DDPM eq. 4
 
-Papers: DDPM (linear, and its β), iDDPM (cosine), simple diffusion (cosine-shift), "Common Diffusion
-Noise Schedules and Sample Steps are Flawed" (zero-terminal-snr); of E-TSDM its continuous forms and
-Modified-NS, the names that end in -mns.
+Papers: DDPM (linear), iDDPM (cosine), simple diffusion (cosine-shift), Lin et al. 2024 "Common
+Diffusion Noise Schedules and Sample Steps are Flawed" (zero-terminal-snr); and of E-TSDM the
+continuous forms and Modified-NS, the names that end in -mns.
 
 Time t is a real number in [0, T]: t = 0 is clean data, the integers 1..T are DDPM's steps, and
 ᾱ(0) = 1 exactly, so no array of "previous" values exists anywhere. A schedule comes in two forms:
@@ -32,6 +32,7 @@ import torch
 
 NAMES = ("linear", "quadratic", "cosine", "cosine-shift", "zero-terminal-snr",
          "linear-mns", "quadratic-mns", "cosine-mns")
+SPACINGS = ("uniform", "quadratic", "logsnr")
 BETA_ENDS = (1e-4, 0.02)  # DDPM's β_1 and β_T at T = 1000; latent diffusion's: (0.0015, 0.0195)
 
 
@@ -71,7 +72,8 @@ class Schedule:
         β̃ = Var q(x_next | x_t, x_0) = β (1 − ᾱ_next)/(1 − ᾱ_t)
         """
         log_t, log_next = self.log_alpha_bar(t), self.log_alpha_bar(t_next)
-        beta = -torch.expm1(log_t - log_next)
+        # Equal: no step, and where ᾱ = 0 at both ends the difference would be ∞ − ∞.
+        beta = torch.where(log_t == log_next, 0.0, -torch.expm1(log_t - log_next))
         return beta, beta * torch.expm1(log_next) / torch.expm1(log_t)
 
 
@@ -272,19 +274,19 @@ def time_grid(schedule, points, spacing="uniform", t_end=1.0, t_start=None):
     if not 0 < t_end < t_start <= schedule.T:
         raise ValueError(f"times must satisfy 0 < t_end < t_start <= {schedule.T}, "
                          f"not {t_end} and {t_start}")
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}: choose from {' '.join(SPACINGS)}")
     if points == 1:
         return torch.tensor([t_start], dtype=torch.float64)
     if spacing == "uniform":
         grid = torch.linspace(t_start, t_end, points, dtype=torch.float64)
     elif spacing == "quadratic":
         grid = torch.linspace(t_start**0.5, t_end**0.5, points, dtype=torch.float64) ** 2
-    elif spacing == "logsnr":
-        blind = bool(schedule.alpha_bar(t_start) == 0)
-        first = schedule.lam(min(t_start, schedule.T - 1) if blind else t_start)
-        lam = torch.linspace(float(first), float(schedule.lam(t_end)), points - blind,
-                             dtype=torch.float64)
-        grid = torch.cat([torch.zeros(int(blind), dtype=torch.float64), schedule.t_of_lam(lam)])
     else:
-        raise ValueError(f"unknown spacing {spacing!r}: choose uniform, quadratic or logsnr")
+        skip = int(schedule.alpha_bar(t_start) == 0)  # λ = −∞ there: the others begin at T − 1
+        first = schedule.lam(min(t_start, schedule.T - 1) if skip else t_start)
+        lam = torch.linspace(float(first), float(schedule.lam(t_end)), points - skip,
+                             dtype=torch.float64)
+        grid = torch.cat([torch.zeros(skip, dtype=torch.float64), schedule.t_of_lam(lam)])
     grid[0], grid[-1] = t_start, t_end  # rounding must not move the ends
     return grid

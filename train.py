@@ -63,8 +63,8 @@ RECIPES = {
     "ffhq256-large": dict(PAPER, batch_size=64, images=48_000_000, lr=1e-4, grad_clip=0.0),
 }
 # What may change when a run goes on. Any other difference would make it another run.
-MAY_CHANGE = ("images", "microbatch", "workers", "compile", "precision", "sample_every",
-              "save_every", "skip_bad_images")
+MAY_CHANGE = ("images", "lr", "grad_clip", "microbatch", "workers", "compile", "precision",
+              "sample_every", "save_every", "skip_bad_images")
 BAD_STEPS = 25  # this many non-finite steps in a row end the run
 
 
@@ -171,7 +171,7 @@ def refuse_contradictions(args, s):
     if not args.etsdm and (args.etsdm_interval is not None or args.etsdm_n is not None):
         raise ValueError("--etsdm-interval and --etsdm-n shape what --etsdm does: give that too")
     for key in ("batch_size", "images", "lr", "sample_every", "save_every", "image_size"):
-        if not s[key] > 0:
+        if not 0 < s[key] < math.inf:
             raise ValueError(f"--{key.replace('_', '-')} must be above 0, not {s[key]}")
     for key in ("warmup", "workers", "seed", "grad_clip", "sa_weight"):
         if not 0 <= s[key] < math.inf:
@@ -210,7 +210,10 @@ def open_run(s, process):
             said = ", ".join(f"{k} {old.get(k)} there, {s[k]} here" for k in changed[:3])
             raise ValueError(f"{folder} is a run with other settings ({said}): give this one "
                              "another --name, or delete that folder")
-    process.barrier()  # nobody writes before everybody has read
+    step = checkpoint["step"] if checkpoint else 0
+    if process.sum(abs(step - process.share(step)))[0]:  # also: nobody writes before all have read
+        raise ValueError(f"the processes see different checkpoints of {folder}: all machines must "
+                         f"share one folder {runtime.RUNS}/")
     if process.first:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         for place in (folder, folder / "samples"):
@@ -241,13 +244,15 @@ class Log:
         kept = []
         if self.path.exists():  # rows after the checkpoint's step will be made again
             with open(self.path, newline="") as f:
-                kept = [r for r in csv.reader(f) if r and r[0].isdigit() and int(r[0]) <= step]
+                kept = [r for r in csv.reader(f) if len(r) == len(self.COLUMNS)
+                        and r[0].isdigit() and int(r[0]) <= step]
         runtime.write_text(self.path, "".join(",".join(r) + "\n" for r in [self.COLUMNS, *kept]))
 
     def add(self, step, batch, values, skipped):
         """values: (loss, simple, sa, grad_norm) of this step."""
-        self.rows.append(values)
-        if step % 10 == 0:
+        if math.isfinite(sum(values)):
+            self.rows.append(values)
+        if step % 10 == 0 and self.rows:
             rate = len(self.rows) * batch / max(time.time() - self.since, 1e-9)
             means = [f"{m:.6g}" for m in np.mean(self.rows, axis=0)]
             with open(self.path, "a") as f:
@@ -285,8 +290,8 @@ class Model:
                                           betas=(0.9, s["beta2"]), fused=True)
         self.step = self.skipped = 0
         if checkpoint:
-            self.net.load_state_dict(checkpoint["raw"])
-            self.ema.load_state_dict(checkpoint["ema"])
+            runtime.load_weights(self.net, checkpoint["raw"], s["name"])
+            runtime.load_weights(self.ema, checkpoint["ema"], s["name"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.step, self.skipped = checkpoint["step"], checkpoint["skipped"]
 
@@ -327,8 +332,9 @@ def gradients(trained, denoiser, s, x0, t, noises, precision):
             with torch.autocast(x0.device.type, precision, enabled=precision is not None):
                 simple, sa = losses.sa_loss(denoiser, x0[part], t[part], noises[:, part],
                                             s["loss_space"])
-            simple, sa = simple.mean(), sa.mean()
-            loss = simple + s["sa_weight"] * sa if len(noises) > 1 else simple
+            # k = 1 is the plain model: there is no second term
+            simple, sa = simple.mean(), sa.mean() * (len(noises) > 1)
+            loss = simple + s["sa_weight"] * sa
             (loss * share).backward()
         totals = totals + share * torch.stack([loss, simple, sa]).detach()
     return totals.double().tolist()
@@ -366,7 +372,8 @@ def loop(s, process, folder, dataset, model, stop):
     trained = torch.compile(model.net) if s["compile"] else model.net
     if process.world > 1:
         trained = DistributedDataParallel(
-            trained, [process.device] if process.device.type == "cuda" else None)
+            trained, [process.device] if process.device.type == "cuda" else None,
+            gradient_as_bucket_view=True)  # no second copy of the gradients
     denoiser = denoisers.from_settings(s, trained)
     averaged = denoisers.from_settings(s, model.ema)
     micro = min(s["microbatch"] or b, b)
@@ -393,16 +400,18 @@ def loop(s, process, folder, dataset, model, stop):
             bar.update()
         if bad == BAD_STEPS:
             bar.close()
-            raise ValueError(f"the last {bad} losses were not finite, up to step {model.step}; the "
-                             f"last checkpoint is of step {saved} in {folder.resolve()}: try "
-                             "--precision fp32, a lower --lr, or --grad-clip 1")
+            kept = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint"
+            raise ValueError(f"the last {bad} losses were not finite, up to step {model.step}; "
+                             f"{kept} in {folder.resolve()}: try --precision fp32, a lower --lr, "
+                             "or --grad-clip 1")
         done = asked or model.step == total
         if process.first and (model.step % s["sample_every"] == 0 or model.step == total):
             picture(averaged, s, folder / "samples" / f"{model.step:07d}.png", process.device)
         if (model.step % s["save_every"] == 0 and not bad) or done:
             if process.first:
                 runtime.save_checkpoint(folder / "checkpoint.pt", {
-                    "settings": s, "processes": process.world, **model.state()})
+                    "settings": s, "processes": process.world, "dataset": len(dataset),
+                    **model.state()})
                 log.plot(folder / "loss.png")
                 bar.write(f"step {model.step}: saved {(folder / 'checkpoint.pt').resolve()}")
             saved = model.step
@@ -445,15 +454,21 @@ def main(argv=None):
         if s["prediction"] == "eps" and s["schedule"] == "zero-terminal-snr":
             process.say(f"note: eps-prediction knows no x_0 at t = {s['T']}, where alpha_bar = 0: "
                         f"training and sampling begin at t = {s['T'] - 1}")
-        if not process.first:
-            process.barrier()  # rank 0 first, so that a download happens once
-        dataset = data.load(s["data"], s["image_size"], s["channels"], s["seed"],
-                            s["skip_bad_images"], progress=process.first)
-        if process.first:
-            process.barrier()
-            write_config(folder, s, process)
+        def load():
+            return data.load(s["data"], s["image_size"], s["channels"], s["seed"],
+                             s["skip_bad_images"], progress=process.first)
+
+        loaded = []  # rank 0 first, so that a download happens once, and an error is said once
+        process.first_does(lambda: loaded.append(load()))
+        dataset = loaded[0] if process.first else load()
         process.say(f"data: {dataset.summary}")
+        if checkpoint and checkpoint["dataset"] != len(dataset):
+            process.say(f"note: {checkpoint['dataset']:,} images before, {len(dataset):,} now: "
+                        "their order changes from here on")
+        if process.first:
+            write_config(folder, s, process)
         model = Model(s, process.device, checkpoint)
+        checkpoint = None  # on large networks it is gigabytes
         loop(s, process, folder, dataset, model, stop)
         if model.step < total:
             process.say(f"stopped by {stop.asked or 'another process'} at step {model.step} of "

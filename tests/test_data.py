@@ -3,6 +3,7 @@ r"""Tests of data.py: each builds its small inputs in tmp_path, and states what 
 import gzip
 import hashlib
 import io
+import multiprocessing
 import os
 import pickle
 import signal
@@ -660,10 +661,12 @@ def test_workers_survive_ctrl_c(tmp_path):
         data.load(tmp_path / "set", 8, 3, memory_limit=0), 2, 0, seed=0, workers=2
     )
     take(stream, 2)  # one from each: both are up
-    for worker in stream._workers:  # the terminal sends Ctrl-C to every process
+    workers = multiprocessing.active_children()
+    assert len(workers) >= 2
+    for worker in workers:  # the terminal sends Ctrl-C to every process
         os.kill(worker.pid, signal.SIGINT)
     assert take(stream, 30).shape == (30, 2, 3, 8, 8)  # more than was fetched ahead
-    assert all(worker.is_alive() for worker in stream._workers)
+    assert all(worker.is_alive() for worker in workers)
 
 
 def test_an_array_needs_no_workers():

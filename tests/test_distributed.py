@@ -2,8 +2,10 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +137,36 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     done = torchrun(2, ROOT / "train.py", "--batch-size", "3", cwd=tmp_path, check=False)
     assert done.returncode != 0
     assert "--batch-size 3 is global and must divide by the 2 processes" in done.stderr
+
+
+def test_an_error_that_rank_0_finds_is_said_once(tmp_path):
+    done = torchrun(2, ROOT / "sample.py", "nobody", cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("no run nobody") == 1
+    assert "Connection closed" not in done.stderr
+
+
+def test_sigterm_to_torchrun_saves_and_resumes(tmp_path):
+    """torchrun passes the signal on; both processes stop after the same step, and can go on."""
+    words = [*TINY, "--steps", "300", "--save-every", "2", "--name", "stopped"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        + [str(ROOT / "train.py"), *words],
+        cwd=tmp_path,
+        env=ENV,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    checkpoint = tmp_path / "runs" / "stopped" / "checkpoint.pt"
+    until = time.time() + 60
+    while not checkpoint.exists() and time.time() < until and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert "stopped by SIGTERM at step" in out
+    step = runtime.load_checkpoint(checkpoint)["step"]
+    assert 0 < step < 300
+    words[words.index("--steps") + 1] = str(step + 2)
+    assert f"from step {step}" in torchrun(2, ROOT / "train.py", *words, cwd=tmp_path).stdout
+    assert runtime.load_checkpoint(checkpoint)["step"] == step + 2

@@ -1,10 +1,16 @@
 """The shape of the project: imports run one way, and no package of others than those we name."""
 
 import ast
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+
+import sample
+import train
+import unet
 
 ROOT = Path(__file__).resolve().parents[1]
 # Each module may import those of the rows above its own. train.py and sample.py are programs.
@@ -44,7 +50,8 @@ def test_imports_run_one_way(path):
 def test_every_file_says_what_it_is_and_what_it_does_not_do(path):
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     assert "does not do" in " ".join(text.split()), "the header names the limits of the file"
-    assert "python" in text or "import" in text or "samplers." in text, "and something to paste"
+    commands = re.findall(r"^    (python|torchrun|from|x = )", text, re.M)
+    assert commands, "and something to paste"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
@@ -59,3 +66,44 @@ def test_public_functions_have_docstrings(path):
         and not ast.get_docstring(n)
     ]
     assert not bare
+
+
+def header_commands():
+    """Every `python -c "..."` of a file's header that needs no file of the reader's."""
+    for path in FILES:
+        for line in (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines():
+            match = re.match(r'\s*python -c "(.*)"', line)
+            if match and ".zip" not in line and ".gz" not in line:
+                yield pytest.param(match[1], id=f"{path.stem}: {match[1][:40]}")
+
+
+@pytest.mark.parametrize("command", list(header_commands()))
+def test_commands_in_headers_run(command, capsys):
+    exec(compile(command, "header", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def readme_commands():
+    for line in (ROOT / "README.md").read_text().splitlines():
+        for part in line.split("#")[0].split("&&"):
+            words = shlex.split(part) if re.match(r"\s*(python|torchrun) ", part) else []
+            if words and any(w in ("train.py", "sample.py") for w in words):
+                program = next(w for w in words if w in ("train.py", "sample.py"))
+                yield program, words[words.index(program) + 1 :]
+
+
+def test_readme_commands_are_accepted():
+    commands = list(readme_commands())
+    assert len(commands) >= 8
+    for program, words in commands:
+        if program == "train.py":
+            train.resolve(train.parse(words))
+        else:
+            sample.parse(words)
+
+
+def test_readme_counts_are_the_networks():
+    text = (ROOT / "README.md").read_text()
+    for line in unet.describe().splitlines():
+        name, count = line.split()[0], line.split()[-2]
+        assert f"| `{name}`" in text and count in text

@@ -196,6 +196,18 @@ def test_stop_collects_signals_and_restores_handlers():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_an_ignored_signal_stays_ignored():
+    """nohup and background jobs rely on it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runtime.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.asked == ""
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_precision():
     cpu = torch.device("cpu")
     assert runtime.choose_precision("fp32", cpu) is None
@@ -212,3 +224,6 @@ def test_one_process_needs_no_torchrun(monkeypatch):
         assert process.sum(1.5, True) == (1.5, True)
         assert process.share("x") == "x" and process.gather("y") == ["y"]
         process.barrier()
+        assert process.first_does(lambda: 7) == 7
+        with pytest.raises(ZeroDivisionError):
+            process.first_does(lambda: 1 / 0)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -58,8 +59,6 @@ def test_a_run_leaves_what_it_promises(capsys):
     assert {k: v for k, v in config.items() if k != "ran_on"} == json.loads(
         json.dumps(checkpoint["settings"])
     )
-    import os
-
     assert sorted(os.listdir("runs/small")) == [
         "checkpoint.pt",
         "config.json",
@@ -183,8 +182,10 @@ def test_other_settings_are_another_run():
         ValueError, match=r"other settings \(.*sa_k 1 there, 2 here.*another --name"
     ):
         small("--steps", "2", "--sa-k", "2")
-    with pytest.raises(ValueError, match="lr 0.002 there, 0.1 here"):
-        small("--steps", "2", "--lr", "0.1")
+    with pytest.raises(ValueError, match="ema 0.995 there, 0.5 here"):
+        small("--steps", "2", "--ema", "0.5")
+    # what the message about non-finite losses advises must be possible
+    assert small("--steps", "3", "--lr", "1e-4", "--grad-clip", "0.5")["step"] == 3
 
 
 def test_non_finite_steps_are_skipped_and_counted(monkeypatch):
@@ -234,6 +235,66 @@ def test_a_nan_never_reaches_the_weights(monkeypatch):
         )
     assert_close(model.net.state_dict(), before, rtol=0, atol=0)
     assert model.skipped == 1 and not model.optimizer.state
+
+
+def test_bad_steps_before_any_checkpoint_do_not_name_one(monkeypatch):
+    good = losses.sa_loss
+    monkeypatch.setattr(losses, "sa_loss", lambda *a: tuple(v * float("nan") for v in good(*a)))
+    with pytest.raises(ValueError, match="there is no checkpoint in"):
+        small("--steps", "100")
+    assert not os.path.exists("runs/small/checkpoint.pt")
+
+
+def test_a_plain_run_logs_no_second_loss():
+    small("--steps", "10")
+    assert float(rows()[0]["sa"]) == 0 and float(rows()[0]["simple"]) > 0
+
+
+def test_a_torn_log_row_is_dropped():
+    small("--steps", "20")
+    with open("runs/small/log.csv") as f:
+        text = f.read()
+    with open("runs/small/log.csv", "w") as f:
+        f.write(text[: text.index("20,80") + 1])  # cut in the middle of the second row
+    small("--steps", "40")
+    assert [r["step"] for r in rows()] == ["10", "30", "40"]
+
+
+def test_training_grids_show_the_average(monkeypatch):
+    shown = []
+    monkeypatch.setattr(train, "picture", lambda denoiser, *rest: shown.append(denoiser.net))
+    checkpoint = small("--steps", "3")
+    assert_close(shown[0].state_dict(), checkpoint["ema"], rtol=0, atol=0)
+    assert not shown[0].training
+
+
+def test_notes_when_something_else_changed(capsys):
+    checkpoint = small("--steps", "2", "--dropout", "0.1")
+    path = "runs/small/checkpoint.pt"
+    runtime.save_checkpoint(path, {**checkpoint, "processes": 2, "dataset": 5})
+    small("--steps", "3", "--dropout", "0.1")
+    out = capsys.readouterr().out
+    assert "2 processes before, 1 now: dropout draws other numbers" in out
+    assert "5 images before, 2,147,483,648 now" in out
+
+
+def test_weights_that_are_not_this_networks_are_refused():
+    checkpoint = small("--steps", "2")
+    checkpoint["raw"].pop("out_conv.bias")
+    runtime.save_checkpoint("runs/small/checkpoint.pt", checkpoint)
+    with pytest.raises(ValueError, match="does not fit its own settings.*out_conv.bias"):
+        small("--steps", "3")
+    with pytest.raises(ValueError, match="does not fit its own settings.*out_conv.bias"):
+        denoisers.load_run("small", "raw")
+
+
+@pytest.mark.slow
+def test_compile_trains_the_same_and_saves_bare_names():
+    plain = small("--steps", "2")
+    train.main([*SMALL, "--steps", "2", "--compile", "--name", "compiled"])
+    compiled = runtime.load_checkpoint("runs/compiled/checkpoint.pt")
+    assert compiled["raw"].keys() == plain["raw"].keys()
+    assert_close(compiled["ema"], plain["ema"], rtol=1e-3, atol=1e-3)
 
 
 def test_the_learning_rate_warms_up():
@@ -333,6 +394,8 @@ def test_names_tell_runs_apart():
         (["--batch-size", "0"], "--batch-size must be above 0"),
         (["--images", "3"], "less than one batch"),
         (["--lr", "-1"], "--lr must be above 0"),
+        (["--lr", "inf"], "--lr must be above 0"),
+        (["--etsdm", "--etsdm-interval", "nan"], "must be a number of timesteps"),
         (["--lr", "nan"], "--lr must be above 0"),
         (["--ema", "1.5"], "below 1"),
         (["--dropout", "1"], "below 1"),
