@@ -2,7 +2,7 @@ r"""Make pictures with a trained run.
 
     python sample.py                                     # newest run -> a grid and numbered PNGs
     python sample.py NAME --sampler dpm-solver --nfe 20 --spacing logsnr
-    torchrun --nproc_per_node 8 sample.py NAME --num 50000 --npz
+    torchrun --nproc_per_node 8 sample.py NAME -n 50000 --npz
 
 Everything about the model (size, schedule, prediction, time condition) comes from the checkpoint.
 Image i starts from the noise of seed + i, and draws its fresh noise from the same generator: it is
@@ -34,7 +34,8 @@ import samplers
 def parse(argv=None):
     """The command line; ValueError for flags that the chosen sampler would ignore."""
     parser = argparse.ArgumentParser(
-        prog="sample.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="sample.py", usage="python sample.py [RUN] [flags]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Make pictures with a trained run: a grid, and numbered PNGs or one .npz.",
         epilog="""examples
   python sample.py
@@ -43,7 +44,7 @@ def parse(argv=None):
       DDPM's ancestral sampling, 200 calls
   python sample.py shapes-tiny-sa2 --sampler dpm-solver --order 3 --nfe 20 --spacing logsnr
       the fast solver of E-TSDM's table 3
-  torchrun --nproc_per_node 8 sample.py cifar10-cifar10-sa2 --num 50000 --npz --batch-size 500
+  torchrun --nproc_per_node 8 sample.py cifar10-cifar10-sa2 -n 50000 --npz --batch-size 500
       the images of an FID, on 8 GPUs""")
     add = parser.add_argument
     add("run", nargs="?", metavar="RUN", help="a name under runs/, a run folder, or a checkpoint "
@@ -58,7 +59,9 @@ def parse(argv=None):
         "(default: small)")
     add("--clip", default="auto", choices=("auto", "on", "off"), help="keep the predicted x_0 in "
         "[-1, 1] (auto: for the samplers that add noise)")
-    add("--num", type=int, default=64, help="number of images (default: 64)")
+    # -n too, since torchrun, given --num, takes it for the beginning of its own --numa-binding
+    add("-n", "--num", type=int, default=64, help="number of images; under torchrun write -n "
+        "(default: 64)")
     add("--batch-size", type=int, default=64, help="images at a time, per process (default: 64)")
     add("--seed", type=int, default=0, help="image i has seed + i (default: 0)")
     add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last weights")
@@ -185,7 +188,7 @@ def finish(args, process, out, made):
     more = len(list(out.glob("[0-9]*.png"))) - args.num
     if more > 0 and not args.npz:
         print(f"note: an earlier call made {more} more like these, which are in the folder too")
-    print(f"{args.num} images; mean of each channel over the grid: {means} of 255")
+    print(f"{args.num} images; mean of each channel: {means} of 255")
     print(f"images: {(out / 'images.npz' if args.npz else out).resolve()}")
     print(f"grid: {(out / 'grid.png').resolve()}")
 

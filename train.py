@@ -73,7 +73,8 @@ BAD_STEPS = 25  # this many non-finite steps in a row end the run
 def parse(argv=None):
     """The command line. None means: as the preset's recipe has it."""
     parser = argparse.ArgumentParser(
-        prog="train.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="train.py", usage="torchrun train.py [flags]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a diffusion model on images. The same command again resumes the run.",
         epilog="""examples
   torchrun train.py --sa-k 2
@@ -98,7 +99,8 @@ def parse(argv=None):
     add = parser.add_argument_group("model").add_argument
     add("--preset", default="tiny", choices=list(unet.PRESETS),
         help="network and recipe (default: tiny)")
-    add("--schedule", choices=schedules.NAMES, help="noise schedule (preset's)")
+    add("--schedule", choices=schedules.NAMES, metavar="NAME",
+        help=f"noise schedule: {', '.join(schedules.NAMES)} (preset's)")
     add("--continuous", action="store_true", help="real-valued t, schedule in closed form")
     add("--prediction", choices=denoisers.PREDICTIONS, help="what the network predicts (preset's)")
     add("--etsdm", action="store_true", help="E-TSDM: share the time conditions near t = 0")

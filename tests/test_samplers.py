@@ -147,7 +147,7 @@ def test_exactly_nfe_calls_and_finite(kwargs, spacing):
         (schedules.make_schedule("cosine", continuous=True), "x0"),
     ):
         for nfe, final_denoise in (
-            *((n, True) for n in (*range(1, 51), 1000)),
+            *((n, True) for n in (*range(1, 51), *[1000] * (schedule is LINEAR))),
             *((n, False) for n in (1, 2, 3, 5, 9, 10, 13, 50)),
         ):
             denoiser, calls = counted(D.Denoiser(net, schedule, prediction))
@@ -334,39 +334,38 @@ PRODUCT = [
 ]
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(sampler="ddim"),
+        pytest.param(dict(sampler="dpm-solver", spacing="logsnr"), marks=pytest.mark.slow),
+        pytest.param(dict(sampler="dpm-solver++", spacing="logsnr"), marks=pytest.mark.slow),
+        pytest.param(dict(sampler="ddpm"), marks=pytest.mark.slow),
+    ],
+    ids=lambda kwargs: kwargs["sampler"],
+)
 @pytest.mark.parametrize("name, continuous, prediction, shared", PRODUCT)
-def test_moments_over_the_whole_product(name, continuous, prediction, shared):
-    """Any schedule x prediction x sharing: the sampled mean and variance are the mixture's."""
+def test_moments_over_the_whole_product(name, continuous, prediction, shared, kwargs):
+    """Any schedule x prediction x sharing (x sampler): the sampled mean and variance are right."""
     schedule = schedules.make_schedule(name, continuous=continuous)
     mixture = toy.two_bumps()
     denoiser = toy_denoiser(mixture, schedule, prediction, shared)
     start = samplers.start_time(denoiser)
     std = mixture.variance().sqrt()
     a, s = (float(c) for c in schedule.coefficients(start))  # some schedules leave signal at T
-    for kwargs in (
-        dict(sampler="ddim"),
-        dict(sampler="dpm-solver", spacing="logsnr"),
-        dict(sampler="dpm-solver++", spacing="logsnr"),
-        dict(sampler="ddpm"),
-    ):
-        noisy = kwargs["sampler"] == "ddpm"
-        n = 3000 if noisy else 200
-        # An even sample of x_T: its image under a noise-free sampler carries no luck.
-        x = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)[:, None]
-        x = a * mixture.mean() + (a**2 * mixture.variance() + s**2).sqrt() * x
-        g = torch.Generator().manual_seed(0)
-        out = samplers.sample(
-            denoiser,
-            x,
-            nfe=200,
-            t_start=start,
-            **kwargs,
-            noise=lambda shape, g=g: torch.randn(shape, dtype=torch.float64, generator=g),
-        )
-        # ddpm's fresh noise makes it a sample of 3,000: three standard errors more
-        assert abs(out.mean() - mixture.mean()) < (0.02 + noisy * 3 / n**0.5) * std, kwargs
-        ratio = out.var() / mixture.variance()
-        assert abs(ratio - 1) < 0.05 + noisy * 3 * (2 / n) ** 0.5, (kwargs, ratio)
+    noisy = kwargs["sampler"] == "ddpm"
+    n = 3000 if noisy else 200
+    # An even sample of x_T: its image under a noise-free sampler carries no luck.
+    x = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)[:, None]
+    x = a * mixture.mean() + (a**2 * mixture.variance() + s**2).sqrt() * x
+    g = torch.Generator().manual_seed(0)
+    if noisy:
+        kwargs = dict(kwargs, noise=lambda shape: torch.randn(shape, dtype=x.dtype, generator=g))
+    out = samplers.sample(denoiser, x, nfe=200, t_start=start, **kwargs)
+    # ddpm's fresh noise makes it a sample of 3,000: three standard errors more
+    assert abs(out.mean() - mixture.mean()) < (0.02 + noisy * 3 / n**0.5) * std
+    ratio = out.var() / mixture.variance()
+    assert abs(ratio - 1) < 0.05 + noisy * 3 * (2 / n) ** 0.5, ratio
 
 
 @pytest.mark.parametrize("remap", etsdm.REMAPS)
@@ -400,7 +399,7 @@ def test_a_given_grid_is_where_the_calls_are(kwargs, final_denoise):
 
 
 @pytest.mark.parametrize("kwargs", ALL, ids=str)
-@pytest.mark.parametrize("nfe", [1000, 1001, 1500])
+@pytest.mark.parametrize("nfe", [1000, 1003])
 def test_more_calls_than_steps_where_no_signal_is_left(kwargs, nfe):
     """Between T - 1 and T a zero-terminal table has no signal: steps of no length, still calls."""
     denoiser, calls = counted(
