@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 
 import pytest
 import torch
@@ -289,6 +290,7 @@ def test_weights_that_are_not_this_networks_are_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compile_trains_the_same_and_saves_bare_names():
     plain = small("--steps", "2")
     train.main([*SMALL, "--steps", "2", "--compile", "--name", "compiled"])
