@@ -183,8 +183,7 @@ def singlestep_plan(schedule, times, order, equal=False):
 
 
 def split_into_orders(steps, order):
-    """The orders of singlestep updates, summing to `steps`: 10 calls of order 3 are 3 + 3 + 3 +
-    1."""
+    """The orders of singlestep updates, which sum to `steps`: 10 of order 3 are 3 + 3 + 3 + 1."""
     full, rest = divmod(steps, order)
     if order == 3 and rest == 0 and steps:
         return [3] * (full - 1) + [2, 1]  # DPM-Solver-fast keeps two short updates for the end
@@ -258,8 +257,7 @@ def dpm_solver_2m(denoiser, x, times, clip):
 # ------------------------------------------------------------------ starting
 
 class SeededNoise:
-    """noise(shape) for samples whose picture depends on its own seed alone: one generator per
-    image.
+    """noise(shape) that depends, for each image, on its own seed alone: one generator per image.
 
     Always drawn on the CPU, so that the same seed is the same noise on every device.
     """

@@ -37,8 +37,8 @@ BETA_ENDS = (1e-4, 0.02)  # DDPM's β_1 and β_T at T = 1000; latent diffusion's
 
 
 class Schedule:
-    """ᾱ and its relatives as functions of t in [0, T], a number or a tensor of any shape -> float64
-    of that shape."""
+    """ᾱ and its relatives as functions of t in [0, T], a number or a tensor of any shape; they give
+    float64 of that shape. (Made by make_schedule.)"""
 
     def __init__(self, name, T, continuous, log_alpha_bar, inverse):
         self.name, self.T, self.continuous = name, T, continuous
@@ -167,8 +167,7 @@ def table(log_ab):
     return forward, inverse
 
 
-# ------------------------------------------------------------------ continuous: closed forms in u
-# = t/T
+# ------------------------------------------------------------------ continuous: functions of t/T
 
 def continuous_form(name, T, image_size, beta_ends):
     """(log ᾱ, its inverse) in closed form, as functions of t; β's rates are per unit of u."""
