@@ -83,6 +83,8 @@ def parse(argv=None):
 
 def how(args, denoiser):
     """The arguments of samplers.sample that the flags ask for."""
+    # Fresh noise at every step also spreads what lies outside the data's range: without the clip
+    # the colours of a whole set can drift. A noise-free path has no such source.
     noisy = args.sampler == "ddpm" or bool(args.eta)
     clip = (-1.0, 1.0) if args.clip == "on" or (args.clip == "auto" and noisy) else None
     return dict(sampler=args.sampler, nfe=args.nfe, spacing=args.spacing, eta=args.eta or 0.0,
@@ -91,8 +93,9 @@ def how(args, denoiser):
 
 
 def prepare_folder(args, checkpoint_path, step, arguments):
-    """The output folder; pictures there that were made differently are removed, foreign ones
-    never."""
+    """The output folder. Pictures of ours that were made differently are removed, others never."""
+    # settings.json says how the pictures beside it were made. If that has changed, a longer run
+    # or another seed, the old ones would mix with the new: a set for an FID must be of one kind.
     tag = f"{args.sampler}-{args.nfe}"
     out = args.out or checkpoint_path.parent / "generated" / tag
     made = dict(checkpoint=str(checkpoint_path.resolve()), step=step, weights=args.weights,
@@ -123,6 +126,7 @@ def main(argv=None):
     args = parse(argv)
     with runtime.setup(tf32=False) as process:
         runtime.keep_memory()
+        # tf32=False: a picture must not depend on how its batch was rounded
         path = process.first_does(lambda: runtime.find_checkpoint(args.run))
         denoiser = denoisers.load_run(path, args.weights)
         s = denoiser.settings
@@ -141,6 +145,8 @@ def main(argv=None):
 
 def generate(args, process, denoiser, arguments, out):
     """This process's share of the images: {i: uint8 (H, W, C)} with --npz, else written as PNGs."""
+    # Who makes image i does not matter to it: its noise has a generator of its own. So the list of
+    # what is missing is simply dealt out, like cards.
     s = denoiser.settings
     shape = (s["channels"], s["image_size"], s["image_size"])
     todo = [i for i in range(args.num) if args.npz or not (out / f"{i:06d}.png").exists()]
@@ -150,8 +156,10 @@ def generate(args, process, denoiser, arguments, out):
     bar = tqdm(total=len(todo), unit="image", disable=not process.first, dynamic_ncols=True)
     for start in range(0, len(todo), args.batch_size):
         batch = todo[start:start + args.batch_size]
+        # The first draw of each generator is x_T; samplers that add noise go on drawing from it.
         noise = samplers.SeededNoise([args.seed + i for i in batch], process.device)
-        x = samplers.sample(denoiser, noise((len(batch), *shape)), noise=noise, **arguments)
+        x_T = noise((len(batch), *shape))
+        x = samplers.sample(denoiser, x_T, noise=noise, **arguments)
         pixels = data.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()  # (b, H, W, C)
         for i, image in zip(batch, pixels, strict=True):
             if args.npz:
@@ -176,6 +184,7 @@ def finish(args, process, out, made):
                 np.savez(f, images=pixels)
     if not process.first:
         return
+    # The grid is made of what is on the disk, whoever made it: it shows what the user has.
     first = min(args.num, 64)
     if not args.npz:
         pixels = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) for i in range(first)])

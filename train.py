@@ -86,6 +86,7 @@ def parse(argv=None):
 
 "preset's" below: python -c "import train; print(train.RECIPES)" shows each.""")
 
+    # A flag without a default is decided by the preset's recipe, in resolve().
     add = parser.add_argument_group("images").add_argument
     add("--data", default="shapes", help="shapes (built in), cifar10, or a path: folder or zip of "
         "images, .npy, .npz[:KEY], MNIST-like IDX, CIFAR-10 archive (default: shapes)")
@@ -140,6 +141,7 @@ def parse(argv=None):
 def resolve(args):
     """Flags and recipe -> the flat dict of settings that is the run. ValueError: a
     contradiction."""
+    # What the user said goes over the recipe; --steps and --dropout are folded into others below.
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("steps", "dropout")}
     s = {**RECIPES[args.preset], "T": 1000, "microbatch": None, "remap": None,
          "etsdm_interval": 100, "etsdm_n": 5, "sa_weight": 1.0, **given}
@@ -285,7 +287,7 @@ class Model:
     """What a checkpoint holds: the weights, their average, the optimizer, and how far they are."""
 
     def __init__(self, s, device, checkpoint=None):
-        torch.manual_seed(s["seed"])
+        torch.manual_seed(s["seed"])  # the same start on every process, before DDP compares them
         self.net = unet.UNet(**s["unet"]).to(device)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=s["lr"],
@@ -306,6 +308,7 @@ class Model:
 def draw(s, schedule, step, device):
     """The random numbers of one step, for the whole global batch: t (B,), noises (k, B, C, H, W),
     flips (B,) or None."""
+    # The order of the draws is part of what a run is: a new one goes to the end.
     g = runtime.generator(s["seed"], step)
     low, high = losses.time_range(schedule, s["prediction"])
     t = losses.draw_timesteps(s["batch_size"], schedule, low, high, g).to(device)
@@ -329,6 +332,7 @@ def gradients(trained, denoiser, s, x0, t, noises, precision):
     for start in range(0, len(x0), micro):
         part = slice(start, start + micro)
         share = len(x0[part]) / len(x0)
+        # DDP sends gradients round in backward(): once is enough, with the last part.
         accumulating = isinstance(trained, DistributedDataParallel) and start + micro < len(x0)
         with trained.no_sync() if accumulating else runtime.nothing():
             with torch.autocast(x0.device.type, precision, enabled=precision is not None):
@@ -371,6 +375,8 @@ def loop(s, process, folder, dataset, model, stop):
     """Train until s["images"] were seen, or somebody asks to stop."""
     b, total = s["batch_size"] // process.world, s["images"] // s["batch_size"]
     precision = runtime.choose_precision(s["precision"], process.device)
+    # `trained` is the network as the loss calls it, perhaps wrapped; model.net stays the bare one,
+    # with the same parameters, for the optimizer, the average and the checkpoint.
     trained = torch.compile(model.net) if s["compile"] else model.net
     if process.world > 1:
         trained = DistributedDataParallel(
@@ -388,6 +394,8 @@ def loop(s, process, folder, dataset, model, stop):
                           process.rank, process.world, s["workers"])
     bar = tqdm(total=total, initial=model.step, unit="step", disable=not process.first,
                dynamic_ncols=True, mininterval=0.5)
+    # model.step alone says where the run is: the stream of images begins there, and the random
+    # numbers of a step follow from it. That is all that resuming takes.
     model.net.train()
     bad, saved, began, first = 0, model.step, time.time(), model.step
     while model.step < total:
@@ -406,6 +414,8 @@ def loop(s, process, folder, dataset, model, stop):
             raise ValueError(f"the last {bad} losses were not finite, up to step {model.step}; "
                              f"{kept} in {folder.resolve()}: try --precision fp32, a lower --lr, "
                              "or --grad-clip 1")
+        # Grids come from the averaged weights: those are what sample.py will use. A checkpoint is
+        # not made of a step that went wrong: the one before is the better place to go back to.
         done = asked or model.step == total
         if process.first and (model.step % s["sample_every"] == 0 or model.step == total):
             picture(averaged, s, folder / "samples" / f"{model.step:07d}.png", process.device)
@@ -440,6 +450,7 @@ def main(argv=None):
         if s["batch_size"] % process.world:
             raise ValueError(f"--batch-size {s['batch_size']} is global and must divide by the "
                              f"{process.world} processes")
+        # ---- the run: new, to be resumed, or finished
         folder, checkpoint = open_run(s, process)
         total = s["images"] // s["batch_size"]
         process.say(f"run: {folder.resolve()}"
@@ -456,6 +467,7 @@ def main(argv=None):
         if s["prediction"] == "eps" and s["schedule"] == "zero-terminal-snr":
             process.say(f"note: eps-prediction knows no x_0 at t = {s['T']}, where alpha_bar = 0: "
                         f"training and sampling begin at t = {s['T'] - 1}")
+        # ---- the images
         def load():
             return data.load(s["data"], s["image_size"], s["channels"], s["seed"],
                              s["skip_bad_images"], progress=process.first)
@@ -469,6 +481,7 @@ def main(argv=None):
                         "their order changes from here on")
         if process.first:
             write_config(folder, s, process)
+        # ---- the network, and training
         model = Model(s, process.device, checkpoint)
         checkpoint = None  # on large networks it is gigabytes
         loop(s, process, folder, dataset, model, stop)
