@@ -218,15 +218,15 @@ def open_run(s, process):
     if process.sum(abs(step - process.share(step)))[0]:  # also: nobody writes before all have read
         raise ValueError(f"the processes see different checkpoints of {folder}: all machines must "
                          f"share one folder {runtime.RUNS}/")
-    if process.first:
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        for place in (folder, folder / "samples"):
-            runtime.remove_leftovers(place)
     return folder, checkpoint
 
 
-def write_config(folder, s, process):
-    """config.json: the settings, and what they ran on."""
+def make_folder(folder, s, process):
+    """The folder, once nothing can be wrong with the input any more, and its config.json: the
+    settings, and what they ran on."""
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    for place in (folder, folder / "samples"):
+        runtime.remove_leftovers(place)
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
                                 timeout=5, cwd=Path(__file__).parent).stdout.strip()
@@ -480,7 +480,7 @@ def main(argv=None):
             process.say(f"note: {checkpoint['dataset']:,} images before, {len(dataset):,} now: "
                         "their order changes from here on")
         if process.first:
-            write_config(folder, s, process)
+            make_folder(folder, s, process)
         # ---- the network, and training
         model = Model(s, process.device, checkpoint)
         checkpoint = None  # on large networks it is gigabytes
