@@ -235,6 +235,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(number, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # whoever runs the tests in the background has SIGINT ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     checkpoint = tmp_path / "runs" / "stopped" / "checkpoint.pt"
     until = time.time() + 60

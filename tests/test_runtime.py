@@ -186,6 +186,7 @@ def test_bugs_keep_their_traceback():
 
 def test_stop_collects_signals_and_restores_handlers():
     before = signal.getsignal(signal.SIGTERM)
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     with runtime.Stop() as stop:
         assert stop.asked == ""
         os.kill(os.getpid(), signal.SIGTERM)
@@ -194,6 +195,7 @@ def test_stop_collects_signals_and_restores_handlers():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
+    signal.signal(signal.SIGINT, outside)
 
 
 def test_an_ignored_signal_stays_ignored():
