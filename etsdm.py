@@ -53,7 +53,7 @@ def share_timesteps(t, interval=100, n=5):
     # Boundaries are looked up, not computed as floor(t n/interval): that can land one short of i.
     i = torch.searchsorted(starts, t.to(starts.dtype).contiguous(), right=True) - 1
     shared = starts[i.clamp(min=0)]
-    if not t.is_floating_point() and all((i * interval / n) % 1 == 0 for i in range(int(n))):
+    if not t.is_floating_point() and all(j * interval / n % 1 == 0 for j in range(int(n))):
         shared = shared.to(t.dtype)
     return torch.where(t < interval, shared, t.to(shared.dtype))
 

@@ -4,7 +4,7 @@ files that survive.
     torchrun --nproc_per_node 4 train.py     sets RANK, WORLD_SIZE, LOCAL_RANK; setup() reads them
     python train.py                          no such variables: one process, and the same code
 
-Import this module before torch: it sets two knobs of the C libraries that are read only once.
+Import this module before torch: it sets how OpenMP waits, which is read only once.
 
 Files are written under a temporary name in the same folder, flushed to the disk and renamed, so
 that a reader sees the old file or the new one and never half of one, whenever the machine goes
@@ -35,8 +35,9 @@ FORMAT = "sa-etsdm run 1"  # written into each checkpoint; says what the file is
 # ------------------------------------------------------------------ processes
 
 class Processes:
-    """Who am I among the processes: rank, world, local_rank, device. Use as `with setup() as
-    p:`."""
+    """Who am I among the processes: rank, world (how many), local_rank, device.
+
+    with setup() as process: leaves the group on every path out."""
 
     def __init__(self, rank, world, local_rank, device):
         self.rank, self.world, self.local_rank, self.device = rank, world, local_rank, device
@@ -183,7 +184,7 @@ def mix(*key):
 
 @torch.no_grad()
 def update_ema(ema, net, decay, updates):
-    r"""ema <- d ema + (1 - d) net, d = min(decay, (1 + n)/(10 + n)) after n updates.
+    r"""ema ← d ema + (1 − d) net,  d = min(decay, (1 + n)/(10 + n)) after n updates.
 
     Without the warm-up an average with decay 0.9999 is still its random start after a thousand
     steps ("EMA gives noise"). net must be the bare module: inside DDP or compile the names differ

@@ -139,8 +139,7 @@ def parse(argv=None):
 
 
 def resolve(args):
-    """Flags and recipe -> the flat dict of settings that is the run. ValueError: a
-    contradiction."""
+    """Flags and recipe -> the flat dict of settings that is the run. ValueError: contradictions."""
     # What the user said goes over the recipe; --steps and --dropout are folded into others below.
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("steps", "dropout")}
     s = {**RECIPES[args.preset], "T": 1000, "microbatch": None, "remap": None,
