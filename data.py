@@ -152,10 +152,10 @@ class Shapes:
 
 
 class Array:
-    """Images in memory: one uint8 tensor (N, C, H, W)."""
+    """Images in memory: one uint8 tensor (N, C, H, W); `paths` of the files they were, if any."""
 
-    def __init__(self, images, summary=""):
-        self.images, self.summary = images, summary
+    def __init__(self, images, summary="", paths=()):
+        self.images, self.summary, self.paths = images, summary, list(paths)
 
     def __len__(self):
         return len(self.images)
@@ -180,8 +180,8 @@ class Files:
     def __getstate__(self):  # a worker that gets us by pickle opens the zip for itself
         return {**self.__dict__, "_zip": (None, None)}
 
-    def read(self, i):
-        """-> (Pillow mode, (width, height), uint8 tensor); any exception that Pillow can raise."""
+    def content(self, i):
+        """The bytes of file i."""
         if self.archive is None:
             if not os.path.isfile(self.paths[i]):  # opening a named pipe would wait for ever
                 raise ValueError("a broken link or not a regular file")
@@ -194,7 +194,11 @@ class Files:
             content = self._zip[1].read(self.paths[i])
         if not content:
             raise ValueError("empty file")
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        return content
+
+    def read(self, i):
+        """-> (Pillow mode, (width, height), uint8 tensor); any exception that Pillow can raise."""
+        with Image.open(io.BytesIO(self.content(i)), formats=FORMATS) as image:
             prepared = prepare(image, self.size, self.channels)
             return image.mode, image.size, prepared
 
@@ -224,6 +228,9 @@ def scan(files, skip_bad, memory_limit, progress):
     decode finds the truncated ones: their headers are fine. ValueError names the first five bad
     files, unless `skip_bad`, which leaves them out and counts them in the summary.
     """
+    own = files.size is None  # all are to have one size: that of the first that can be read
+    if own:
+        files.size = first_side(files)
     target = (files.channels, files.size, files.size)
     keep = len(files) * math.prod(target) <= memory_limit
     # Filled in place: a list of tensors, stacked at the end, would need the memory twice.
@@ -256,9 +263,24 @@ def scan(files, skip_bad, memory_limit, progress):
         raise ValueError(f"{len(bad):,} of {len(files):,} images cannot be read: "
                          f"{', '.join(bad[:5])}{more}; "
                          + ("--skip-bad-images goes on without them" if good else "none is left"))
+    if own and sizes != {(files.size, files.size)}:
+        raise ValueError("the images are not squares of one size ("
+                         + " ".join("{}x{}".format(*s) for s in sorted(sizes)[:5])
+                         + (" ..." if len(sizes) > 5 else "") + "): give --image-size")
     files.paths = good
     files.summary = describe(modes, sizes, target, "in memory" if keep else "streamed", len(bad))
-    return Array(images[:len(good)], files.summary) if keep else files
+    return Array(images[:len(good)], files.summary, good) if keep else files
+
+
+def first_side(files):
+    """The shorter side of the first image whose header can be read, in pixels; 1 if none can."""
+    for i in range(len(files)):
+        try:
+            with Image.open(io.BytesIO(files.content(i)), formats=FORMATS) as image:
+                return min(image.size)
+        except Exception:  # a bad file: the scan, which follows, will name it
+            continue
+    return 1
 
 
 def find_images(names, root):
@@ -313,15 +335,17 @@ def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30,
 
     source        "shapes", "cifar10" (downloaded), or a path: a folder or .zip of images, .npy,
                   .npz or FILE.npz:KEY, an IDX file or folder, CIFAR-10's archives or folder
+    size          side in pixels, to be resized and cropped to; None: the images' own, if all are
+                  squares of one size
     skip_bad      leave broken image files out instead of stopping
     memory_limit  bytes of prepared images up to which files are kept in memory
 
     All that is wrong with the source is a ValueError or OSError of one line.
     """
-    if channels not in (1, 3) or size < 1:
+    if channels not in (1, 3) or size is not None and size < 1:
         raise ValueError(f"channels is 1 or 3 and size at least 1, not {channels} and {size}")
     if source == "shapes":
-        return Shapes(size, channels, seed)
+        return Shapes(size or 32, channels, seed)
     path, key = readers.cifar_archive() if source == "cifar10" else str(source), None
     if ".npz:" in path and not os.path.exists(path):
         path, key = path.rsplit(".npz:", 1)
@@ -342,7 +366,11 @@ def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30,
                 members = [m.filename for m in archive.infolist() if not m.is_dir()]
             files = Files(find_images(members, path), size, channels, archive=path)
             return scan(files, skip_bad, memory_limit, progress)
-        array = readers.read_array(path, key, size)
+        array = readers.read_array(path, key, size or 0)
+        if size is None:
+            size, width = array.shape[1:3]
+            if size != width:
+                raise ValueError(f"the images are {width}x{size}, no squares: give --image-size")
         images = fit(array, size, channels, progress)
     except Exception as error:  # gzip, tarfile, pickle, NumPy: each has its own family of errors
         if isinstance(error, OSError) and path in str(error):

@@ -49,31 +49,16 @@ def parse(argv=None):
     add = parser.add_argument
     add("run", nargs="?", metavar="RUN", help="a name under runs/, a run folder, or a checkpoint "
         "(default: the newest run)")
-    add("--sampler", default="ddim", choices=samplers.SAMPLERS, help="(default: ddim)")
-    add("--nfe", type=int, default=50, help="network calls per image (default: 50)")
-    add("--spacing", default="uniform", choices=("uniform", "quadratic", "logsnr"),
-        help="where between T and t = 1 the calls are (default: uniform)")
-    add("--eta", type=float, help="ddim: share of fresh noise, 0 to 1 (default: 0)")
-    add("--order", type=int, choices=(1, 2, 3), help="dpm-solver: its order (default: 3)")
-    add("--variance", choices=("small", "large"), help="ddpm: variance of the fresh noise "
-        "(default: small)")
-    add("--clip", default="auto", choices=("auto", "on", "off"), help="keep the predicted x_0 in "
-        "[-1, 1] (auto: for the samplers that add noise)")
+    samplers.add_flags(parser)
     # -n too, since torchrun, given --num, takes it for the beginning of its own --numa-binding
     add("-n", "--num", type=int, default=64, help="number of images; under torchrun write -n "
         "(default: 64)")
     add("--batch-size", type=int, default=64, help="images at a time, per process (default: 64)")
     add("--seed", type=int, default=0, help="image i has seed + i (default: 0)")
-    add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last weights")
     add("--out", type=Path, help="folder to write to (default: generated/SAMPLER-NFE in the run)")
     add("--npz", action="store_true", help="write images.npz (N, H, W, C) instead of PNGs")
     args = parser.parse_args(argv)
-    if args.eta is not None and args.sampler != "ddim":
-        raise ValueError(f"--eta belongs to ddim, not to {args.sampler}")
-    if args.order is not None and args.sampler != "dpm-solver":
-        raise ValueError(f"--order belongs to dpm-solver; {args.sampler} has a fixed one")
-    if args.variance is not None and args.sampler != "ddpm":
-        raise ValueError(f"--variance belongs to ddpm, not to {args.sampler}")
+    samplers.check_flags(args)
     if args.num < 1 or args.batch_size < 1:
         raise ValueError("--num and --batch-size must be at least 1")
     if args.seed < 0:
@@ -81,15 +66,9 @@ def parse(argv=None):
     return args
 
 
-def how(args, denoiser):
-    """The arguments of samplers.sample that the flags ask for."""
-    # Fresh noise at every step also spreads what lies outside the data's range: without the clip
-    # the colours of a whole set can drift. A noise-free path has no such source.
-    noisy = args.sampler == "ddpm" or bool(args.eta)
-    clip = (-1.0, 1.0) if args.clip == "on" or (args.clip == "auto" and noisy) else None
-    return dict(sampler=args.sampler, nfe=args.nfe, spacing=args.spacing, eta=args.eta or 0.0,
-                order=args.order or 3, clip=clip, variance=args.variance,
-                t_start=samplers.start_time(denoiser))
+def grid_path(out):
+    """The grid lies beside the folder: whatever is in that is one image of the set."""
+    return out.with_name(out.name + ".png")
 
 
 def prepare_folder(args, checkpoint_path, step, arguments):
@@ -97,7 +76,7 @@ def prepare_folder(args, checkpoint_path, step, arguments):
     # settings.json says how the pictures beside it were made. If that has changed, a longer run
     # or another seed, the old ones would mix with the new: a set for an FID must be of one kind.
     tag = f"{args.sampler}-{args.nfe}"
-    out = args.out or checkpoint_path.parent / "generated" / tag
+    out = (args.out or checkpoint_path.parent / "generated" / tag).resolve()
     made = dict(checkpoint=str(checkpoint_path.resolve()), step=step, weights=args.weights,
                 seed=args.seed, **arguments)
     made = json.loads(json.dumps(made))  # as it will be read back
@@ -105,8 +84,9 @@ def prepare_folder(args, checkpoint_path, step, arguments):
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
     mine = note.exists()
-    if out.exists() and not mine and any(out.iterdir()):
-        raise ValueError(f"{out} has files in it that sample.py did not write: "
+    strange = out if out.exists() and any(out.iterdir()) else grid_path(out)
+    if not mine and strange.exists():
+        raise ValueError(f"{out} would mix with what sample.py did not write, {strange}: "
                          "give an empty or new folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     runtime.remove_leftovers(out)
@@ -116,7 +96,7 @@ def prepare_folder(args, checkpoint_path, step, arguments):
         same = False
     if not same:
         for old in out.iterdir():
-            if re.fullmatch(r"\d{6,}\.png|grid\.png|images\.npz", old.name):
+            if re.fullmatch(r"\d{6,}\.png|images\.npz", old.name):
                 old.unlink()
     runtime.write_text(note, json.dumps(made, indent=1) + "\n")
     return out
@@ -131,8 +111,7 @@ def main(argv=None):
         denoiser = denoisers.load_run(path, args.weights)
         s = denoiser.settings
         denoiser.net.to(process.device)
-        arguments = how(args, denoiser)
-        samplers.check(*(arguments[k] for k in ("sampler", "nfe", "eta", "order", "variance")))
+        arguments = samplers.from_flags(args, denoiser)
         process.say(f"run: {path.parent.resolve()}, step {denoiser.step}, {args.weights} weights")
         if arguments["t_start"] < s["T"]:
             process.say(f"eps-prediction knows no x_0 at t = {s['T']}, where alpha_bar = 0: "
@@ -156,10 +135,8 @@ def generate(args, process, denoiser, arguments, out):
     bar = tqdm(total=len(todo), unit="image", disable=not process.first, dynamic_ncols=True)
     for start in range(0, len(todo), args.batch_size):
         batch = todo[start:start + args.batch_size]
-        # The first draw of each generator is x_T; samplers that add noise go on drawing from it.
-        noise = samplers.SeededNoise([args.seed + i for i in batch], process.device)
-        x_T = noise((len(batch), *shape))
-        x = samplers.sample(denoiser, x_T, noise=noise, **arguments)
+        x = samplers.from_seeds(denoiser, [args.seed + i for i in batch], shape, process.device,
+                                **arguments)
         pixels = data.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()  # (b, H, W, C)
         for i, image in zip(batch, pixels, strict=True):
             if args.npz:
@@ -190,7 +167,7 @@ def finish(args, process, out, made):
         pixels = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) for i in range(first)])
         pixels = pixels.reshape(*pixels.shape[:3], -1)
     grid = torch.from_numpy(pixels[:first]).permute(0, 3, 1, 2)
-    with runtime.atomic_write(out / "grid.png") as temporary:
+    with runtime.atomic_write(grid_path(out)) as temporary:
         data.grid(grid, columns=max(1, round(first**0.5))).save(temporary, format="png")
     # A colour tint of the whole set is the commonest silent fault of a sampler.
     means = ", ".join(f"{m:.1f}" for m in grid.double().mean((0, 2, 3)))
@@ -199,7 +176,7 @@ def finish(args, process, out, made):
         print(f"note: an earlier call made {more} more like these, which are in the folder too")
     print(f"{args.num} images; mean of each channel: {means} of 255")
     print(f"images: {(out / 'images.npz' if args.npz else out).resolve()}")
-    print(f"grid: {(out / 'grid.png').resolve()}")
+    print(f"grid: {grid_path(out).resolve()}")
 
 
 if __name__ == "__main__":

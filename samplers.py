@@ -34,7 +34,7 @@ from itertools import pairwise
 
 import torch
 
-from schedules import match, time_grid
+from schedules import SPACINGS, match, time_grid
 
 SAMPLERS = ("ddpm", "ddim", "dpm-solver", "dpm-solver++")
 
@@ -274,8 +274,56 @@ class SeededNoise:
         return torch.stack(draws).to(self.device)
 
 
+def from_seeds(denoiser, seeds, shape, device="cpu", **arguments):
+    """One image per seed, a function of that seed alone: (B, *shape). arguments: those of
+    sample()."""
+    # The first draw of each generator is x_T; samplers that add noise go on drawing from it.
+    noise = SeededNoise(seeds, device)
+    return sample(denoiser, noise((len(seeds), *shape)), noise=noise, **arguments)
+
+
 def start_time(denoiser):
     """Where sampling can start: T, or T − 1 for ε-prediction with ᾱ(T) = 0, since it has no x_0."""
     T = denoiser.schedule.T
     needs_signal = getattr(denoiser, "prediction", None) == "eps"
     return T - 1 if needs_signal and float(denoiser.schedule.alpha_bar(T)) == 0 else T
+
+
+# ------------------------------------------------------------------ for the programs
+
+def add_flags(parser):
+    """The command-line flags, for an argparse parser or group, that choose a sampler."""
+    add = parser.add_argument
+    add("--sampler", default="ddim", choices=SAMPLERS, help="(default: ddim)")
+    add("--nfe", type=int, default=50, help="network calls per image (default: 50)")
+    add("--spacing", default="uniform", choices=SPACINGS,
+        help="where between T and t = 1 the calls are (default: uniform)")
+    add("--eta", type=float, help="ddim: share of fresh noise, 0 to 1 (default: 0)")
+    add("--order", type=int, choices=(1, 2, 3), help="dpm-solver: its order (default: 3)")
+    add("--variance", choices=("small", "large"), help="ddpm: variance of the fresh noise "
+        "(default: small)")
+    add("--clip", default="auto", choices=("auto", "on", "off"), help="keep the predicted x_0 in "
+        "[-1, 1] (auto: for the samplers that add noise)")
+    add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last weights")
+
+
+def check_flags(args):
+    """ValueError for flags of add_flags that are wrong, or that their sampler would ignore."""
+    if args.eta is not None and args.sampler != "ddim":
+        raise ValueError(f"--eta belongs to ddim, not to {args.sampler}")
+    if args.order is not None and args.sampler != "dpm-solver":
+        raise ValueError(f"--order belongs to dpm-solver; {args.sampler} has a fixed one")
+    if args.variance is not None and args.sampler != "ddpm":
+        raise ValueError(f"--variance belongs to ddpm, not to {args.sampler}")
+    check(args.sampler, args.nfe, args.eta or 0.0, args.order or 3, args.variance)
+
+
+def from_flags(args, denoiser):
+    """The arguments of sample() that the flags ask for."""
+    # Fresh noise at every step also spreads what lies outside the data's range: without the clip
+    # the colours of a whole set can drift. A noise-free path has no such source.
+    noisy = args.sampler == "ddpm" or bool(args.eta)
+    clip = (-1.0, 1.0) if args.clip == "on" or (args.clip == "auto" and noisy) else None
+    return dict(sampler=args.sampler, nfe=args.nfe, spacing=args.spacing, eta=args.eta or 0.0,
+                order=args.order or 3, clip=clip, variance=args.variance,
+                t_start=start_time(denoiser))

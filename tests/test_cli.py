@@ -18,6 +18,7 @@ from torch.testing import assert_close
 import denoiser
 import runtime
 import sample
+import samplers
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,8 +72,8 @@ def test_train_then_sample(trained):
     out = run("--num", "5", "--nfe", "4", cwd=trained, program="sample.py").stdout
     grid = Path(re.search(r"^grid: (.*)", out, re.M)[1])
     assert grid.is_absolute() and Image.open(grid).size == (16, 24)  # 2 columns, 3 rows of 8 x 8
-    folder = grid.parent
-    assert sorted(p.name for p in folder.glob("0*.png")) == [f"{i:06d}.png" for i in range(5)]
+    folder = grid.with_suffix("")  # the grid lies beside it: inside are the images of a set alone
+    assert sorted(p.name for p in folder.glob("*.png")) == [f"{i:06d}.png" for i in range(5)]
     assert len(re.search(r"mean of each channel: (.*) of 255", out)[1].split(", ")) == 3
 
 
@@ -140,9 +141,13 @@ def test_other_settings_do_not_mix_with_old_pictures(inside):
 def test_a_folder_of_somebody_else_is_left_alone(inside):
     (inside / "out").mkdir()
     (inside / "out" / "000000.png").write_text("precious")
-    with pytest.raises(ValueError, match="files in it that sample.py did not write"):
+    with pytest.raises(ValueError, match="mix with what sample.py did not write, .*out: give an"):
         samples(inside, "--num", "2", "--nfe", "2")
     assert (inside / "out" / "000000.png").read_text() == "precious"
+    (inside / "new.png").write_text("precious too")  # where the grid would go
+    with pytest.raises(ValueError, match="did not write, .*new.png: give"):
+        samples(inside, "--num", "2", "--nfe", "2", "--out", str(inside / "new"))
+    assert (inside / "new.png").read_text() == "precious too" and not (inside / "new").exists()
 
 
 def test_stochastic_samplers_are_clipped_by_default(inside):
@@ -154,7 +159,7 @@ def test_stochastic_samplers_are_clipped_by_default(inside):
         (["--sampler", "ddpm", "--clip", "off"], None),
         (["--clip", "on"], (-1, 1)),
     ):
-        assert sample.how(sample.parse(flags), d)["clip"] == clip
+        assert samplers.from_flags(sample.parse(flags), d)["clip"] == clip
 
 
 def test_load_run_gives_what_the_run_describes(inside):
