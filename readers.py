@@ -4,7 +4,7 @@ Each reader gives uint8 (N, H, W, C), 0..255, and names in one line what is wron
 of them executes anything a file contains: CIFAR-10's pickles go through an unpickler that knows
 only arrays, and NumPy's are read with allow_pickle=False.
 
-What this file does not do: labels, test splits, resizing (data.py), or unpacking to the disk.
+What this file does not do: test splits, resizing (data.py), or unpacking to the disk.
 
     python -c "import readers; print(readers.read_array('train-images-idx3-ubyte.gz').shape)"
 
@@ -56,7 +56,13 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_cifar(path):
-    """CIFAR-10 training images, from the archive or its folder -> uint8 (N, 32, 32, 3).
+    """CIFAR-10 training images, from the archive or its folder -> uint8 (N, 32, 32, 3)."""
+    rows = [images.reshape(-1, 3, 32, 32) for images, _ in cifar_batches(path)]
+    return np.concatenate(rows).transpose(0, 2, 3, 1)
+
+
+def cifar_batches(path):
+    """The five training batches as pairs: images uint8 (N, 3072), labels int64 (N,).
 
     Both official forms, told apart by the names inside: data_batch_1 ... 5 (Python pickles) and
     data_batch_1.bin ... 5.bin. Four batches out of five would train without a murmur on 40,000
@@ -78,16 +84,35 @@ def read_cifar(path):
     if missing := set("12345") - set(parts):
         raise ValueError(f"{path} has no CIFAR-10 data_batch_{min(missing)} "
                          "(an archive of image files: unpack it, or use a .zip)")
-    rows = []
     for number, (binary, raw) in sorted(parts.items()):
         if binary:  # each record: one byte of label, then 3072 of pixels
-            batch = np.frombuffer(raw, np.uint8).reshape(-1, 3073)[:, 1:]
+            rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
+            batch, labels = rows[:, 1:], rows[:, 0]
         else:
-            batch = ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load()[b"data"]
+            content = ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load()
+            batch, labels = content[b"data"], content.get(b"labels", [])
         if not isinstance(batch, np.ndarray) or batch.dtype != np.uint8:
             raise ValueError(f"{path}: data_batch_{number} holds no uint8 array")
-        rows.append(batch.reshape(-1, 3, 32, 32))
-    return np.concatenate(rows).transpose(0, 2, 3, 1)
+        yield batch, np.asarray(labels, np.int64)
+
+
+def read_labels(path):
+    """Labels of a training set: an IDX images file or folder, with labels beside it, or CIFAR-10's
+    archive or folder of pickles -> int64 (N,). ValueError: there are none."""
+    if os.path.isdir(path) and not any(map(CIFAR_BATCH.search, os.listdir(path))):
+        found = [name for name in sorted(os.listdir(path)) if IDX_TRAIN.search(name)]
+        path = os.path.join(path, (found or [""])[0])
+    where = os.path.join(os.path.dirname(path), os.path.basename(path).replace(
+        "images", "labels").replace("idx3", "idx1"))
+    if "idx3" in os.path.basename(path) and os.path.isfile(where):
+        with (gzip.open if where.endswith(".gz") else open)(where, "rb") as file:
+            raw = file.read()
+        if raw[:4] != b"\0\0\x08\x01" or len(raw) != 8 + struct.unpack(">I", raw[4:8])[0]:
+            raise ValueError(f"{where} is no IDX file of labels, or cut")
+        return np.frombuffer(raw, np.uint8, offset=8).astype(np.int64)
+    if os.path.isdir(path) or os.path.isfile(path) and tarfile.is_tarfile(path):
+        return np.concatenate([labels for _, labels in cifar_batches(path)])
+    raise ValueError(f"no labels beside {path} (known are IDX files and CIFAR-10's archives)")
 
 
 def read_idx(raw, path, size=0):

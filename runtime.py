@@ -67,6 +67,13 @@ class Processes:
         dist.all_reduce(tensor)
         return tuple(tensor.tolist())
 
+    def total(self, tensor):
+        """Sum of a CPU tensor over all processes."""
+        if self.world > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
     def barrier(self):
         if self.world > 1:
             self.sum(0.0)
@@ -94,6 +101,13 @@ class Processes:
         if failed:
             sys.exit(2)
         return value
+
+    def first_then_all(self, work):
+        """work() on every process, on rank 0 before the others: a download happens once, and an
+        error is said once."""
+        done = []
+        self.first_does(lambda: done.append(work()))
+        return done[0] if self.first else work()
 
     def gather(self, value):
         """Every process's value (any plain object) as a list, on rank 0; None elsewhere."""

@@ -7,8 +7,9 @@ r"""A Gaussian mixture whose ideal network is known exactly: the oracle of tests
     x0*(x, t) = E[x_0 | x_t] = Σ_k r_k (μ_k + a σ_k² (x − a μ_k)/v_k)
 
 oracle() makes of these a drop-in network net(x, c), so that a sampler, loss or analysis under test
-runs on the one problem where the right answer is known. Under E-TSDM the best that a network can do
-is the average over a sub-interval (theorem 4.1), and that is what the oracle then answers.
+runs on the one problem where the right answer is known. Under E-TSDM its answer is theorem 4.1's,
+the average of ε* over a sub-interval. (A network trained there comes to a slightly better one: each
+t' counts by how likely it is to have made this x, q_t'(x).)
 
 What this file does not do: learn anything, or imitate images.
 

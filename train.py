@@ -467,13 +467,9 @@ def main(argv=None):
             process.say(f"note: eps-prediction knows no x_0 at t = {s['T']}, where alpha_bar = 0: "
                         f"training and sampling begin at t = {s['T'] - 1}")
         # ---- the images
-        def load():
-            return data.load(s["data"], s["image_size"], s["channels"], s["seed"],
-                             s["skip_bad_images"], progress=process.first)
-
-        loaded = []  # rank 0 first, so that a download happens once, and an error is said once
-        process.first_does(lambda: loaded.append(load()))
-        dataset = loaded[0] if process.first else load()
+        dataset = process.first_then_all(lambda: data.load(
+            s["data"], s["image_size"], s["channels"], s["seed"], s["skip_bad_images"],
+            progress=process.first))
         process.say(f"data: {dataset.summary}")
         if checkpoint and checkpoint["dataset"] != len(dataset):
             process.say(f"note: {checkpoint['dataset']:,} images before, {len(dataset):,} now: "

@@ -1,0 +1,355 @@
+r"""The estimation gap: how far the errors of a sampling run have added up (SA-DPM, theorem 1).
+
+One image x_0 and one set of noises, two reverse processes: the model's, which steps with its own
+estimate x̂_0, and the true one, which knows x_0. A step t -> t_next of either is
+
+    x_next = A x_0 + c x_t + std z,    c = √(s_next² − std²)/s_t,  A = a_next − c a_t,  std = η√β̃
+
+so their difference G obeys, with e_t = ε_t − ε_θ(x_t, t), ε_t = (x_t − a_t x_0)/s_t the noise that
+really is in the model's x_t,
+
+    G_next = c G_t + A (x̂_0 − x_0) = c G_t + A s_t/a_t e_t,    G_T = 0     (theorem 1's recursion)
+    G_1    = Σ_{t=2}^T τ_t e_t                                     (its closed form, for η = 1)
+
+What G contains. Even the ideal network has a gap, since x_T does not determine x_0: ‖G‖ of one
+image is mostly the distance from that image to the one that was generated instead. So three things
+are reported at every t:
+
+    mean        ‖mean_B G‖, what the authors plot: the spread averages out, like 1/√B; the interval
+                is a bootstrap over images; `systematic` is what would be left at B = ∞
+    norm        mean_B ‖G‖, spread and all
+    reducible   the same two of Σ τ_t (ε* − ε_θ) along the model's run: what training can change.
+                It takes the ideal ε*, which is known for toy mixtures, and for a finite set of
+                images as a whole (--ideal): the average of its images, weighted by how well each
+                explains x_t
+
+The authors' released measurement differs in four ways. Its coefficient of G_t has ᾱ_{t−2} where the
+DDPM posterior has ᾱ_{t−1}, which looks like an index moved by one: ours is the exact one, and a
+test shows that G is then the difference of two real runs. It leaves out the first step's error; we
+count it. It averages over the batch and keeps a signed map: we take its norm, and give an interval.
+Its noise is unseeded: ours is seeded by image, so that runs are compared on the same draws.
+
+What this file does not do: train with what it measures (losses.py), or bound it: the chain of
+theorem 2, ‖Σ w_t‖² <= N/k² Σ‖W_s‖² <= N Σ‖w_t‖², is walked through in tests/test_theory.py.
+
+    python gap.py RUN [RUN ...]                  # figure 4: gap.png and gap.csv
+    python gap.py --illustrate                   # figure 1: equal errors that add up, or cancel
+    python -c "import gap, schedules; print(gap.gap_weights(schedules.make_schedule('linear'))[:5])"
+
+x, G (B, C, H, W), ‖·‖ over C, H, W in pixels' units ([-1, 1]); t falls from T to 1; a, s, β̃ as in
+schedules.py; η share of DDPM's noise.
+"""
+
+import runtime  # isort: skip  (before torch: it sets OpenMP's spinning)
+
+import argparse
+import csv
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import denoiser as denoisers
+import samplers
+import schedules
+import sources
+import toy
+
+STYLES = ("k-", "C1--", "C0-.", "C2:", "C3-", "C4--", "C5-.")  # told apart without colour too
+
+
+# ------------------------------------------------------------------ theorem 1
+
+def gap_weights(schedule):
+    r"""τ_t for t = 0..T, (T+1,) float64, 0 for t < 2:
+
+        τ_t = √ᾱ_{t−1} (1 − ᾱ_1)/(√ᾱ_1 (1 − ᾱ_{t−1})) · β_t/√((1 − β_t)(1 − ᾱ_t))
+
+    The last factor is what e_t does to x_{t−1}; the first is how much of that the later steps let
+    through, the product of their c. (∞ at T where ᾱ_T = 0: there ε says nothing about x_0.)
+    """
+    t = torch.arange(2, schedule.T + 1, dtype=torch.float64)
+    (a, s), (a1, s1) = schedule.coefficients(t - 1), schedule.coefficients(1.0)
+    beta, _ = schedule.step_variances(t, t - 1)
+    through = a * s1**2 / (a1 * s**2)
+    tau = through * beta / ((1 - beta).sqrt() * schedule.coefficients(t)[1])
+    return torch.cat([torch.zeros(2, dtype=torch.float64), tau])
+
+
+def step(schedule, t, t_next, eta=1.0):
+    """(A, c, std) of x_next = A x_0 + c x_t + std z, as floats; η = 1 is DDPM, 0 DDIM."""
+    (a, s), (a_next, s_next) = schedule.coefficients(t), schedule.coefficients(t_next)
+    std = eta * schedule.step_variances(*torch.tensor([t, t_next], dtype=torch.float64))[1].sqrt()
+    c = (s_next**2 - std**2).clamp(min=0).sqrt() / s
+    return float(a_next - c * a), float(c), float(std)
+
+
+@torch.no_grad()
+def gap_along_run(denoiser, x0, noise, times=None, eta=1.0, ideal=None, progress=None):
+    """The gap along the model's own run, from x_T ~ q(x_T | x0): yields, for each t of the grid
+    after the first, (t, G, reducible), each (B, ...) float64.
+
+    noise     noise(shape) -> Gaussian like x0: first that of x_T, then that of each step
+    times     falling grid, T..1 unless given; the step onto t = 0 is not part of the theorem
+    ideal     ideal(x, t) -> E[x_0 | x_t], for `reducible`, which is else None
+    """
+    schedule = denoiser.schedule
+    if times is None:
+        times = schedules.time_grid(schedule, schedule.T, t_start=samplers.start_time(denoiser))
+    x = schedules.diffuse(schedule, x0, times[0], noise(x0.shape))
+    G = torch.zeros_like(x0, dtype=torch.float64)
+    reducible = None if ideal is None else G.clone()
+    for t, t_next in pairwise(tqdm(times.tolist(), progress, disable=progress is None,
+                                   dynamic_ncols=True, unit="step")):
+        x0_hat, _ = denoiser.predict(x, t)
+        A, c, std = step(schedule, t, t_next, eta)
+        # A (x̂_0 − x_0) is A s/a e_t, and has a value where a = 0 too
+        G = c * G + A * (x0_hat.double() - x0.double())
+        if ideal is not None:
+            reducible = c * reducible + A * (x0_hat.double() - ideal(x, t).double())
+        x = A * x0_hat + c * x
+        x = x + std * noise(x.shape) if std else x
+        yield t_next, G, reducible
+
+
+def ideal_of_images(images, schedule):
+    """ideal(x, t) of a finite set, images (N, ...) as its whole distribution: the mean of the
+    images, weighted by N(x; a x_0, s² I)."""
+    flat = images.double().flatten(1)  # (N, D); half the squared norms once:
+    half = flat.square().sum(1) / 2
+
+    def ideal(x, t):
+        a, s = map(float, schedule.coefficients(t))
+        # −‖x − a x_0‖²/(2 s²) without the ‖x‖² that all of them share: one matrix product
+        log_weights = (a * x.double().flatten(1) @ flat.T - a**2 * half) / s**2  # (B, N)
+        return (log_weights.softmax(1) @ flat).reshape(x.shape)
+    return ideal
+
+
+# ------------------------------------------------------------------ numbers about G
+
+def gram(G):
+    """G (B, ...) -> its inner products (B, B): all that the numbers below need."""
+    flat = G.flatten(1)
+    return (flat @ flat.T).cpu()
+
+
+def summarize(K, resampled):
+    """Inner products K (B, B), bootstrap counts (R, B) -> dict of mean, low, high, systematic,
+    norm, and the R bootstrap values of the mean."""
+    B = len(K)
+    square, diagonal = K.sum() / B**2, K.diagonal()
+    # A resampled mean has the spread of the images over B on top of the mean it is drawn around,
+    # twice too much of it: taken off, or the interval would lie above its own estimate.
+    spread = (diagonal.mean() - square) / B
+    squares = ((resampled @ K) * resampled).sum(1) / B**2
+    boot = (squares - spread).clamp(min=0).sqrt()
+    low, high = np.percentile(boot.numpy(), (2.5, 97.5))
+    systematic = (K.sum() - diagonal.sum()) / (B * (B - 1)) if B > 1 else square
+    return dict(mean=square.sqrt().item(), low=low, high=high, boot=boot,
+                systematic=systematic.clamp(min=0).sqrt().item(),
+                norm=diagonal.clamp(min=0).sqrt().mean().item())
+
+
+def resamples(B, count=500, seed=0):
+    """How often each of B images is drawn in each bootstrap sample: (count, B) float64. The same
+    for all runs: they are compared image by image."""
+    drawn = np.random.default_rng(seed).multinomial(B, np.full(B, 1 / B), size=count)
+    return torch.from_numpy(drawn).double()
+
+
+# ------------------------------------------------------------------ the program
+
+def measure(denoiser, x0, seeds, args, ideal, name):
+    """One run -> rows of the CSV (dicts, one per t), and the bootstrap values of the last mean."""
+    noise = samplers.SeededNoise(seeds, x0.device)
+    start = samplers.start_time(denoiser)
+    times = schedules.time_grid(denoiser.schedule, args.steps or int(start), t_start=start)
+    drawn, rows, boot = resamples(len(x0)), [], None
+    for t, G, reducible in gap_along_run(denoiser, x0, noise, times, args.eta, ideal, name):
+        found = summarize(gram(G), drawn)
+        boot = found.pop("boot")
+        row = dict(run=name, t=t, **found)
+        if reducible is not None:
+            part = summarize(gram(reducible), drawn)
+            row.update({f"reducible_{k}": part[k] for k in ("mean", "low", "high", "norm")})
+        rows.append(row)
+    return rows, boot
+
+
+def plot(path, runs, weights):
+    """Figure 4: a panel for each quantity, a line for each run; t falls to the right, as in
+    sampling. runs: {name: rows}; weights: {schedule: τ}."""
+    panels = [("mean", "norm of the batch mean"), ("norm", "mean of the norms")]
+    if any("reducible_norm" in rows[0] for rows in runs.values()):
+        panels += [("reducible_mean", "reducible: batch mean"), ("reducible_norm", "and norm")]
+    width = 4.2 * (len(panels) + 1)
+    figure = matplotlib.figure.Figure(figsize=(width, 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels) + 1)
+    for ax, (key, title) in zip(axes, panels, strict=False):
+        for (name, rows), style in zip(runs.items(), STYLES, strict=False):
+            t = [row["t"] for row in rows]
+            ax.plot(t, [row[key] for row in rows], style, lw=1.2, label=name)
+            if key.endswith("mean"):  # with its interval
+                low, high = ([row[key.replace("mean", end)] for row in rows]
+                             for end in ("low", "high"))
+                ax.fill_between(t, low, high, color=style.rstrip("-.:"), alpha=0.12, lw=0)
+        ax.set(title=title, xlabel="t (sampling goes to the right)", ylim=(0, None))
+    axes[0].set_ylabel("gap ‖G‖₂ over an image, pixels in [-1, 1]")
+    axes[0].legend(fontsize="small")
+    for (name, tau), style in zip(weights.items(), STYLES, strict=False):
+        axes[-1].plot(range(2, len(tau)), tau[2:], style, lw=1.2, label=name)
+    axes[-1].set(title="weights of the errors", xlabel="t", ylabel="τ_t", yscale="log")
+    axes[-1].legend(fontsize="small")
+    for ax in axes:
+        ax.invert_xaxis()
+    with runtime.atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def illustrate(path, nfe=50, size=0.15):
+    """Figure 1 in one dimension: two networks that are wrong by the same amount at every step, one
+    always to the same side, one by turns."""
+    schedule, mixture = schedules.make_schedule("linear"), toy.two_bumps()
+    exact, x_T = toy.oracle(mixture, schedule), torch.tensor([[0.4]], dtype=torch.float64)
+    paths = {}
+    for name, sign in (("ideal network", lambda i: 0), ("errors add up", lambda i: 1),
+                       ("errors cancel", lambda i: (-1) ** i)):
+        seen = []
+
+        def net(x, c, sign=sign, seen=seen):
+            seen.append((float(c[0]), x.item()))
+            return exact(x, c) + size * sign(len(seen))
+        x = samplers.sample(denoisers.Denoiser(net, schedule), x_T, nfe=nfe)
+        paths[name] = np.array([*seen, (0.0, x.item())])
+    figure = matplotlib.figure.Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, p), style in zip(paths.items(), STYLES, strict=False):
+        left.plot(*p.T, style, label=name)
+        right.plot(p[:, 0], abs(p[:, 1] - paths["ideal network"][:, 1]), style, label=name)
+    left.set(xlabel="t (sampling goes to the right)", ylabel="x_t", title="three runs of DDIM, "
+             f"{nfe} steps; each ε off by 0 or ±{size}")
+    right.set(xlabel="t", ylabel="distance from the ideal run", title="gap")
+    for ax in (left, right):
+        ax.invert_xaxis()
+        ax.legend()
+    with runtime.atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    write_csv(path.with_suffix(".csv"), [dict(run=name, t=t, x=x, gap=abs(x - ideal))
+                                         for name, p in paths.items() for (t, x), ideal
+                                         in zip(p, paths["ideal network"][:, 1], strict=True)])
+    print("distance at t = 0: " + ", ".join(
+        f"{name} {abs(p[-1, 1] - paths['ideal network'][-1, 1]):.4f}" for name, p in paths.items()))
+
+
+def write_csv(path, rows):
+    """Rows (dicts with the keys of the longest) -> a CSV file."""
+    columns = max((list(row) for row in rows), key=len)
+    with runtime.atomic_write(path) as temporary, open(temporary, "w", newline="") as f:
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def table(runs, boots):
+    """The last row of each run, and its mean against the first run's, for printing."""
+    first, lines = next(iter(runs)), []
+    for name, rows in runs.items():
+        end = rows[-1]
+        line = (f"{name:24s} mean {end['mean']:7.3f} [{end['low']:.3f}, {end['high']:.3f}]   "
+                f"systematic {end['systematic']:7.3f}   norm {end['norm']:7.3f}")
+        if "reducible_norm" in end:
+            line += (f"   reducible mean {end['reducible_mean']:.3f}, "
+                     f"norm {end['reducible_norm']:.3f}")
+        if name != first:  # the same images and noises in both: drawn together
+            ratio = (boots[first] / boots[name].clamp(min=1e-9)).numpy()
+            low, high = np.percentile(ratio, (2.5, 97.5))
+            line += (f"   {first} has {runs[first][-1]['mean'] / end['mean']:.2f} times its mean "
+                     f"[{low:.2f}, {high:.2f}]")
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def parse(argv=None):
+    """The command line; ValueError for what does not go together."""
+    parser = argparse.ArgumentParser(
+        prog="gap.py", usage="python gap.py [RUN ...] [flags]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Measure how the errors of a sampling run add up: theorem 1 of SA-DPM.",
+        epilog="""examples
+  python gap.py shapes-tiny shapes-tiny-sa2
+      the gap along 1000 steps of DDPM, without and with SA-2: figure 4, as gap.png and gap.csv
+  python gap.py fashion-tiny fashion-tiny-sa2 -n 256 --ideal
+      also what training could remove: the gap from the ideal network of that set of images
+  python gap.py --illustrate
+      figure 1: errors of one size at every step, that add up or cancel""")
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="names under runs/, run folders, or checkpoints "
+        "(default: the newest run)")
+    add("--illustrate", action="store_true", help="draw figure 1 of the paper, in one dimension")
+    add("-n", "--num", type=int, default=64, help="images, each with noises of its own; under "
+        "torchrun write -n (default: 64)")
+    add("--steps", type=int, help="length of the run: points of the grid from T to 1 (default: T)")
+    add("--eta", type=float, default=1.0, help="share of fresh noise: 1 DDPM, 0 DDIM (default: 1)")
+    add("--ideal", action="store_true", help="the run's whole data set as the truth: adds the "
+        "reducible gap (time grows with its number of images)")
+    add("--data", help="images to start from (default: the run's own data set)")
+    add("--seed", type=int, default=0, help="of the choice of images; image i has noise seed + i "
+        "(default: 0)")
+    add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last weights")
+    add("--out", type=Path, help="where to draw (default: gap.png); the .csv goes beside it")
+    args = parser.parse_args(argv)
+    if args.illustrate and args.runs:
+        raise ValueError("--illustrate measures no run: leave out " + " ".join(args.runs))
+    if args.num < 2 or args.seed < 0 or not 0 <= args.eta <= 1:
+        raise ValueError("--num must be at least 2, --seed at least 0, --eta between 0 and 1")
+    if args.steps is not None and args.steps < 2:
+        raise ValueError(f"--steps must be at least 2, not {args.steps}")
+    args.out = args.out or Path("illustration.png" if args.illustrate else "gap.png")
+    if args.out.suffix != ".png" or not args.out.resolve().parent.is_dir():
+        raise ValueError(f"--out {args.out} must be a .png in a folder that exists")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.illustrate:
+        illustrate(args.out)
+        print(f"figure: {args.out.resolve()}\nnumbers: {args.out.with_suffix('.csv').resolve()}")
+        return
+    with runtime.setup(tf32=False) as process:
+        if not process.first:  # nothing to share out: one process measures
+            return
+        runs, boots, weights = {}, {}, {}
+        for run in args.runs or [None]:
+            path = runtime.find_checkpoint(run)
+            denoiser = denoisers.load_run(path, args.weights)
+            s, schedule = denoiser.settings, denoiser.schedule
+            denoiser.net.to(process.device)
+            name = path.parent.name
+            kind = (s["image_size"], s["channels"])
+            x0 = sources.pick(args.data or s["data"], *kind, args.num, args.seed)
+            x0 = x0.to(process.device)
+            ideal = None
+            if args.ideal:
+                whole = sources.images_of(s["data"], *kind, args.seed)
+                if not isinstance(whole, data.Array):
+                    raise ValueError(f"--ideal takes a set that fits into memory, not {s['data']}")
+                ideal = ideal_of_images(data.to_float(whole.images).to(process.device), schedule)
+            seeds = [args.seed + i for i in range(args.num)]
+            runs[name], boots[name] = measure(denoiser, x0, seeds, args, ideal, name)
+            weights.setdefault(schedule.name + ", continuous" * schedule.continuous,
+                               gap_weights(schedule))
+        plot(args.out, runs, weights)
+        write_csv(args.out.with_suffix(".csv"), [row for rows in runs.values() for row in rows])
+        print(f"at t = 1, after {len(next(iter(runs.values())))} steps, {args.num} images:")
+        print(table(runs, boots))
+        print(f"figure: {args.out.resolve()}\nnumbers: {args.out.with_suffix('.csv').resolve()}")
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)

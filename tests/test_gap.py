@@ -1,0 +1,192 @@
+"""gap.py: the numbers it makes of a gap, the ideal of a finite set, the figures, the program.
+(Theorems 1 and 2 themselves: test_theory.py.)"""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import denoiser as denoisers
+import gap
+import runtime
+import samplers
+import schedules
+import toy
+import train
+
+LINEAR = schedules.make_schedule("linear")
+
+
+def test_weights_are_the_product_of_what_later_steps_let_through():
+    """τ_t by running the recursion backwards: dG_1/de_t, for every t, with 1-based DDPM arrays."""
+    beta = np.linspace(1e-4, 0.02, 1000)
+    alpha_bar = np.concatenate([[1.0], np.cumprod(1 - beta)])
+    beta = np.concatenate([[0.0], beta])
+    tau, through = np.zeros(1001), 1.0
+    for t in range(2, 1001):
+        tau[t] = through * beta[t] / math.sqrt((1 - beta[t]) * (1 - alpha_bar[t]))
+        through *= math.sqrt(1 - beta[t]) * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t])
+    assert_close(gap.gap_weights(LINEAR), torch.from_numpy(tau), rtol=1e-9, atol=0)
+    # a figure to hold on to: at t = 2 nothing follows, τ_2 = β_2/√((1 − β_2)(1 − ᾱ_2))
+    assert gap.gap_weights(LINEAR)[2].item() == pytest.approx(0.0080865, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", schedules.NAMES)
+@pytest.mark.parametrize("continuous", [False, True])
+def test_weights_of_every_schedule(name, continuous):
+    schedule = schedules.make_schedule(name, continuous=continuous)
+    tau = gap.gap_weights(schedule)
+    assert tau.shape == (1001,) and tau.dtype == torch.float64
+    assert (tau[:2] == 0).all() and (tau[2:1000] > 0).all()
+    assert math.isinf(tau[1000]) == (schedule.alpha_bar(1000) == 0)
+
+
+def test_ideal_of_images_is_a_mixture_of_points():
+    g = torch.Generator().manual_seed(0)
+    images = torch.rand((30, 1, 4, 4), generator=g, dtype=torch.float64) * 2 - 1
+    points = toy.Mixture([1 / 30] * 30, images, [0.0] * 30)
+    ideal = gap.ideal_of_images(images, LINEAR)
+    for t in (1, 30.5, 400, 1000):
+        xt = schedules.diffuse(LINEAR, images[:8], t, torch.randn(images[:8].shape, generator=g))
+        expected, _ = points.posterior(xt, *LINEAR.coefficients(t))
+        assert_close(ideal(xt, t), expected, rtol=0, atol=1e-9)
+        assert_close(ideal(xt.float(), t), expected, rtol=0, atol=1e-3)
+
+
+def test_summary_is_what_its_words_say():
+    g = torch.Generator().manual_seed(0)
+    G = torch.randn((40, 3, 2, 2), generator=g, dtype=torch.float64) + 0.5
+    drawn = gap.resamples(40, count=4000)
+    assert (drawn.sum(1) == 40).all()
+    found = gap.summarize(gap.gram(G), drawn)
+    flat = G.flatten(1).numpy()
+    assert found["mean"] == pytest.approx(np.linalg.norm(flat.mean(0)))
+    assert found["norm"] == pytest.approx(np.linalg.norm(flat, axis=1).mean())
+    # unbiased: the squared mean less what the spread of 40 images adds to it
+    unbiased = (flat.mean(0) ** 2).sum() - flat.var(0, ddof=1).sum() / 40
+    assert found["systematic"] == pytest.approx(math.sqrt(unbiased))
+    assert found["low"] < found["mean"] < found["high"]
+    assert found["boot"].mean().item() == pytest.approx(found["mean"], rel=0.05)
+
+
+def test_intervals_cover_the_truth():
+    """95 % intervals of ‖E G‖ over 200 experiments with a true mean well above the noise."""
+    g = torch.Generator().manual_seed(1)
+    drawn, hits = gap.resamples(50, count=400), 0
+    for _ in range(200):
+        G = torch.randn((50, 6), generator=g, dtype=torch.float64) + 1
+        found = gap.summarize(gap.gram(G), drawn)
+        hits += found["low"] <= math.sqrt(6) <= found["high"]
+    print(f"\n{hits} of 200 intervals hold the true norm")
+    assert 175 <= hits <= 199
+
+
+def test_a_coarser_grid_and_ddim_have_gaps_too():
+    """The last G is the distance of the two runs for any grid and η: against samplers.sample."""
+    schedule, mixture = LINEAR, toy.two_bumps((1, 2, 2))
+    x0 = mixture.sample(5, torch.Generator().manual_seed(0))
+    denoiser = denoisers.Denoiser(toy.oracle(toy.one_gaussian((1, 2, 2)), schedule), schedule)
+    knows = denoisers.Denoiser(
+        lambda x, c: (
+            (x - toy.like(schedule.coefficients(c)[0], x) * x0)
+            / toy.like(schedule.coefficients(c)[1], x)
+        ),
+        schedule,
+    )
+    times = schedules.time_grid(schedule, 23, "quadratic")
+    for eta in (0.0, 0.4, 1.0):
+        noise = samplers.SeededNoise(range(5))
+        *_, (t, G, reducible) = gap.gap_along_run(denoiser, x0, noise, times, eta)
+        assert t == 1 and reducible is None
+
+        def run(model, eta=eta):
+            noise = samplers.SeededNoise(range(5))
+            xT = schedules.diffuse(schedule, x0, times[0], noise(x0.shape))
+            return samplers.sample(
+                model, xT, "ddim", spacing=times, eta=eta, noise=noise, final_denoise=False
+            )
+
+        assert_close(G, run(denoiser) - run(knows), rtol=0, atol=1e-9)
+        assert G.abs().max() > 0.01
+
+
+# ---------------------------------------------------------------- the program
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two small runs on a small set of images, without and with SA-2."""
+    folder = tmp_path_factory.mktemp("gap")
+    np.save(folder / "set.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for words in (["--name", "base"], ["--name", "sa2", "--sa-k", "2"]):
+            flags = ["--data", "set.npy", "--image-size", "8", "--batch-size", "4"]
+            train.main([*words, *flags, "--precision", "fp32", "--steps", "3"])
+    return folder
+
+
+def test_figure_4(runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    gap.main(["base", "sa2", "-n", "8", "--steps", "20", "--ideal"])
+    out = capsys.readouterr().out
+    assert "base has" in out and "times its mean" in out and "reducible" in out
+    assert Image.open("gap.png").size[0] > 800
+    with open("gap.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [r["run"] for r in rows] == ["base"] * 19 + ["sa2"] * 19
+    assert [float(r["t"]) for r in rows[:19]] == pytest.approx(np.linspace(1000, 1, 20)[1:])
+    for row in rows:
+        values = {k: float(v) for k, v in row.items() if k not in ("run", "t")}
+        assert all(math.isfinite(v) for v in values.values())
+        assert values["mean"] <= values["norm"] and values["low"] <= values["high"]
+        assert values["reducible_mean"] <= values["reducible_norm"]
+    before = [r["norm"] for r in rows if r["run"] == "base"]
+    gap.main(["base", "-n", "8", "--steps", "20", "--out", "again.png"])
+    with open("again.csv", newline="") as f:
+        again = list(csv.DictReader(f))
+    assert [r["norm"] for r in again] == before, "seeded: the same run has the same gap"
+    assert "reducible_norm" not in again[0]
+
+
+def test_figure_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    gap.main(["--illustrate"])
+    out = capsys.readouterr().out
+    assert Image.open("illustration.png").size[0] > 800
+    with open("illustration.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    ends = {r["run"]: float(r["gap"]) for r in rows if float(r["t"]) == 0}
+    assert ends["ideal network"] == 0
+    assert ends["errors add up"] > 10 * ends["errors cancel"] > 0, out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--illustrate", "run"], "leave out run"),
+        (["--num", "1"], "at least 2"),
+        (["--eta", "2"], "between 0 and 1"),
+        (["--steps", "1"], "--steps must be at least 2"),
+        (["--out", "gap.jpg"], "must be a .png"),
+        ([], "no run under"),
+        (["nobody"], "no run nobody"),
+    ],
+)
+def test_errors_are_one_line(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        runtime.run_program(lambda: gap.main(words))
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_an_endless_set_has_no_ideal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--image-size", "8", "--batch-size", "4", "--precision", "fp32", "--steps", "1"])
+    with pytest.raises(ValueError, match="fits into memory, not shapes"):
+        gap.main(["--ideal", "-n", "2", "--steps", "2"])
