@@ -80,7 +80,7 @@ def load_labelled(source, size, channels, progress=False):
     else:
         path = readers.cifar_archive() if source == "cifar10" else source
         labels = torch.from_numpy(readers.read_labels(path)).long()
-        names = [str(i) for i in range(int(labels.max()) + 1)]
+        names = [str(i) for i in range(max(labels.tolist(), default=-1) + 1)]
     if len(names) < 2 or len(labels) != len(dataset):
         raise ValueError(f"{source}: {len(dataset):,} images with {len(labels):,} labels of "
                          f"{len(names)} classes cannot be learnt: images of a class belong into "
@@ -97,7 +97,7 @@ def train(images, labels, classes, epochs=5, batch=128, lr=2e-3, seed=0, device=
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     g = runtime.generator(seed)
     with tqdm(total=steps, desc="training", unit="step", dynamic_ncols=True) as bar:
-        while bar.n < steps:
+        for _ in range(epochs):
             order = torch.randperm(len(images), generator=g)
             for chunk in order.split(batch)[:max(len(images) // batch, 1)]:
                 x = data.to_float(images[chunk]).expand(-1, 3, -1, -1).to(device)

@@ -17,6 +17,7 @@ are reported at every t:
 
     mean        ‖mean_B G‖, what the authors plot: the spread averages out, like 1/√B; the interval
                 is a bootstrap over images; `systematic` is what would be left at B = ∞
+                (where the mean image of the samples differs from that of the data)
     norm        mean_B ‖G‖, spread and all
     reducible   the same two of Σ τ_t (ε* − ε_θ) along the model's run: what training can change.
                 It takes the ideal ε*, which is known for toy mixtures, and for a finite set of
@@ -164,9 +165,9 @@ def resamples(B, count=500, seed=0):
 
 # ------------------------------------------------------------------ the program
 
-def measure(denoiser, x0, seeds, args, ideal, name):
+def measure(denoiser, x0, args, ideal, name):
     """One run -> rows of the CSV (dicts, one per t), and the bootstrap values of the last mean."""
-    noise = samplers.SeededNoise(seeds, x0.device)
+    noise = samplers.SeededNoise(range(args.seed, args.seed + len(x0)), x0.device)
     start = samplers.start_time(denoiser)
     times = schedules.time_grid(denoiser.schedule, args.steps or int(start), t_start=start)
     drawn, rows, boot = resamples(len(x0)), [], None
@@ -179,6 +180,14 @@ def measure(denoiser, x0, seeds, args, ideal, name):
             row.update({f"reducible_{k}": part[k] for k in ("mean", "low", "high", "norm")})
         rows.append(row)
     return rows, boot
+
+
+def all_images(source, *kind):
+    """The whole of a data set, float32 (N, C, H, W) in [-1, 1]. ValueError: it has no end."""
+    whole = sources.images_of(source, *kind)
+    if not isinstance(whole, data.Array):
+        raise ValueError(f"--ideal takes a set that fits into memory, not {source}")
+    return data.to_float(whole.images)
 
 
 def plot(path, runs, weights):
@@ -265,11 +274,13 @@ def table(runs, boots):
         if "reducible_norm" in end:
             line += (f"   reducible mean {end['reducible_mean']:.3f}, "
                      f"norm {end['reducible_norm']:.3f}")
-        if name != first:  # the same images and noises in both: drawn together
-            ratio = (boots[first] / boots[name].clamp(min=1e-9)).numpy()
-            low, high = np.percentile(ratio, (2.5, 97.5))
-            line += (f"   {first} has {runs[first][-1]['mean'] / end['mean']:.2f} times its mean "
-                     f"[{low:.2f}, {high:.2f}]")
+        if name != first:
+            line += f"   {first} has {runs[first][-1]['mean'] / end['mean']:.2f} times its mean"
+            if end["low"] > 0:  # the same images and noises in both: drawn together
+                low, high = np.percentile((boots[first] / boots[name]).numpy(), (2.5, 97.5))
+                line += f" [{low:.2f}, {high:.2f}]"
+            else:
+                line += " (not resolved: its interval holds 0; more images would)"
         lines.append(line)
     return "\n".join(lines)
 
@@ -330,23 +341,21 @@ def main(argv=None):
             denoiser = denoisers.load_run(path, args.weights)
             s, schedule = denoiser.settings, denoiser.schedule
             denoiser.net.to(process.device)
-            name = path.parent.name
+            name = path.resolve().parent.name
+            name = str(path.parent) if name in runs else name
             kind = (s["image_size"], s["channels"])
-            x0 = sources.pick(args.data or s["data"], *kind, args.num, args.seed)
-            x0 = x0.to(process.device)
+            x0, words = sources.pick(args.data or s["data"], *kind, args.num, args.seed)
+            print(f"{name}: {words}", flush=True)
             ideal = None
             if args.ideal:
-                whole = sources.images_of(s["data"], *kind, args.seed)
-                if not isinstance(whole, data.Array):
-                    raise ValueError(f"--ideal takes a set that fits into memory, not {s['data']}")
-                ideal = ideal_of_images(data.to_float(whole.images).to(process.device), schedule)
-            seeds = [args.seed + i for i in range(args.num)]
-            runs[name], boots[name] = measure(denoiser, x0, seeds, args, ideal, name)
+                whole = all_images(s["data"], *kind, args.seed).to(process.device)
+                ideal = ideal_of_images(whole, schedule)
+            runs[name], boots[name] = measure(denoiser, x0.to(process.device), args, ideal, name)
             weights.setdefault(schedule.name + ", continuous" * schedule.continuous,
                                gap_weights(schedule))
         plot(args.out, runs, weights)
         write_csv(args.out.with_suffix(".csv"), [row for rows in runs.values() for row in rows])
-        print(f"at t = 1, after {len(next(iter(runs.values())))} steps, {args.num} images:")
+        print(f"at t = 1, after {len(next(iter(runs.values())))} steps:")
         print(table(runs, boots))
         print(f"figure: {args.out.resolve()}\nnumbers: {args.out.with_suffix('.csv').resolve()}")
 

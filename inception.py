@@ -230,7 +230,7 @@ def cached_weights():
     if not os.path.exists(path):
         try:
             readers.download(URL, path, SHA256)
-        except OSError as error:  # whose own words are about --data
+        except OSError as error:  # whose own words are about data sets
             why = readers.reason(error.__cause__)
             raise OSError(f"cannot download {URL} ({why}): put the file with SHA-256 {SHA256} at "
                           f"{path}, or give its path to --inception") from error

@@ -21,6 +21,7 @@ import re
 import struct
 import tarfile
 import urllib.request
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -105,9 +106,12 @@ def read_labels(path):
     where = os.path.join(os.path.dirname(path), os.path.basename(path).replace(
         "images", "labels").replace("idx3", "idx1"))
     if "idx3" in os.path.basename(path) and os.path.isfile(where):
-        with (gzip.open if where.endswith(".gz") else open)(where, "rb") as file:
-            raw = file.read()
-        if raw[:4] != b"\0\0\x08\x01" or len(raw) != 8 + struct.unpack(">I", raw[4:8])[0]:
+        try:
+            with (gzip.open if where.endswith(".gz") else open)(where, "rb") as file:
+                raw = file.read()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{where}: {reason(error)}") from error
+        if raw[:4] != b"\0\0\x08\x01" or len(raw) - 8 != int.from_bytes(raw[4:8], "big"):
             raise ValueError(f"{where} is no IDX file of labels, or cut")
         return np.frombuffer(raw, np.uint8, offset=8).astype(np.int64)
     if os.path.isdir(path) or os.path.isfile(path) and tarfile.is_tarfile(path):
@@ -201,7 +205,7 @@ def download(url, path, sha256):
         os.replace(part, path)
     except Exception as error:  # OSError mostly, but a cut reply is an HTTPException
         raise OSError(f"cannot download {url} ({reason(error)}): put the file with SHA-256 {sha256}"
-                      f" at {path}, or give its path to --data") from error
+                      f" at {path}, or give the path of a copy") from error
     finally:
         if os.path.exists(part):
             os.remove(part)

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import classifier
+import gap
+import lipschitz
+import metrics
 import sample
 import train
 import unet
@@ -30,6 +34,14 @@ ALLOWED = {
     "denoiser": ROWS[0] - {"inception"},
 }
 RUNTIME = {"torch", "numpy", "PIL", "scipy", "tqdm", "matplotlib"}
+PROGRAMS = {
+    "train": train,
+    "sample": sample,
+    "metrics": metrics,
+    "gap": gap,
+    "lipschitz": lipschitz,
+    "classifier": classifier,
+}
 FILES = sorted(ROOT.glob("*.py"))
 
 
@@ -94,19 +106,17 @@ def readme_commands():
     for line in (ROOT / "README.md").read_text().splitlines():
         for part in line.split("#")[0].split("&&"):
             words = shlex.split(part) if re.match(r"\s*(python|torchrun) ", part) else []
-            if words and any(w in ("train.py", "sample.py") for w in words):
-                program = next(w for w in words if w in ("train.py", "sample.py"))
-                yield program, words[words.index(program) + 1 :]
+            if program := next((w for w in words if w.removesuffix(".py") in PROGRAMS), None):
+                yield program.removesuffix(".py"), words[words.index(program) + 1 :]
 
 
 def test_readme_commands_are_accepted():
     commands = list(readme_commands())
-    assert len(commands) >= 8
+    assert {program for program, _ in commands} >= set(PROGRAMS) - {"classifier"}
     for program, words in commands:
-        if program == "train.py":
-            train.resolve(train.parse(words))
-        else:
-            sample.parse(words)
+        args = PROGRAMS[program].parse(words)
+        if program == "train":
+            train.resolve(args)
 
 
 def test_readme_counts_are_the_networks():

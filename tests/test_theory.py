@@ -29,7 +29,7 @@ import math
 
 import pytest
 import torch
-from scipy import stats
+from scipy import optimize, stats
 from torch.testing import assert_close
 
 import denoiser as D
@@ -693,3 +693,44 @@ def test_theorem_2_for_learned_errors(trained_k):
         )
         assert_close(left, G.square().sum(), rtol=1e-8, atol=0)
         assert left <= middle * (1 + 1e-12) and middle <= right * (1 + 1e-12)
+
+
+# ------------------------------------------------------------------ SA-DPM: where the loss leads
+
+
+def exact_losses(schedule, t, variance, net_variance, k):
+    """E of both losses for x_0 ~ N(0, variance) and the network that is ideal for N(0,
+    net_variance): they are quadratic, and x_0 = ±σ, ε_i = ±1 in all combinations have the second
+    moments of Gaussians exactly."""
+    signs = torch.cartesian_prod(
+        *[f64(-1, 1)] * (k + 1)
+    )  # (2^(k+1), 1 + k): x_0, ε_0, ..., ε_{k−1}
+    x0, noises = math.sqrt(variance) * signs[:, :1], signs[:, 1:].T[:, :, None]
+    net = toy.oracle(toy.one_gaussian(std=math.sqrt(net_variance)), schedule)
+    both = losses.sa_loss(D.Denoiser(net, schedule), x0, torch.full((len(x0),), t), noises)
+    return [loss.mean().item() for loss in both]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.2, 1.0, 4.0])
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_what_the_sequence_aware_loss_converges_to(k, weight):
+    r"""Not to ε*. The noises of a window are independent, but its x_0 is shared: the errors' means
+    given x_0 add up over the k terms, where the noise averages out. The minimum over networks
+    κ(t) x on Gaussian data is the ideal network of data of a larger variance,
+
+        σ² (1 + λ)/(1 + λ/k):   (1 + λ/k)(1 − κ s)² + (1 + λ) κ² a² σ²  is least there
+
+    (for neighbours t − i so near that a and s are equal). k = 2, λ = 1: 4/3."""
+    schedule, variance = schedules.make_schedule("linear"), 0.25
+    for t in (200, 400, 600):
+
+        def total(V, t=t):
+            simple, sa = exact_losses(schedule, t, variance, V, k)
+            return simple + weight * sa
+
+        found = optimize.minimize_scalar(total, bounds=(0.1, 2.0)).x / variance
+        expected = (1 + weight) / (1 + weight / k)
+        print(
+            f"\nk = {k}, λ = {weight}, t = {t}: variance times {found:.4f}, theory {expected:.4f}"
+        )
+        assert found == pytest.approx(expected, rel=0.02)

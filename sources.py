@@ -1,0 +1,164 @@
+r"""Images to be measured, from anything: files, a data set, statistics, a run sampled on the fly.
+
+    open_all(["RUN", "cifar10"], ...) -> [Generated, Stored]     what metrics.py compares
+
+All sides of a comparison get one size and one number of channels: those of the run, if there is
+one, since that is what it was trained on; else what --image-size and --channels say; else the
+images' own, if they agree. A distance between images that were resized differently measures the
+resizers.
+
+What this file does not do: features, scores (metrics.py), or reading of files (data.py).
+
+    python metrics.py fid RUN cifar10 -n 50000
+    python metrics.py fid samples.zip statistics.npz
+
+C channels, H = W the side in pixels; images uint8 (b, C, H, W).
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+import data
+import denoiser as denoisers
+import runtime
+import samplers
+
+NUM = 10_000  # images of a run, or of a set without end, unless --num says otherwise
+SETS = ("shapes", "cifar10")  # names that data.load knows
+
+
+class Generated:
+    """Images of a run, made when asked for: image i is what sample.py makes of seed + i."""
+
+    def __init__(self, run, args, device):
+        path = runtime.find_checkpoint(run)
+        self.denoiser, self.device = denoisers.load_run(path, args.weights), device
+        self.denoiser.net.to(device)
+        self.settings = self.denoiser.settings
+        self.n, self.seed, self.paths = args.num or NUM, args.seed, []
+        self.shape = (self.settings["channels"], *[self.settings["image_size"]] * 2)
+        self.arguments = samplers.from_flags(args, self.denoiser)
+        how = f"{args.sampler} " + " ".join(
+            f"--{k} {v}" for k in ("nfe", "spacing", "eta", "order", "variance", "clip")
+            if (v := getattr(args, k)) not in (None, "auto"))
+        self.summary = (f"{self.n:,} images by {path.parent.name} at step {self.denoiser.step}, "
+                        f"{args.weights} weights, seeds from {args.seed}, {how}")
+
+    def batch(self, indices):
+        """-> uint8 (b, C, H, W): quantized, as files are."""
+        seeds = [self.seed + i for i in indices]
+        x = samplers.from_seeds(self.denoiser, seeds, self.shape, self.device, **self.arguments)
+        return data.to_uint8(x)
+
+
+class Stored:
+    """A folder, zip, array or data set. size None: the images' own; channels None: 3."""
+
+    def __init__(self, source, size, channels, args, progress):
+        self.set = data.load(source, size, channels or 3, skip_bad=args.skip_bad_images,
+                             progress=progress)
+        endless = len(self.set) >= data.ENDLESS
+        self.n = (args.num or NUM) if endless else len(self.set)
+        self.paths, self.summary = getattr(self.set, "paths", []), self.set.summary
+        self.shape = tuple(self.set[0].shape)
+
+    def batch(self, indices):
+        """-> uint8 (b, C, H, W)."""
+        if isinstance(self.set, data.Array):
+            return self.set.images[indices]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding takes time
+            return torch.stack(list(pool.map(self.set.__getitem__, indices)))
+
+
+def read_statistics(source):
+    """What an .npz of statistics holds, as a dict: mu, sigma and, if metrics.py wrote it, n,
+    network, sha256 and size. None for anything else."""
+    if not str(source).endswith(".npz") or not os.path.isfile(source):
+        return None
+    try:
+        with np.load(source, allow_pickle=False) as archive:
+            if not {"mu", "sigma"} <= set(archive.files):
+                return None
+            wanted = ("mu", "sigma", "n", "network", "sha256", "size")
+            found = {k: archive[k] for k in archive.files if k in wanted}
+    except Exception as error:  # of zip, zlib, NumPy
+        raise ValueError(f"{source} is no readable .npz file ({runtime.what_is(source)})"
+                         ) from error
+    mu, sigma = found["mu"], found["sigma"]
+    if not mu.dtype.kind == sigma.dtype.kind == "f" or sigma.shape != (*mu.shape, *mu.shape):
+        raise ValueError(f"{source}: mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} "
+                         f"{sigma.shape} are no mean (D,) and covariance (D, D)")
+    return found
+
+
+def find_run(source):
+    """The checkpoint that `source` names, or None if it names images. FileNotFoundError: neither
+    exists."""
+    if source in SETS or ".npz:" in source:
+        return None
+    if os.path.isfile(source) and not source.endswith(".pt"):
+        return None
+    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "checkpoint.pt")):
+        return None
+    if os.path.exists(source) or (runtime.RUNS / source / "checkpoint.pt").is_file():
+        return runtime.find_checkpoint(source)
+    names = sorted(p.parent.name for p in runtime.RUNS.glob("*/checkpoint.pt"))
+    raise FileNotFoundError(f"{source} is no file, folder, data set ({' '.join(SETS)}) or run; "
+                            f"under {runtime.RUNS}/ there are: {' '.join(names) or 'none'}")
+
+
+def open_all(sources, args, process, may_be_statistics=False):
+    """One Generated, Stored or dict of statistics for each source; all images of one shape.
+
+    args: num, seed, image_size, channels, skip_bad_images, and samplers.add_flags'. ValueError,
+    OSError: one line.
+    """
+    sides = [read_statistics(s) if may_be_statistics else None for s in sources]
+    # Runs before sets: they say what the others are to be brought to.
+    runs = [None if side else find_run(s) for s, side in zip(sources, sides, strict=True)]
+    sides = [Generated(run, args, process.device) if run else side
+             for run, side in zip(runs, sides, strict=True)]
+    made = [side.shape for side in sides if isinstance(side, Generated)]
+    size, channels = args.image_size, args.channels
+    if made:
+        if size not in (None, made[0][1]) or channels not in (None, made[0][0]):
+            raise ValueError("the run's images are {}x{}x{}: leave out --image-size and "
+                             "--channels".format(*made[0]))
+        channels, size, _ = made[0]
+
+    sides = [side or Stored(source, size, channels, args, process.first)
+             for source, side in zip(sources, sides, strict=True)]
+    shapes = {side.shape for side in sides if not isinstance(side, dict)}
+    if len(shapes) > 1:
+        raise ValueError("images of different shapes do not compare ("
+                         + " and ".join("x".join(map(str, s)) for s in sorted(shapes))
+                         + "): give --image-size, or --channels")
+    return sides
+
+
+def own_data(source):
+    """The data set that the run `source` was trained on. ValueError: it is no run."""
+    run = find_run(source)
+    if run is None:
+        raise ValueError(f"{source} is no run: say what to compare it with")
+    return runtime.load_checkpoint(run)["settings"]["data"]
+
+
+@lru_cache(maxsize=2)
+def images_of(source, size, channels, seed):
+    """A data set, kept: several runs are measured on the same images. Broken files are left out;
+    the summary counts them."""
+    return data.load(source, size, channels, seed, skip_bad=True, progress=True)
+
+
+def pick(source, size, channels, num, seed):
+    """(x0, words): `num` images in the order of `seed`, or all if there are fewer, float32
+    (num, C, H, W) in [-1, 1], the same for every run of one size; and what they are."""
+    dataset = images_of(source, size, channels, seed)
+    num = min(num, len(dataset))
+    x0 = data.to_float(next(data.batches(dataset, num, 0, seed)))
+    return x0, f"{num} of {dataset.summary}"
