@@ -1,10 +1,10 @@
 r"""A small image classifier whose features stand in for Inception's, where those say nothing.
 
-    uint8 (N, 3, H, W) -> 4 convolutions, twice halved -> mean over positions: features (N, 64)
+    x (N, 3, H, W) -> 4 convolutions, twice halved -> mean over positions: features (N, 64)
         -> 10 or so classes: only trained on, not exported
 
 FID sees images through a network trained on ImageNet at 299x299. On 16x16 pictures of clothes, or
-without its weights, a classifier of the very data says more: its pooled features separate what
+without its weights, a classifier of that very data says more: its pooled features separate what
 matters in that set. The Fréchet distance in them is named after the file, FD(NAME.pt2), and is
 never called FID: values compare only with others by the same file.
 
@@ -83,8 +83,8 @@ def load_labelled(source, size, channels, progress=False):
         names = [str(i) for i in range(max(labels.tolist(), default=-1) + 1)]
     if len(names) < 2 or len(labels) != len(dataset):
         raise ValueError(f"{source}: {len(dataset):,} images with {len(labels):,} labels of "
-                         f"{len(names)} classes cannot be learnt: images of a class belong into "
-                         "a folder of its own, or the set into IDX files or CIFAR-10's archives")
+                         f"{len(names)} classes cannot be learnt: images of a class belong in "
+                         "a folder of their own, or the set into IDX files or CIFAR-10's archives")
     return dataset.images, labels, names
 
 
@@ -164,7 +164,7 @@ def main(argv=None):
             return
         images, labels, names = load_labelled(args.data, args.image_size, args.channels, True)
         order = torch.randperm(len(images), generator=runtime.generator(args.seed, 1))
-        held = max(len(images) // 10, 1)  # every tenth image is kept back, for the accuracy
+        held = max(len(images) // 10, 1)  # a random tenth is kept back, for the accuracy
         test, rest = order[:held], order[held:]
         net = train(images[rest], labels[rest], len(names), args.epochs, seed=args.seed,
                     device=process.device)

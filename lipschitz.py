@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import denoiser as denoisers
+import losses
 import sources
 from schedules import diffuse
 
-STYLES = ("k-o", "C1--s", "C0-.^", "C2:D", "C3-v", "C4--P", "C5-.X")  # unlike without colour too
+STYLES = ("k-o", "C1--s", "C0-.^", "C2:D", "C3-v", "C4--P", "C5-.X")  # told apart without colour
 SCALES = (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 
 
@@ -42,13 +42,19 @@ def slopes(denoiser, x0, ts, dt=1, seed=0, batch_size=64, label=None):
     r"""‖net(x_t, f(t)) − net(x_t, f(t + dt))‖₂/dt of each image: (len(ts), N) float64, on the CPU.
 
     x_t is drawn at t. 1/dt magnifies a float32 network's rounding, 1e-6 of its output or so.
-    label: of a progress bar. ValueError: dt <= 0; t or t + dt not in [0, T]."""
+    label: of a progress bar. ValueError: dt <= 0; t or t + dt not in [0, T]; dt lost in float32.
+    """
     T, ts = denoiser.schedule.T, [float(t) for t in ts]
     if not (ts and dt > 0 and 0 <= min(ts) <= max(ts) <= T - dt):
         raise ValueError(f"dt must be above 0, and t from 0 to T - dt = {T - dt:g}")
+    last = torch.tensor([max(ts) + dt, max(ts)], dtype=torch.float64).to(x0.dtype).double()
+    if abs((last[0] - last[1]).item() / dt - 1) > 0.02:  # the network is told t in x's precision
+        raise ValueError(f"dt = {dt:g} is lost in the rounding of t = {max(ts):g}: use a larger "
+                         "--dt or a smaller --max-t")
+
     def answers(x0, eps, z, t):
         # Two calls also where f(t) = f(t'): the 0 is measured, not assumed. Of one shape, which is
-        # what makes it exact: in one batch of 2 B, kernels may round row j and row B + j unlike.
+        # what makes it exact: in one batch of 2 B, kernels may round rows j and B + j differently.
         xt = diffuse(denoiser.schedule, x0, t, eps)
         return denoiser.output(xt, t), denoiser.output(xt, t + dt)
     return distances(answers, denoiser.net, x0, ts, seed, batch_size, label) / dt
@@ -58,6 +64,7 @@ def displacements(denoiser, x0, scales=SCALES, t=100, seed=0, batch_size=64, lab
     """‖x̂_0(x_t + scale z) − x̂_0(x_t)‖₂ per image: (len(scales), N). ValueError: t not in (0, T)."""
     if not 0 < t < denoiser.schedule.T:  # at T there may be no signal, and no x̂_0 from ε
         raise ValueError(f"t must be above 0 and below {denoiser.schedule.T}, and is {t:g}")
+
     def answers(x0, eps, z, scale):
         xt = diffuse(denoiser.schedule, x0, t, eps)
         return denoiser.predict(xt, t)[0], denoiser.predict(xt + scale * z, t)[0]
@@ -117,7 +124,8 @@ def parse(argv=None):
     if any(getattr(args, flag) != parser.get_default(flag) for flag in unused):
         raise ValueError("--t and --scales go with --perturb; --dt and --max-t without")
     if min(args.num, args.batch_size) < 1 or min(args.seed, args.max_t) < 0 or not args.dt > 0:
-        raise ValueError("--num, --batch-size, --dt must be above 0, --seed, --max-t not below")
+        raise ValueError("--num, --batch-size and --dt must be above 0, --seed and --max-t not "
+                         "negative")
     args.out = args.out or Path("perturb.png" if args.perturb else "lipschitz.png")
     if args.out.suffix != ".png" or not args.out.resolve().parent.is_dir():
         raise ValueError(f"--out {args.out} must be a .png in a folder that exists")
@@ -127,19 +135,26 @@ def parse(argv=None):
 def measure(args, name, d, x0):
     """One run -> t or scales (m,), numbers (m, N), edges of sub-intervals in t, words about it."""
     s, dt, how = d.settings, args.dt, (args.seed, args.batch_size, name)
+    if (args.t if args.perturb else dt) % 1 and not s["continuous"]:
+        raise ValueError(f"{name} knows whole t only: a fraction needs --continuous runs")
     if args.perturb:
         k = displacements(d, x0, args.scales, args.t, *how).numpy()
         return args.scales, k, [], map("{:g}: {:.3g}".format, args.scales, k.mean(1))
     edges = np.linspace(0, s["etsdm_interval"], s["etsdm_n"] + 1) if s["etsdm"] else np.zeros(0)
-    # 0, dt, ... 120 dt, evenly in log t from there; and the step onto each edge, past any rounding
-    last = min(s["T"] - dt, args.max_t) // dt * dt
-    onto = np.ceil(edges / dt) - (0.5 if dt % 1 else 1)
+    # Only times that were trained on: a table's begin at 1. Dense up to 120 dt, evenly in log t
+    # from there; and the step across each edge.
+    low, high = losses.time_range(d.schedule, d.prediction)
+    low = 0 if s["continuous"] else low
+    last = min(high - dt, args.max_t) // dt * dt
+    across = edges - dt / 2 if dt % 1 else dt * (np.ceil(edges / dt) - 1)
     far = np.geomspace(120, max(last / dt, 120), 40).round()
-    xs = np.unique(np.clip([*dt * np.arange(121), *dt * far, 100, 500, *dt * onto], 0, last))
+    xs = np.unique(np.clip([*dt * np.arange(121), *dt * far, 100, 500, *across], low, last))
+    if last < low:
+        raise ValueError(f"--max-t {args.max_t:g} and --dt {dt:g} leave no t from {low:g} on")
     k, f = slopes(d, x0, xs, dt, *how).numpy(), d.condition or float
     mean, shared = k.mean(1), [bool(f(t) == f(t + dt)) for t in xs]
     return xs, k, edges, [
-        *(f"K({t:g}) = {m:.3g}" for t, m in zip(xs, mean, strict=True) if t in (0, 100, 500)),
+        *(f"K({t:g}) = {m:.3g}" for t, m in zip(xs, mean, strict=True) if t in (low, 100, 500)),
         "largest below 100: {:.3g} at {:g}".format(*max(zip(mean * (xs < 100), xs, strict=True))),
         f"exactly 0 at {(mean[shared] == 0).sum()} of {sum(shared)} t inside sub-intervals"]
 
@@ -147,30 +162,30 @@ def measure(args, name, d, x0):
 def write(args, curves):
     """The .csv, and the picture: means as lines, the middle 80 % of the images as shades."""
     axes = matplotlib.figure.Figure(figsize=(7.5, 4.5), layout="constrained").add_subplot()
-    rows = [["run", "t", "scale" if args.perturb else "dt", "mean", "p10", "p50", "p90"]]
+    rows = []
     for i, (name, (xs, k, edges, _)) in enumerate(curves.items()):
         mean, (p10, p50, p90) = k.mean(1), np.percentile(k, (10, 50, 90), axis=1)
         (line,) = axes.plot(xs, mean, STYLES[i % len(STYLES)], ms=3, lw=1, label=name)
         axes.fill_between(xs, p10, p90, color=line.get_color(), alpha=0.15, lw=0)
         axes.vlines(edges, 0, 1, "0.8", lw=0.6, zorder=0, transform=axes.get_xaxis_transform())
-        rows += [[name, *((args.t, x) if args.perturb else (x, args.dt)), *row]
-                 for x, *row in zip(xs, mean, p10, p50, p90, strict=True)]
+        for x, *row in zip(xs, mean, p10, p50, p90, strict=True):
+            at = dict(t=args.t, scale=x) if args.perturb else dict(t=x, dt=args.dt)
+            rows.append(dict(run=name, **at, **dict(zip(("mean", "p10", "p50", "p90"), row,
+                                                         strict=True))))
     axes.set(xlim=(0, None), ylim=(0, None), ylabel="movement of the predicted x_0 (L2 norm)",
              xlabel=f"std of the noise added to x_t, t = {args.t:g} (pixels are in [-1, 1])")
     if not args.perturb:  # symlog: linear up to t = 120 dt = far, and down to an exact 0
         far = 120 * args.dt
         ticks = [*np.linspace(0, far, 7), *(t for t in (2, 5, 20, 50, 200, 500, 1000) if t > far)]
-        least = min((row[3] for row in rows[1:] if row[3] > 0), default=1)
+        least = min((row["mean"] for row in rows if row["mean"] > 0), default=1)
         axes.set_xscale("symlog", linthresh=far, linscale=2)
         axes.set_yscale("symlog", linthresh=10 ** np.floor(np.log10(least)), linscale=0.3)
         axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axes.set(xlim=(0, max(row[1] for row in rows[1:]) + 2 * args.dt), xlabel="t (timesteps)",
+        axes.set(xlim=(0, max(row["t"] for row in rows) + 2 * args.dt), xlabel="t (timesteps)",
                  ylabel=f"K(t, t + {args.dt:g}) per timestep")
     axes.legend()
-    with runtime.atomic_write(args.out) as temporary:
-        axes.figure.savefig(temporary, format="png", dpi=150)
-    text = "\n".join(",".join(map(str, row)) for row in rows)
-    runtime.write_text(args.out.with_suffix(".csv"), text + "\n")
+    runtime.save_figure(args.out, axes.figure, 150)
+    runtime.write_csv(args.out.with_suffix(".csv"), rows)
 
 
 def main(argv=None):
@@ -178,16 +193,8 @@ def main(argv=None):
     with runtime.setup(tf32=False) as process:
         if not process.first:  # one process does it all
             return
-        for path in [runtime.find_checkpoint(run).resolve() for run in args.runs or [None]]:
-            d, name = denoisers.load_run(path, args.weights), path.parent.name
-            name, s = str(path.parent) if name in curves else name, d.settings
-            if (args.t if args.perturb else args.dt) % 1 and not s["continuous"]:
-                raise ValueError(f"{name} knows whole t only: a fraction needs --continuous runs")
-            x0, words = sources.pick(args.data or s["data"], s["image_size"], s["channels"],
-                                     args.num, args.seed)
-            print(f"{name}: {words}", flush=True)
-            d.net.to(process.device)
-            curves[name] = measure(args, name, d, x0.to(process.device))
+        for name, denoiser, x0 in sources.opened(args, process.device):
+            curves[name] = measure(args, name, denoiser, x0)
     write(args, curves)
     print(*(f"{name}:  {';  '.join(words)}" for name, (*_, words) in curves.items()), sep="\n")
     print(f"picture: {args.out.resolve()}, numbers: {args.out.with_suffix('.csv').resolve()}")

@@ -8,11 +8,12 @@ steps, Σ_t τ_t r(t), with weights τ_t that follow from the schedule (theorem 
 every r(t) small, but does not care whether neighbours add up or cancel; L_SA is about the sum of
 k neighbours, and bounds the total more tightly (theorem 2).
 
-What the paper does not say: ε* does not minimise L_SA. Noises of a window are independent, x_0 is
-shared, so the mean errors given x_0 add up where the noise averages out, and count for more. On
-Gaussian data the minimum is the ideal network of data whose variance is (1 + weight)/(1 + weight/k)
-times as large: 4/3 for k = 2, weight 1 (tests/test_theory.py). Runs of few steps, which spread too
-little, may gain by that; long ones spread too much. NOTES.md has what we saw.
+The paper does not say that ε* is not where L_SA is least. The k noises are independent but x_0 is
+the same, so the part of the error that x_0 causes adds up over the window, while the part that
+noise causes averages out: the first counts k times as much. On Gaussian data the least value of
+L belongs to the ideal network of data whose variance is (1 + weight)/(1 + weight/k) times as large,
+4/3 for k = 2 and weight 1 (tests/test_theory.py), and samples of real runs are as much too varied
+(NOTES.md).
 
 Two choices the code shows and the paper leaves open:
 

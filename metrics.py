@@ -260,8 +260,8 @@ def fid(sources, sides, args, process):
         if n is None:
             warnings.append(f"{source} does not say of how many images it is, nor by which network")
         elif n < FEW:
-            warnings.append(f"{n:,} images of {source}: under {FEW:,} the value depends more on N "
-                            "than is good; compare only with the same N")
+            warnings.append(f"{n:,} images of {source}: under {FEW:,} the value is too high, by an "
+                            "amount that depends on N: compare only with the same N")
         if n is not None and n <= features:
             warnings.append(f"{n:,} images of {source} in {features} dimensions: the covariance "
                             "has no full rank")

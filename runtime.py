@@ -14,6 +14,7 @@ What this file does not do: anything about images, networks or noise.
 """
 
 import contextlib
+import csv
 import ctypes
 import os
 import signal
@@ -233,6 +234,21 @@ def write_text(path, text):
         temporary.write_text(text)
 
 
+def write_csv(path, rows):
+    """rows: dicts -> a CSV file, whose columns are all their keys in the order of appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as f:
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def save_figure(path, figure, dpi=120):
+    """A matplotlib figure -> a PNG file."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
+
+
 def remove_leftovers(folder):
     """Delete the temporary files that a killed process left in this folder."""
     for old in Path(folder).glob(".*.tmp"):
@@ -351,7 +367,7 @@ def run_program(main):
         print(f"{Path(sys.argv[0]).name}: error: {words}", file=sys.stderr, flush=True)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        sys.exit(f"out of GPU memory ({str(error).splitlines()[0]}): try a smaller --microbatch, "
-                 "or --batch-size in sample.py")
+        sys.exit(f"out of GPU memory ({str(error).splitlines()[0]}): try a smaller --batch-size, "
+                 "or, in train.py, --microbatch")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -15,6 +15,7 @@ What this file does not do: features, scores (metrics.py), or reading of files (
 C channels, H = W the side in pixels; images uint8 (b, C, H, W).
 """
 
+import argparse
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -45,6 +46,8 @@ class Generated:
         how = f"{args.sampler} " + " ".join(
             f"--{k} {v}" for k in ("nfe", "spacing", "eta", "order", "variance", "clip")
             if (v := getattr(args, k)) not in (None, "auto"))
+        start = self.arguments["t_start"]  # below T for ε-prediction where ᾱ(T) = 0
+        how += f", from t = {start}" if start < self.settings["T"] else ""
         self.summary = (f"{self.n:,} images by {path.parent.name} at step {self.denoiser.step}, "
                         f"{args.weights} weights, seeds from {args.seed}, {how}")
 
@@ -123,8 +126,12 @@ def open_all(sources, args, process, may_be_statistics=False):
     sides = [Generated(run, args, process.device) if run else side
              for run, side in zip(runs, sides, strict=True)]
     made = [side.shape for side in sides if isinstance(side, Generated)]
+    refuse_unused(args, made, [s for s, side in zip(sources, sides, strict=True) if not side])
     size, channels = args.image_size, args.channels
     if made:
+        if len(set(made)) > 1:
+            raise ValueError("runs of different shapes do not compare: "
+                             + " and ".join("x".join(map(str, shape)) for shape in made))
         if size not in (None, made[0][1]) or channels not in (None, made[0][0]):
             raise ValueError("the run's images are {}x{}x{}: leave out --image-size and "
                              "--channels".format(*made[0]))
@@ -140,12 +147,24 @@ def open_all(sources, args, process, may_be_statistics=False):
     return sides
 
 
+def refuse_unused(args, made, stored):
+    """ValueError for flags about sampling where nothing is sampled."""
+    plain = argparse.ArgumentParser()
+    samplers.add_flags(plain)
+    unused = [k for k, v in vars(plain.parse_args([])).items() if getattr(args, k) != v]
+    unused += ["seed"] * bool(args.seed)
+    if not made and unused:
+        raise ValueError(f"--{unused[0]} is for sampling a run, and there is none")
+    if args.num and not made and "shapes" not in stored:
+        raise ValueError("--num is for a run or for shapes: sets on disk are used whole")
+
+
 def own_data(source):
     """The data set that the run `source` was trained on. ValueError: it is no run."""
     run = find_run(source)
     if run is None:
         raise ValueError(f"{source} is no run: say what to compare it with")
-    return runtime.load_checkpoint(run)["settings"]["data"]
+    return here(runtime.load_checkpoint(run)["settings"]["data"], source)
 
 
 @lru_cache(maxsize=2)
@@ -155,10 +174,36 @@ def images_of(source, size, channels, seed):
     return data.load(source, size, channels, seed, skip_bad=True, progress=True)
 
 
-def pick(source, size, channels, num, seed):
-    """(x0, words): `num` images in the order of `seed`, or all if there are fewer, float32
-    (num, C, H, W) in [-1, 1], the same for every run of one size; and what they are."""
-    dataset = images_of(source, size, channels, seed)
-    num = min(num, len(dataset))
-    x0 = data.to_float(next(data.batches(dataset, num, 0, seed)))
-    return x0, f"{num} of {dataset.summary}"
+def opened(args, device):
+    """Yields (name, denoiser, x0) for each of args.runs, or the newest: what gap.py and
+    lipschitz.py measure.
+
+    x0, float32 (num, C, H, W) in [-1, 1]: the first args.num images in the order of args.seed, of
+    args.data or of what the run was trained on; all of them, if there are fewer. ValueError,
+    OSError: one line.
+    """
+    names = set()
+    for run in args.runs or [None]:
+        path = runtime.find_checkpoint(run).resolve()
+        denoiser, name = denoisers.load_run(path, args.weights), path.parent.name
+        while name in names:  # the same run twice, or two of one name
+            name += "'"
+        names.add(name)
+        s = denoiser.settings
+        dataset = images_of(args.data or here(s["data"], name), s["image_size"], s["channels"],
+                            args.seed)
+        num = min(args.num, len(dataset))
+        x0 = data.to_float(next(data.batches(dataset, num, 0, args.seed)))
+        print(f"{name}: {num} of {dataset.summary}", flush=True)
+        denoiser.net.to(device)
+        yield name, denoiser, x0.to(device)
+
+
+def here(source, run):
+    """`source`, the set that a run says it was trained on, if it is to be found from here; else
+    FileNotFoundError."""
+    path = source.replace(".npz:", ".npz\0").split("\0")[0]  # FILE.npz:KEY
+    if source not in SETS and not os.path.exists(path):
+        raise FileNotFoundError(f"{run} was trained on {source}, which is not to be found from "
+                                "this folder: say where the images are (--data; for fid, as B)")
+    return source

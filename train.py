@@ -276,8 +276,7 @@ class Log:
         axes.set(xlabel="step", ylabel="loss, mean over pixels", yscale="log")
         axes.legend()
         figure.tight_layout()
-        with runtime.atomic_write(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
+        runtime.save_figure(path, figure)
 
 
 # ------------------------------------------------------------------ training

@@ -253,15 +253,15 @@ def test_program_two_runs_one_picture(trained, tmp_path, monkeypatch, capsys):
     rows, runs = table(tmp_path / "k.csv")
     assert list(rows[0]) == ["run", "t", "dt", "mean", "p10", "p50", "p90"]
     ts = [float(r["t"]) for r in runs["base"]]
-    assert ts == list(range(26))
+    assert ts == list(range(1, 26)), "a table's run was trained from t = 1 on"
     assert [float(r["t"]) for r in runs["shared"]] == ts
     assert all(float(r["p10"]) <= float(r["p50"]) <= float(r["p90"]) for r in rows)
     nonzero = [float(r["t"]) for r in runs["shared"] if float(r["mean"]) > 0]
     assert nonzero[:5] == [4, 9, 14, 19, 20]
-    assert "exactly 0 at 16 of 16 t" in text and "0 of 0 t" in text
+    assert "exactly 0 at 15 of 15 t" in text and "0 of 0 t" in text
     shared = [float(r["mean"]) for r in runs["shared"]]
-    top = max(range(26), key=shared.__getitem__)
-    assert f"largest below 100: {shared[top]:.3g} at {top};" in text
+    top = max(range(25), key=shared.__getitem__)
+    assert f"largest below 100: {shared[top]:.3g} at {ts[top]:g};" in text and "K(1) = " in text
 
 
 def test_program_measures_what_the_function_does(trained, tmp_path, monkeypatch):
@@ -273,7 +273,7 @@ def test_program_measures_what_the_function_does(trained, tmp_path, monkeypatch)
     lipschitz.main(["base", "-n", "3", "--max-t", "5", "--seed", "4", "--out", f"{tmp_path}/a.png"])
     images = data.load("shapes", 8, 3, seed=4)
     x0 = torch.stack([images[i] for i in range(3)]) / 127.5 - 1
-    rows = lipschitz.slopes(denoiser.load_run("base"), x0, range(6), seed=4)
+    rows = lipschitz.slopes(denoiser.load_run("base"), x0, range(1, 6), seed=4)
     got = [[float(r[k]) for k in ("mean", "p50")] for r in table(tmp_path / "a.csv")[0]]
     want = torch.stack([rows.mean(1), rows.median(1).values], 1)
     assert_close(torch.tensor(got, dtype=torch.float64), want, rtol=1e-4, atol=1e-9)
@@ -345,7 +345,8 @@ def test_help_teaches(monkeypatch, capsys):
         (["base", "--perturb", "--t", "9.5"], "needs --continuous"),
         (["base", "--dt", "0.5"], "needs --continuous"),
         (["base", "--dt", "0"], "must be above 0"),
-        (["base", "--dt", "2000"], "dt must be above 0, and t from 0"),
+        (["base", "--dt", "2000"], "leave no t from 1 on"),
+        (["base", "--max-t", "0.5"], "leave no t from 1 on"),
         (["base", "-n", "0"], "must be above 0"),
         (["base", "--seed", "-1"], "must be above 0"),
         (["base", "--out", "x.pdf"], "must be a .png"),
@@ -361,3 +362,23 @@ def test_wrong_input_is_one_line_and_status_2(words, message, trained, monkeypat
     text = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and "error: " in text and re.search(message, text), text
     assert set(Path(trained).rglob("*")) == before
+
+
+@pytest.mark.parametrize("dt", [0.03, 0.3, 0.07, 1.5])
+def test_the_step_across_each_edge_is_measured(trained, tmp_path, monkeypatch, dt):
+    """Whatever dt: for each edge some measured pair (t, t + dt) lies on both sides of it."""
+    monkeypatch.chdir(trained)
+    out = tmp_path / "a.png"
+    lipschitz.main(["real", "-n", "1", "--dt", str(dt), "--max-t", "110", "--out", str(out)])
+    rows, _ = table(tmp_path / "a.csv")
+    pairs = [(float(r["t"]), float(r["mean"])) for r in rows]
+    for edge in (20, 40, 60, 80, 100):
+        assert any(t < edge <= t + dt and k > 0 for t, k in pairs), edge
+
+
+def test_a_dt_that_float32_loses_is_refused(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained)
+    words = ["real", "-n", "1", "--out", f"{tmp_path}/a.png", "--dt"]
+    with pytest.raises(ValueError, match="lost in the rounding of t = .*--max-t"):
+        lipschitz.main([*words, "1e-5"])
+    lipschitz.main([*words, "1e-5", "--max-t", "0.01"])

@@ -674,10 +674,16 @@ def test_networks_that_give_no_features(here, refused, net, words):
 
 
 @pytest.mark.parametrize("name", ["means.pt", "maps.pt2"])
-def test_networks_go_to_the_device(here, name):
-    """On a GPU the file's tensors must move along; "meta" stands in for one."""
+def test_networks_go_to_the_device(here, name, monkeypatch):
+    """On a GPU the file's tensors must move along; "meta" stands in for one, and forgives a weight
+    that stayed behind."""
+    move, moved = metrics.move_to_device_pass, []
+    monkeypatch.setattr(
+        metrics, "move_to_device_pass", lambda *args: moved.append(args[1]) or move(*args)
+    )
     net = metrics.open_exported(here / name, torch.device("meta"))
     assert net(torch.zeros(3, 3, 8, 8, device="meta")).device.type == "meta"
+    assert moved == ["meta"] * name.endswith(".pt2")
 
 
 # ------------------------------------------------------------------ FID and IS

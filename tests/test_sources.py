@@ -1,5 +1,6 @@
 """sources.py: each kind of side gives the images it should, in one shape, or says what is wrong."""
 
+import argparse
 import gzip
 import struct
 import zipfile
@@ -153,7 +154,9 @@ def test_shapes_are_endless_and_num_says_how_many(here):
     drawn = [sources.data.draw_shape((0, i), 16) for i in range(4)]
     assert np.array_equal(pictures(side), np.stack(drawn))
     folder_of(here / "set", pixels(3))
-    assert open_sides("set", "-n", "2")[0].n == 3, "a set on disk is used whole"
+    assert open_sides("set")[0].n == 3
+    assert "sets on disk are used whole" in refused("set", "-n", "2")
+    assert [s.n for s in open_sides("set", "shapes", "-n", "2", "--image-size", "8")] == [3, 2]
 
 
 def test_sizes(here):
@@ -316,13 +319,22 @@ def test_files_that_are_no_runs(here):
     assert "x.txt is no data set of a known kind" in refused("x.txt")
 
 
-def test_pick_gives_each_run_the_same_images(here):
+def test_flags_about_sampling_need_a_run(here):
+    folder_of(here / "set", pixels(3))
+    for words in (["--nfe", "7"], ["--seed", "1"], ["--weights", "raw"], ["--sampler", "ddpm"]):
+        assert f"{words[0]} is for sampling a run" in refused("set", *words)
+
+
+def test_runs_are_measured_on_the_same_images(here, capsys):
     folder_of(here / "set", pixels(7))
-    x0, words = sources.pick("set", 8, 3, 4, seed=5)
-    again, _ = sources.pick("set", 8, 3, 4, seed=5)
-    every, _ = sources.pick("set", 8, 3, 100, seed=5)
-    assert x0.dtype == torch.float32 and x0.shape == (4, 3, 8, 8) and words.startswith("4 of ")
-    assert torch.equal(x0, again) and len(every) == 7 and torch.equal(every[:4], x0)
+    make_run(here, "one")
+    args = argparse.Namespace(runs=["one", "one"], weights="ema", data="set", num=4, seed=5)
+    (first, _, x0), (second, _, again) = sources.opened(args, torch.device("cpu"))
+    assert (first, second) == ("one", "one'") and "one: 4 of 7 images" in capsys.readouterr().out
+    assert x0.dtype == torch.float32 and x0.shape == (4, 3, 8, 8) and torch.equal(x0, again)
+    args.num = 100
+    ((_, _, every), _) = sources.opened(args, torch.device("cpu"))
+    assert len(every) == 7 and torch.equal(every[:4], x0)
     rows = torch.from_numpy(pixels(7)).permute(0, 3, 1, 2).float() / 127.5 - 1
     found = [next(i for i in range(7) if torch.allclose(row, rows[i])) for row in x0]
     assert len(set(found)) == 4
