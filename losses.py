@@ -12,8 +12,8 @@ The paper does not say that ε* is not where L_SA is least. The k noises are ind
 the same, so the part of the error that x_0 causes adds up over the window, while the part that
 noise causes averages out: the first counts k times as much. On Gaussian data the least value of
 L belongs to the ideal network of data whose variance is (1 + weight)/(1 + weight/k) times as large,
-4/3 for k = 2 and weight 1 (tests/test_theory.py), and samples of real runs are as much too varied
-(NOTES.md).
+4/3 for k = 2 and weight 1 (tests/test_theory.py), and samples of real runs vary more, too, by
+nearly as much. DDIM in few steps, which spreads too little, gains by it (NOTES.md).
 
 Two choices the code shows and the paper leaves open:
 

@@ -175,7 +175,10 @@ def test_load_run_gives_what_the_run_describes(inside):
     )
 
 
-@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+@pytest.mark.parametrize(
+    "program",
+    ["train.py", "sample.py", "metrics.py", "gap.py", "lipschitz.py", "classifier.py"],
+)
 def test_help_teaches(program, tmp_path):
     text = run("--help", cwd=tmp_path, program=program).stdout
     assert "examples" in text and "default" in text and f"{program}" in text

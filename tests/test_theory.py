@@ -467,8 +467,11 @@ def test_shared_conditions_sample_the_distribution(name, continuous, sampler, n,
 
 # ------------------------------------------------------------------ SA-DPM: theorem 1
 
-KINDS = [(name, prediction) for name in ("linear", "cosine") for prediction in ("eps", "v", "x0")]
-KINDS += [("zero-terminal-snr", "v"), ("quadratic-mns", "eps")]
+KINDS = [("linear", "eps"), ("cosine", "v"), ("zero-terminal-snr", "v")]
+KINDS += [
+    pytest.param(*kind, marks=pytest.mark.slow)
+    for kind in (("linear", "x0"), ("cosine", "eps"), ("quadratic-mns", "eps"), ("linear", "v"))
+]
 
 
 def wrong_model(schedule, prediction="eps"):
@@ -577,9 +580,9 @@ def test_even_the_ideal_network_has_a_gap():
     nothing of it reducible. A wrong network has both a mean gap and a reducible one."""
     schedule, mixture = schedules.make_schedule("linear"), toy.two_bumps((2,))
     ideal = D.Denoiser(toy.oracle(mixture, schedule), schedule)
-    x0 = mixture.sample(4000, torch.Generator().manual_seed(0))
+    x0 = mixture.sample(1500, torch.Generator().manual_seed(0))
     *_, (_, G, reducible) = gap.gap_along_run(
-        ideal, x0, float64_noise(), schedules.time_grid(schedule, 200),
+        ideal, x0, float64_noise(), schedules.time_grid(schedule, 100),
         ideal=lambda x, t: mixture.posterior(x, *schedule.coefficients(t))[0],
     )  # fmt: skip
     error = G.std(0) / math.sqrt(len(G))
@@ -592,7 +595,7 @@ def test_even_the_ideal_network_has_a_gap():
 
     wrong = wrong_model(schedule)
     *_, (_, G, reducible) = gap.gap_along_run(
-        wrong, x0, float64_noise(), schedules.time_grid(schedule, 200),
+        wrong, x0, float64_noise(), schedules.time_grid(schedule, 100),
         ideal=lambda x, t: mixture.posterior(x, *schedule.coefficients(t))[0],
     )  # fmt: skip
     print(f"a wrong network: mean G {G.mean(0).tolist()}, reducible {reducible.mean(0).tolist()}")
@@ -672,7 +675,7 @@ def trained(k, steps=400):
     return denoiser
 
 
-@pytest.mark.parametrize("trained_k", [1, 2])
+@pytest.mark.parametrize("trained_k", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_theorem_2_for_learned_errors(trained_k):
     """The chain along the real sampling run of a trained network, whose left end is the gap G_1."""
     denoiser, x0 = trained(trained_k), PAIR.sample(50, torch.Generator().manual_seed(5))
