@@ -180,10 +180,13 @@ def measure(denoiser, x0, args, name):
         ideal = ideal_of_images(whole, denoiser.schedule)
     which = "x".join(map(str, (args.data or denoiser.settings["data"], *x0.shape[1:])))
     drawn, rows, boot = resamples(len(x0)), [], None
+    tau = gap_weights(denoiser.schedule) if args.eta == 1 and len(times) == start else None
     for t, G, reducible in gap_along_run(denoiser, x0, noise, times, args.eta, ideal, name,
                                          args.batch_size):
         row = dict(run=name, t=t, images=which, n=len(x0), **summarize(gram(G), drawn))
         boot = row.pop("boot")
+        if tau is not None:  # theorem 1's weights belong to this very grid
+            row["tau"] = tau[round(t)].item()
         if reducible is not None:
             part = summarize(gram(reducible), drawn)
             row.update({f"reducible_{k}": v for k, v in part.items() if k != "boot"})

@@ -157,7 +157,17 @@ def test_figure_4(runs, monkeypatch, capsys):
     with open("again.csv", newline="") as f:
         again = list(csv.DictReader(f))
     assert [r["norm"] for r in again] == before, "seeded: the same run has the same gap"
-    assert "reducible_norm" not in again[0]
+    assert "reducible_norm" not in again[0] and "tau" not in again[0]
+
+
+@pytest.mark.slow
+def test_the_weights_are_in_the_table_of_a_whole_run(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    gap.main(["base", "-n", "2"])
+    with open("gap.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    tau = gap.gap_weights(denoisers.load_run("base").schedule)
+    assert [float(r["tau"]) for r in rows] == pytest.approx(tau[1:1000].flip(0).tolist())
 
 
 def test_figure_1(tmp_path, monkeypatch, capsys):
