@@ -364,7 +364,9 @@ def test_wrong_input_is_one_line_and_status_2(words, message, trained, monkeypat
     assert set(Path(trained).rglob("*")) == before
 
 
-@pytest.mark.parametrize("dt", [0.03, 0.3, 0.07, 1.5])
+@pytest.mark.parametrize(
+    "dt", [0.03] + [pytest.param(dt, marks=pytest.mark.slow) for dt in (0.07, 0.3, 1.5)]
+)
 def test_the_step_across_each_edge_is_measured(trained, tmp_path, monkeypatch, dt):
     """Whatever dt: for each edge some measured pair (t, t + dt) lies on both sides of it."""
     monkeypatch.chdir(trained)
