@@ -28,7 +28,6 @@ N images, H height, W width, C channels.
 
 import hashlib
 import io
-import os
 
 import torch
 import torch.nn.functional as F
@@ -225,16 +224,7 @@ def load(path=None, device="cpu"):
 
 def cached_weights():
     """Path of the weights in the cache folder; downloaded if they are not there."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = os.path.join(cache, "diffusion-data", NAME)
-    if not os.path.exists(path):
-        try:
-            readers.download(URL, path, SHA256)
-        except OSError as error:  # whose own words are about data sets
-            why = readers.reason(error.__cause__)
-            raise OSError(f"cannot download {URL} ({why}): put the file with SHA-256 {SHA256} at "
-                          f"{path}, or give its path to --inception") from error
-    return path
+    return readers.cached(NAME, URL, SHA256, instead="give its path to --inception")
 
 
 def what_is(raw):

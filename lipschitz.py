@@ -57,7 +57,7 @@ def slopes(denoiser, x0, ts, dt=1, seed=0, batch_size=64, label=None):
         # what makes it exact: in one batch of 2 B, kernels may round rows j and B + j differently.
         xt = diffuse(denoiser.schedule, x0, t, eps)
         return denoiser.output(xt, t), denoiser.output(xt, t + dt)
-    return distances(answers, denoiser.net, x0, ts, seed, batch_size, label) / dt
+    return distances(answers, denoiser.net, x0, ts, seed, batch_size, label) / dt  # eq. 8
 
 
 def displacements(denoiser, x0, scales=SCALES, t=100, seed=0, batch_size=64, label=None):
@@ -67,7 +67,7 @@ def displacements(denoiser, x0, scales=SCALES, t=100, seed=0, batch_size=64, lab
 
     def answers(x0, eps, z, scale):
         xt = diffuse(denoiser.schedule, x0, t, eps)
-        return denoiser.predict(xt, t)[0], denoiser.predict(xt + scale * z, t)[0]
+        return denoiser.predict(xt, t)[0], denoiser.predict(xt + scale * z, t)[0]  # figure 2
     return distances(answers, denoiser.net, x0, scales, seed, batch_size, label)
 
 
@@ -75,7 +75,7 @@ def displacements(denoiser, x0, scales=SCALES, t=100, seed=0, batch_size=64, lab
 def distances(answers, net, x0, values, seed, batch_size, label):
     r"""‖p − q‖₂, (p, q) = answers(x_0, ε, z, value), of each value and image; net in eval mode.
 
-    ε and z of image i depend on (seed, i) alone: runs are paired, and the batch size is no matter.
+    ε and z of image i depend on (seed, i) alone: runs are paired, batch sizes do not matter.
     """
     out = torch.empty(len(values), len(x0), dtype=torch.float64)
     noise = torch.stack([torch.randn((2, *x0.shape[1:]), generator=runtime.generator(seed, i))

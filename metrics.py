@@ -67,6 +67,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
                          f"covariances {sigma1.shape} and {sigma2.shape}")
     if not (np.isfinite(mu1).all() and np.isfinite(mu2).all()):
         raise ValueError("a mean with values that are not finite")
+    # tr (Σ₁Σ₂)^½
     overlap = np.linalg.svd(root(sigma1) @ root(sigma2).T, compute_uv=False).sum()
     spread = np.trace(sigma1) + np.trace(sigma2) - 2 * overlap
     return max(float(((mu1 - mu2) ** 2).sum() + spread), 0.0)  # rounding can give −1e-13
@@ -101,7 +102,8 @@ def inception_score(logits, splits=10):
     for i in range(splits):
         part = log_p[i * n // splits:(i + 1) * n // splits]
         marginal = part.logsumexp(0) - math.log(len(part))  # log p(y)
-        scores.append((part.exp() * (part - marginal)).sum(1).mean().exp().item())
+        divergence = (part.exp() * (part - marginal)).sum(1)  # KL(p(y | x) ‖ p(y)), Salimans 2016
+        scores.append(divergence.mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
 
 

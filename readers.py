@@ -183,7 +183,7 @@ def read_array(path, key=None, size=0):
                      "folder or .zip of images, .npy, .npz, IDX, and the CIFAR-10 archives")
 
 
-def download(url, path, sha256):
+def download(url, path, sha256, instead="give the path of a copy"):
     """Fetch `url` to `path`: all of it and with the right SHA-256 (hex), or nothing and OSError.
 
     The error says where to put the file by hand, since clusters often have no network. Several
@@ -205,16 +205,21 @@ def download(url, path, sha256):
         os.replace(part, path)
     except Exception as error:  # OSError mostly, but a cut reply is an HTTPException
         raise OSError(f"cannot download {url} ({reason(error)}): put the file with SHA-256 {sha256}"
-                      f" at {path}, or give the path of a copy") from error
+                      f" at {path}, or {instead}") from error
     finally:
         if os.path.exists(part):
             os.remove(part)
 
 
-def cifar_archive():
-    """Path of the CIFAR-10 archive in the cache folder; downloaded (170 MB) if it is not there."""
+def cached(name, url, sha256, **more):
+    """Path of the file `name` in the cache folder; downloaded from `url` if it is not there."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = os.path.join(cache, "diffusion-data", "cifar-10-python.tar.gz")
+    path = os.path.join(cache, "diffusion-data", name)
     if not os.path.exists(path):
-        download(CIFAR_URL, path, CIFAR_SHA256)
+        download(url, path, sha256, **more)
     return path
+
+
+def cifar_archive():
+    """Path of the CIFAR-10 archive in the cache folder (170 MB)."""
+    return cached("cifar-10-python.tar.gz", CIFAR_URL, CIFAR_SHA256)
