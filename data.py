@@ -333,8 +333,9 @@ def fit(array, size, channels, progress):
 def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30, progress=False):
     """-> a data set: len(d), d[i] uint8 tensor (channels, size, size), d.summary in one line.
 
-    source        "shapes", "cifar10" (downloaded), or a path: a folder or .zip of images, .npy,
-                  .npz or FILE.npz:KEY, an IDX file or folder, CIFAR-10's archives or folder
+    source        "shapes", "cifar10" (downloaded), or a path: a folder or .zip of images or one
+                  image, .npy, .npz or FILE.npz:KEY, an IDX file or folder, CIFAR-10's archives or
+                  folder
     size          side in pixels, to be resized and cropped to; None: the images' own, if all are
                   squares of one size
     skip_bad      leave broken image files out instead of stopping
@@ -366,6 +367,8 @@ def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30,
                 members = [m.filename for m in archive.infolist() if not m.is_dir()]
             files = Files(find_images(members, path), size, channels, archive=path)
             return scan(files, skip_bad, memory_limit, progress)
+        elif path.lower().endswith(SUFFIXES):
+            return scan(Files([path], size, channels), skip_bad, memory_limit, progress)
         array = readers.read_array(path, key, size or 0)
         if size is None:
             size, width = array.shape[1:3]

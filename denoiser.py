@@ -6,10 +6,17 @@ r"""The Denoiser: given x_t and t, what are x_0 and ε? The only place that conv
     ε  (eps)                (x_t − s ε)/a        ε
     x_0  (x0)               x_0                  (x_t − a x_0)/s
     v                       a x_t − s v          s x_t + a v
+    F  (edm)                a d²/r² x_t + s d/r F        s/r² x_t − a d/r F
+
+The last is EDM's preconditioning (Karras et al. 2022, table 1), d = 0.5 the std of the data and
+r = √(s² + a² d²) that of x_t: the network is shown x_t/r and told ln(σ)/4, σ = s/a, and both its
+input and what it has to say have unit variance at every t. In EDM's own coordinates, a = 1, s = σ,
+these are its c_in, c_skip, c_out and c_noise; in (a, s) they serve every schedule.
 
 A Denoiser is four things: a network, a schedule, a prediction type and a time condition. Losses,
 samplers, metrics and analysis see only `predict`, so each works with any combination of the four:
-E-TSDM is a value of `condition`, and nothing outside this file ever asks for it.
+E-TSDM is a value of `condition`, and nothing outside this file ever asks for it. A fifth, `space`,
+says what x_0 is to the user: pixels, pixels beside a small image, or latents (spaces.py).
 
 What this file does not do: draw noise, take steps, or define a network.
 
@@ -19,47 +26,93 @@ What this file does not do: draw noise, take steps, or define a network.
 x (B, C, H, W), where data are in [-1, 1]; t in [0, T], a number or (B,); net(x, c) the raw network.
 """
 
+import copy
+from pathlib import Path
+
 import torch
 
 import etsdm
 import runtime
 import schedules
+import spaces
 import unet
 from schedules import match
 
-PREDICTIONS = ("eps", "v", "x0")
+PREDICTIONS = ("eps", "v", "x0", "edm")
+SIGMA_DATA = 0.5  # d above: EDM's figure for pixels in [-1, 1]
 
 
 class Denoiser:
-    """net: a Module or any callable net(x (B, ...), c (B,)) -> like x. condition: t -> c, or None
-    for c = t."""
+    """net: a Module or any callable net(x (B, ...), c (B,)) -> like x, or longer (second heads and
+    learned variances come behind the prediction). condition: t -> c, or None for c = t."""
 
-    def __init__(self, net, schedule, prediction="eps", condition=None):
+    def __init__(self, net, schedule, prediction="eps", condition=None, space=None):
         if prediction not in PREDICTIONS:
             raise ValueError(f"unknown prediction {prediction!r}: choose from "
                              + " ".join(PREDICTIONS))
-        self.net, self.schedule = net, schedule
+        self.net, self.schedule, self.space = net, schedule, space
         self.prediction, self.condition = prediction, condition
+        self.given = None  # (B, ...): what the network sees beside x, as further channels
 
-    def output(self, x, t):
-        """The raw network's answer, told f(t): (B, ...) like x, and in x's precision whatever
-        autocast made of it."""
+    def but(self, **changes):
+        """This denoiser with some of its parts replaced, e.g. .but(net=another)."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
+
+    def on(self, images):
+        """Images (B, C, H, W) in [-1, 1] -> (their x_0, this denoiser, given what it may see of
+        them)."""
+        if self.space is None:
+            return images, self
+        return self.space.encode(images), self.but(given=self.space.given(images))
+
+    def outputs(self, x, t):
+        """All that the network says of x_t, told f(t): (B, C or more, ...), in x's precision
+        whatever autocast made of it."""
         t = torch.as_tensor(t, dtype=torch.float64) if not isinstance(t, torch.Tensor) else t
         c = t if self.condition is None else self.condition(t)
+        seen = x
+        if self.prediction == "edm":
+            # What is shared is t, the coordinate of EDM's own grid of noise levels. ln 0 is no
+            # number: a part that begins at t = 0 is told the level of t = 1, the grid's last.
+            lam = self.schedule.lam(c.double().clamp(min=1.0))
+            c = -lam.clamp(min=-10.0) / 4  # ln(σ)/4; the bound is for ᾱ = 0, where σ = ∞
+            seen = x / self._std(x, t)
+        if self.given is not None:  # in the same order, as often as x_0 was repeated (SA-k)
+            repeats = len(x) // len(self.given)
+            beside = self.given.repeat(repeats, *[1] * (self.given.dim() - 1))
+            seen = torch.cat([seen, beside.to(x.dtype)], dim=1)
         # x's precision, but never half: bf16 has no 999.
         dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-        return self.net(x, c.to(x.device, dtype).expand(len(x))).to(x.dtype)
+        return self.net(seen, c.to(x.device, dtype).expand(len(x))).to(x.dtype)
 
-    def predict(self, x, t):
-        """x_t (B, ...), t a number or (B,) -> (x0, ε), both like x. From ε-prediction x0 is not to
-        be had where ᾱ = 0: it comes out infinite or NaN."""
-        out = self.output(x, t)
+    def _std(self, x, t):
+        """r = √(s² + a² d²), made to multiply x."""
+        a, s = self.schedule.coefficients(t)
+        return match((s**2 + a**2 * SIGMA_DATA**2).sqrt(), x)
+
+    def output(self, x, t):
+        """The network's prediction at x_t, told f(t): like x (B, C, ...)."""
+        return self.outputs(x, t)[:, :x.shape[1]]
+
+    def explain(self, x, t, out):
+        """x_t and the prediction `out` -> (x0, ε), all of one shape: the table above."""
         a, s = (match(k, x) for k in self.schedule.coefficients(t))
         if self.prediction == "eps":
             return (x - s * out) / a, out
         if self.prediction == "x0":
             return out, (x - a * out) / s
-        return a * x - s * out, s * x + a * out  # v
+        if self.prediction == "v":
+            power = a**2 + s**2  # 1, but for the edm schedule
+            return (a * x - s * out) / power, (s * x + a * out) / power
+        d, r = SIGMA_DATA, self._std(x, t)
+        return a * d**2 / r**2 * x + s * d / r * out, s / r**2 * x - a * d / r * out
+
+    def predict(self, x, t):
+        """x_t (B, ...), t a number or (B,) -> (x0, ε), both like x. From ε-prediction x0 is not to
+        be had where ᾱ = 0: it comes out infinite or NaN."""
+        return self.explain(x, t, self.output(x, t))
 
 
 def zero_based(t):
@@ -68,32 +121,69 @@ def zero_based(t):
     return t - 1
 
 
-def from_settings(settings, net=None):
+def from_settings(settings, net=None, first_stage=None):
     """The Denoiser that settings (the flat dict of config.json) describe, which it then carries as
-    .settings. net=None builds its U-Net."""
+    .settings. net=None builds its U-Net; first_stage: the checkpoint's, of latent runs."""
     schedule = schedules.make_schedule(settings["schedule"], settings["T"], settings["continuous"],
-                                       settings["image_size"])
+                                       settings["unet"]["image_size"])
     condition = etsdm.make_condition(settings["etsdm"], settings["etsdm_interval"],
                                      settings["etsdm_n"], settings["remap"], settings["T"])
+    if settings.get("imported"):
+        condition = zero_based
     net = unet.UNet(**settings["unet"]) if net is None else net
-    denoiser = Denoiser(net, schedule, settings["prediction"], condition)
+    space = spaces.from_settings(settings, first_stage)
+    denoiser = Denoiser(net, schedule, settings["prediction"], condition, space)
     denoiser.settings = settings
     return denoiser
 
 
 def load_run(run, weights="ema"):
     """Open a run folder (or its checkpoint.pt) -> Denoiser in eval mode, on the CPU, its settings
-    in .settings.
+    in .settings, and .folder, .step, .weights.
 
     weights: "ema" (what the papers sample from) or "raw". ValueError or OSError, one line each, if
-    it is no run.
+    it is no run, or one that makes no pictures.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights are ema or raw, not {weights!r}")
     path = runtime.find_checkpoint(run)
     checkpoint = runtime.load_checkpoint(path)
-    denoiser = from_settings(checkpoint["settings"])
+    if checkpoint["settings"].get("task") == "autoencoder":
+        raise ValueError(f"{path.parent} is an autoencoder, which draws nothing by itself: train a "
+                         f"model of its latents, python train.py --latent {path.parent.name}")
+    denoiser = from_settings(checkpoint["settings"],
+                             first_stage=checkpoint.get("extra", {}).get("first_stage"))
     runtime.load_weights(denoiser.net, checkpoint[weights], path)
-    denoiser.step = checkpoint["step"]
+    denoiser.folder, denoiser.step, denoiser.weights = path.parent, checkpoint["step"], weights
+    denoiser.net.eval().requires_grad_(False)
+    return denoiser
+
+
+def load_guided_diffusion(path, preset, schedule="linear"):
+    """A checkpoint of OpenAI's guided-diffusion, of the size `preset` -> Denoiser, as load_run.
+
+    Those that learnt a variance too (learn_sigma) have twice the outputs: `output` leaves theirs
+    out. ValueError, OSError: one line.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # as in runtime.load_checkpoint
+        raise ValueError(f"{path} holds no weights ({runtime.what_is(path)})") from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path} is no state dict of a network: it holds "
+                         f"{runtime.describe(state)}")
+    state = unet.from_guided_diffusion(state)
+    channels, outputs = len(state["input_blocks.0.0.weight"][0]), len(state["out_conv.weight"])
+    size = dict(unet.PRESETS[preset], in_channels=channels, out_channels=outputs)
+    net = unet.UNet(**size)
+    runtime.load_weights(net, state, path, f"the preset {preset}")
+    side = size["image_size"]
+    denoiser = from_settings(dict(
+        schedule=schedule, T=1000, continuous=False, image_size=side, channels=channels,
+        prediction="eps", etsdm=False, etsdm_interval=100, etsdm_n=5, remap=None, unet=size,
+        imported=True, data=None), net)
+    denoiser.folder, denoiser.step, denoiser.weights = Path(path).resolve().parent, None, "imported"
     denoiser.net.eval().requires_grad_(False)
     return denoiser

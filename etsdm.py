@@ -17,7 +17,8 @@ and the network is told only where the present part begins (algorithms A1, A2):
         0 |__________ t
 
 A remap is an alternative that the paper compares with (tables A3 to A5): tell the network an
-invertible f(t) that stretches small t.
+invertible f(t) that stretches small t. Those tables have four strategies: training draws t, and
+sampling steps through t, equally either in t or in f(t); remap_quantile() is what both ask.
 
 What this file does not do: see x. And no sampler or loss knows of it: a condition is a value that
 lives in the Denoiser.
@@ -63,14 +64,15 @@ def remap(t, name, T=1000):
 
     sqrt              T √u,  u = t/T
     inverse-sigmoid   T (1 + logit(m + (1 − 2m) u)/logit(1 − m))/2,  m = MARGIN: the inverse of the
-                      logistic function, cut just before its poles
+                      logistic function, cut just before its poles; t beyond T (Heun's churn on
+                      EDM's schedule) counts as T
     ValueError: unknown name.
     """
     u = torch.as_tensor(t, dtype=torch.float64) / T
     if name == "sqrt":
         return T * u.sqrt()
     if name == "inverse-sigmoid":
-        logit = torch.logit(MARGIN + (1 - 2 * MARGIN) * u)
+        logit = torch.logit(MARGIN + (1 - 2 * MARGIN) * u.clamp(max=1))
         return T * (1 + logit / math.log((1 - MARGIN) / MARGIN)) / 2
     raise ValueError(f"unknown remap {name!r}: choose from {' '.join(REMAPS)}")
 
@@ -84,6 +86,15 @@ def unremap(c, name, T=1000):
         p = torch.sigmoid((2 * w - 1) * math.log((1 - MARGIN) / MARGIN))
         return T * (p - MARGIN) / (1 - 2 * MARGIN)
     raise ValueError(f"unknown remap {name!r}: choose from {' '.join(REMAPS)}")
+
+
+def remap_quantile(u, name, low, high, T=1000):
+    """u in [0, 1], a number or a tensor -> the t, from low to high, at the fraction u of the way
+    from f(low) to f(high): uniform u give t with f(t) uniform, equal steps in u equal steps in
+    f(t)."""
+    ends = remap(torch.tensor([low, high], dtype=torch.float64), name, T).tolist()
+    u = torch.as_tensor(u, dtype=torch.float64)
+    return unremap(ends[0] + u * (ends[1] - ends[0]), name, T)
 
 
 def make_condition(etsdm=False, interval=100, n=5, remap_name=None, T=1000):

@@ -1,4 +1,4 @@
-r"""Training losses: DDPM's simple loss, and SA-DPM's sequence-aware loss for any k.
+r"""Training losses: DDPM's, SA-DPM's for any k, DDPM-r's penalty, NPR- and SN-DPM's, EDM's.
 
     L = L_simple + weight · L_SA                                           SA-DPM, algorithm 2
     L_simple = E‖r_0‖²,   L_SA = E‖(1/k) Σ_{i<k} r_i‖²,   r_i = ε_i − ε_θ(x_{t−i}, t − i)
@@ -15,6 +15,10 @@ L belongs to the ideal network of data whose variance is (1 + weight)/(1 + weigh
 4/3 for k = 2 and weight 1 (tests/test_theory.py), and samples of real runs vary more, too, by
 nearly as much. DDIM in few steps, which spreads too little, gains by it (NOTES.md).
 
+E-TSDM compares itself with a penalty on the slope in t, DDPM-r: one x_t, said to be at two times,
+
+    L_slope = E‖net(x_t, f(t)) − net(x_t, f(t'))‖²/(t − t')²,   t' = t + 1          --lipschitz-reg
+
 Two choices the code shows and the paper leaves open:
 
   * x_{t−i} has its own, independent noise ε_i: one image at k noise levels, not one trajectory.
@@ -27,7 +31,7 @@ Two choices the code shows and the paper leaves open:
 What this file does not do: average over the batch, or know of precision, processes and EMA
 (train.py).
 
-    python train.py --sa-k 2 --sa-weight 1.0
+    python train.py --sa-k 2 --sa-weight 1.0              python train.py --lipschitz-reg 10
 
 B images, k consecutive steps; x0 in [-1, 1]; t (B,) in (0, T]; noises (k, B, ...); a loss is (B,),
 the mean over C, H, W.
@@ -35,21 +39,32 @@ the mean over C, H, W.
 
 import torch
 
+import etsdm
+from denoiser import SIGMA_DATA
 from schedules import diffuse, match
 
-SPACES = ("eps", "x0", "v")
+SPACES = ("eps", "x0", "v", "edm")
+TIMES = ("uniform", "remap", "lognormal")
 
 
 def simple_loss(denoiser, x0, t, noise, space="eps"):
     """DDPM eq. 14: x0 (B, ...), t (B,), noise like x0 -> loss of each image (B,)."""
-    return sa_loss(denoiser, x0, t, noise[None], space)[0]
+    return terms(denoiser, x0, t, noise[None], space)["simple"]
 
 
 def sa_loss(denoiser, x0, t, noises, space="eps"):
-    r"""(L_simple (B,), L_SA (B,)) from ONE forward pass: the k noise levels lie on the batch axis.
+    """(L_simple (B,), L_SA (B,)) from one forward pass; noises (k, B, ...): noises[0] belongs to
+    t, and both losses share it."""
+    both = terms(denoiser, x0, t, noises, space)
+    return both["simple"], both["sa"]
 
-    noises (k, B, ...): noises[0] belongs to t, and both losses share it. With k = 1, L_SA is
-    L_simple in ε. Terms with t − i < 1 are left out of the sum; its divisor stays k.
+
+def terms(denoiser, x0, t, noises, space="eps", slope=False):
+    r"""{"simple", "sa" and, if asked for, "slope"}, each (B,), from ONE forward pass: the k noise
+    levels lie on the batch axis, and behind them, for the slope, x_t once more at another time.
+
+    With k = 1, L_SA is L_simple in ε. Terms with t − i < 1 are left out of the sum; its divisor
+    stays k.
     """
     k, B = noises.shape[:2]
     steps = torch.arange(k, device=t.device)[:, None]
@@ -59,21 +74,50 @@ def sa_loss(denoiser, x0, t, noises, space="eps"):
 
     repeated = x0.repeat(k, *[1] * (x0.dim() - 1))  # (k B, ...)
     xt = diffuse(denoiser.schedule, repeated, ts, noises.flatten(0, 1))
-    x0_hat, eps_hat = (p.unflatten(0, (k, B)) for p in denoiser.predict(xt, ts))  # (k, B, ...)
+    said = neighbour(t, denoiser.schedule.T)[:B * slope]  # times that x_t is said to have, too
+    out = denoiser.output(torch.cat([xt, xt[:len(said)]]), torch.cat([ts, said]))
+    x0_hat, eps_hat = (p.unflatten(0, (k, B))
+                       for p in denoiser.explain(xt, ts, out[:k * B]))  # (k, B, ...)
 
     r = noises - eps_hat
     counts = match(exists.flatten(), repeated).unflatten(0, (k, B))  # (k, B, 1, 1, 1)
-    window = (r * counts).sum(0) / k
-    if space == "eps":
-        plain = r[0]
-    elif space == "x0":
-        plain = x0 - x0_hat[0]
-    elif space == "v":  # v = a ε − s x_0, and so is its residual
-        a, s = (match(c, x0) for c in denoiser.schedule.coefficients(t))
-        plain = a * r[0] - s * (x0 - x0_hat[0])
-    else:
-        raise ValueError(f"unknown loss space {space!r}: choose from {' '.join(SPACES)}")
-    return plain.square().flatten(1).mean(1), window.square().flatten(1).mean(1)
+    found = {"simple": residual(denoiser, r[0], x0 - x0_hat[0], t, space),
+             "sa": (r * counts).sum(0) / k}
+    if slope:  # (t − t')² = 1
+        found["slope"] = out[:B] - out[k * B:]
+    return {name: r.square().flatten(1).mean(1) for name, r in found.items()}
+
+
+def residual(denoiser, eps, x0, t, space):
+    """The residuals of ε and x_0, (B, ...), as that of another quantity: `space`, of SPACES."""
+    if space in ("eps", "x0"):
+        return eps if space == "eps" else x0
+    a, s = denoiser.schedule.coefficients(t)
+    if space == "v":  # v = a ε − s x_0, and so is its residual
+        return match(a, x0) * eps - match(s, x0) * x0
+    if space == "edm":  # F's: x_0's times r/(s d), whose square is EDM's weight (σ² + d²)/(σ d)²
+        return match((s**2 + a**2 * SIGMA_DATA**2).sqrt() / (s * SIGMA_DATA), x0) * x0
+    raise ValueError(f"unknown loss space {space!r}: choose from {' '.join(SPACES)}")
+
+
+def neighbour(t, T):
+    """t' of DDPM-r: t + 1, or t − 1 at the upper end. (B,) like t."""
+    return torch.where(t + 1 <= T, t + 1, t - 1)
+
+
+def head_loss(denoiser, x0, t, noise, kind):
+    r"""NPR- and SN-DPM: a second head h, behind the prediction, learns a variance   -> (B,)
+
+        npr:  ‖(ε − ε_θ)² − h‖²        sn:  ‖ε² − h‖²          squares are element by element
+
+    The squared error is least at the conditional mean: h = E[(ε − ε_θ)² | x_t], or E[ε² | x_t].
+    Only h is told of the loss: ε_θ is a number here.
+    """
+    xt = diffuse(denoiser.schedule, x0, t, noise)
+    prediction, h = denoiser.outputs(xt, t).split(x0.shape[1], dim=1)
+    eps_hat = denoiser.explain(xt, t, prediction)[1].detach()
+    target = {"npr": noise - eps_hat, "sn": noise}[kind].square()
+    return (target - h).square().flatten(1).mean(1)
 
 
 def time_range(schedule, prediction):
@@ -85,10 +129,29 @@ def time_range(schedule, prediction):
     return (schedule.T / 1e5 if schedule.continuous else 1), schedule.T - skip
 
 
-def draw_timesteps(n, schedule, low, high, generator=None):
-    """n times uniform on low..high, antithetic: t and low + high − t come in pairs, which evens out
-    the mix of noise levels in a batch. Integers (int64) on a discrete schedule, else float64."""
+def time_quantile(times, schedule, low, high, remap=None):
+    r"""u in [0, 1] -> t, of the distribution that t is drawn from in training (inverse of its
+    distribution function); None: uniform.
+
+        remap       uniform in what the network is told, c = f(t)       E-TSDM, tables A3 to A5
+        lognormal   ln σ ~ N(−1.2, 1.2²), σ = s/a                       EDM, table 1
+    """
+    if times == "remap":
+        return lambda u: etsdm.remap_quantile(u, remap, low, high, schedule.T)
+    if times == "lognormal":
+        return lambda u: schedule.t_of_lam(1.2 - 1.2 * torch.special.ndtri(u)).clamp(low, high)
+    return None
+
+
+def draw_timesteps(n, schedule, low, high, generator=None, quantile=None):
+    """n times on low..high, uniform or from `quantile`, antithetic: u and 1 − u (t and
+    low + high − t) come in pairs, which evens out the mix of noise levels in a batch. Integers
+    (int64) on a discrete schedule, else float64."""
     half = (n + 1) // 2
+    if quantile is not None:
+        u = torch.rand(half, dtype=torch.float64, generator=generator)
+        t = quantile(torch.stack([u, 1 - u], dim=1).flatten()[:n])
+        return t if schedule.continuous else t.round().long()
     if schedule.continuous:
         t = low + (high - low) * torch.rand(half, dtype=torch.float64, generator=generator)
     else:

@@ -276,13 +276,13 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_weights(module, weights, path):
+def load_weights(module, weights, path, what="its own settings"):
     """module.load_state_dict, strict; ValueError in one line where a checkpoint does not fit."""
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise ValueError(f"{path} does not fit its own settings: {first}") from error
+        first = str(error).splitlines()[1].strip()[:160]  # it names every key that is missing
+        raise ValueError(f"{path} does not fit {what}: {first}") from error
 
 
 def what_is(path):

@@ -3,6 +3,8 @@ r"""Make pictures with a trained run.
     python sample.py                                     # newest run -> a grid and numbered PNGs
     python sample.py NAME --sampler dpm-solver --nfe 20 --spacing logsnr
     torchrun --nproc_per_node 8 sample.py NAME -n 50000 --npz
+    python sample.py NAME --low-res SMALL_IMAGES         # a super-resolution run enlarges them
+    python sample.py --guided-diffusion lsun_bedroom.pt --preset adm256
 
 Everything about the model (size, schedule, prediction, time condition) comes from the checkpoint.
 Image i starts from the noise of seed + i, and draws its fresh noise from the same generator: it is
@@ -29,6 +31,7 @@ from tqdm import tqdm
 import data
 import denoiser as denoisers
 import samplers
+import unet
 
 
 def parse(argv=None):
@@ -45,7 +48,13 @@ def parse(argv=None):
   python sample.py shapes-tiny-sa2 --sampler dpm-solver --order 3 --nfe 20 --spacing logsnr
       the fast solver of E-TSDM's table 3
   torchrun --nproc_per_node 8 sample.py cifar10-cifar10-sa2 -n 50000 --npz --batch-size 500
-      the images of an FID, on 8 GPUs""")
+      the images of an FID, on 8 GPUs
+  python covariance.py shapes-tiny-sa2 && python sample.py shapes-tiny-sa2 --variance analytic
+      Analytic-DPM: the best width of each reverse step; npr, sn: of a run trained with --head
+  python sample.py photos-tiny-sr4 --low-res small/ --out large
+      enlarge images 4 times; large-bicubic/ holds what a plain enlargement makes of them
+  python sample.py --guided-diffusion lsun_bedroom.pt --preset adm256 --sampler ddpm --nfe 250
+      weights that OpenAI released""")
     add = parser.add_argument
     add("run", nargs="?", metavar="RUN", help="a name under runs/, a run folder, or a checkpoint "
         "(default: the newest run)")
@@ -57,8 +66,20 @@ def parse(argv=None):
     add("--seed", type=int, default=0, help="image i has seed + i (default: 0)")
     add("--out", type=Path, help="folder to write to (default: generated/SAMPLER-NFE in the run)")
     add("--npz", action="store_true", help="write images.npz (N, H, W, C) instead of PNGs")
+    add("--low-res", metavar="IMAGES", help="super-resolution: what to enlarge, a file, folder, "
+        "zip or array; images of another size than the run's small ones are shrunk to it first")
+    add("--guided-diffusion", type=Path, metavar="FILE", help="weights of OpenAI's program, "
+        "instead of a run")
+    add("--preset", choices=list(unet.PRESETS), help="... and their size")
+    add("--schedule", choices=("linear", "cosine"), help="... and noise schedule (default: linear)")
     args = parser.parse_args(argv)
     samplers.check_flags(args)
+    if bool(args.guided_diffusion) != bool(args.preset) or args.run and args.guided_diffusion:
+        raise ValueError("--guided-diffusion FILE goes with --preset, and without a run")
+    if args.schedule and not args.guided_diffusion:
+        raise ValueError("--schedule is for --guided-diffusion: a run knows its own")
+    if args.low_res and args.npz:
+        raise ValueError("--low-res writes PNGs, to be compared with: leave out --npz")
     if args.num < 1 or args.batch_size < 1:
         raise ValueError("--num and --batch-size must be at least 1")
     if args.seed < 0:
@@ -71,15 +92,17 @@ def grid_path(out):
     return out.with_name(out.name + ".png")
 
 
-def prepare_folder(args, checkpoint_path, step, arguments):
+def prepare_folder(args, denoiser, arguments):
     """The output folder. Pictures of ours that were made differently are removed, others never."""
     # settings.json says how the pictures beside it were made. If that has changed, a longer run
     # or another seed, the old ones would mix with the new: a set for an FID must be of one kind.
-    tag = f"{args.sampler}-{args.nfe}"
-    out = (args.out or checkpoint_path.parent / "generated" / tag).resolve()
-    made = dict(checkpoint=str(checkpoint_path.resolve()), step=step, weights=args.weights,
-                seed=args.seed, **arguments)
-    made = json.loads(json.dumps(made))  # as it will be read back
+    tag = f"{args.sampler}-{args.nfe}" + (f"-{args.variance}" if args.variance else "")
+    out = (args.out or denoiser.folder / "generated" / tag).resolve()
+    made = dict(source=denoiser.source, step=denoiser.step, weights=denoiser.weights,
+                seed=args.seed, **{**arguments, "variance": args.variance})
+    if args.low_res:
+        made["low_res"] = str(Path(args.low_res).resolve())
+    made = json.loads(json.dumps(made, default=torch.Tensor.tolist))  # as it will be read back
     note = out / "settings.json"
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
@@ -102,32 +125,88 @@ def prepare_folder(args, checkpoint_path, step, arguments):
     return out
 
 
+def open_denoiser(args):
+    """The run, or the imported weights, and the words to announce it by."""
+    if args.guided_diffusion:
+        denoiser = denoisers.load_guided_diffusion(args.guided_diffusion, args.preset,
+                                                   args.schedule or "linear")
+        denoiser.source = str(args.guided_diffusion.resolve())
+        return denoiser, f"weights: {denoiser.source}, as {args.preset}"
+    path = runtime.find_checkpoint(args.run).resolve()
+    denoiser, name = denoisers.load_run(path, args.weights), path.parent.name
+    denoiser.source = str(path)
+    enlarges = denoiser.settings.get("task") == "sr"
+    if enlarges and not args.low_res:
+        raise ValueError(f"{name} was trained to enlarge images: say which, with --low-res IMAGES")
+    if args.low_res and not enlarges:
+        raise ValueError(f"{name} was not trained to enlarge images: --low-res takes a run of "
+                         "train.py --task sr")
+    return denoiser, f"run: {path.parent}, step {denoiser.step}, {args.weights} weights"
+
+
+class Known:
+    """The images of --low-res, as a super-resolution run is given them.
+
+    Small ones are taken as they are. Any others stand for the originals: they are brought to the
+    run's size and shrunk as in training, and the result can be compared with them.
+    """
+
+    def __init__(self, source, denoiser):
+        s, self.space = denoiser.settings, denoiser.space
+        small = s["image_size"] // s["factor"]
+        try:
+            self.set = data.load(source, None, s["channels"])
+        except ValueError:  # no squares of one size
+            self.set = None
+        self.shrunk = self.set is None or self.set[0].shape[-1] != small
+        if self.shrunk:
+            self.set = data.load(source, s["image_size"], s["channels"])
+        self.summary = self.set.summary + f", shrunk to {small}x{small}" * self.shrunk
+
+    def given(self, indices, device="cpu"):
+        """The small images, enlarged (b, C, H, W): what the network sees beside x_t."""
+        images = data.to_float(torch.stack([self.set[i] for i in indices]).to(device))
+        return self.space.given(images) if self.shrunk else self.space.enlarge(images)
+
+    def columns(self, indices):
+        """What the results are to be seen beside: {name: uint8 (b, C, H, W)}."""
+        shown = {"bicubic": data.to_uint8(self.given(indices))}
+        if self.shrunk:
+            shown["original"] = torch.stack([self.set[i] for i in indices])
+        return shown
+
+
 def main(argv=None):
     args = parse(argv)
     with runtime.setup(tf32=False) as process:
         runtime.keep_memory()
         # tf32=False: a picture must not depend on how its batch was rounded
-        path = process.first_does(lambda: runtime.find_checkpoint(args.run))
-        denoiser = denoisers.load_run(path, args.weights)
-        s = denoiser.settings
+        denoiser, words = process.first_then_all(lambda: open_denoiser(args))
         denoiser.net.to(process.device)
+        process.say(words)
         arguments = samplers.from_flags(args, denoiser)
-        process.say(f"run: {path.parent.resolve()}, step {denoiser.step}, {args.weights} weights")
-        if arguments["t_start"] < s["T"]:
-            process.say(f"eps-prediction knows no x_0 at t = {s['T']}, where alpha_bar = 0: "
-                        f"starting at t = {arguments['t_start']}")
-        out = process.first_does(lambda: prepare_folder(args, path, denoiser.step, arguments))
-        made = generate(args, process, denoiser, arguments, out)
+        for note in samplers.notes(args, denoiser):
+            process.say(note)
+        T, start = denoiser.schedule.T, arguments["t_start"]
+        if start < T:
+            process.say(f"eps-prediction knows no x_0 at t = {T}, where alpha_bar = 0: starting at "
+                        f"t = {start}")
+        known = None
+        if args.low_res:
+            known = process.first_then_all(lambda: Known(args.low_res, denoiser))
+            args.num = min(args.num, len(known.set))
+            process.say(f"{args.num} of {known.summary}")
+        out = process.first_does(lambda: prepare_folder(args, denoiser, arguments))
+        made = generate(args, process, denoiser, arguments, out, known)
         process.barrier()
-        finish(args, process, out, made)
+        finish(args, process, out, made, known)
 
 
-def generate(args, process, denoiser, arguments, out):
+def generate(args, process, denoiser, arguments, out, known):
     """This process's share of the images: {i: uint8 (H, W, C)} with --npz, else written as PNGs."""
     # Who makes image i does not matter to it: its noise has a generator of its own. So the list of
     # what is missing is simply dealt out, like cards.
-    s = denoiser.settings
-    shape = (s["channels"], s["image_size"], s["image_size"])
+    space = denoiser.space
     todo = [i for i in range(args.num) if args.npz or not (out / f"{i:06d}.png").exists()]
     if len(todo) < args.num:
         process.say(f"{args.num - len(todo)} of {args.num} images are there already")
@@ -135,9 +214,10 @@ def generate(args, process, denoiser, arguments, out):
     bar = tqdm(total=len(todo), unit="image", disable=not process.first, dynamic_ncols=True)
     for start in range(0, len(todo), args.batch_size):
         batch = todo[start:start + args.batch_size]
-        x = samplers.from_seeds(denoiser, [args.seed + i for i in batch], shape, process.device,
-                                **arguments)
-        pixels = data.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()  # (b, H, W, C)
+        given = known and known.given(batch, process.device)
+        x = samplers.from_seeds(denoiser.but(given=given), [args.seed + i for i in batch],
+                                space.shape, process.device, **arguments)
+        pixels = data.to_uint8(space.decode(x)).permute(0, 2, 3, 1).cpu().numpy()  # (b, H, W, C)
         for i, image in zip(batch, pixels, strict=True):
             if args.npz:
                 made[i] = image
@@ -149,7 +229,23 @@ def generate(args, process, denoiser, arguments, out):
     return made
 
 
-def finish(args, process, out, made):
+def write_beside(out, known, num):
+    """What the enlarged images are to be compared with, in folders beside theirs, pair by pair."""
+    folders = {name: out.with_name(f"{out.name}-{name}") for name in known.columns([0])}
+    for folder in folders.values():
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("[0-9]*.png"):  # partners of pictures that are gone
+            if not (out / old.name).exists():
+                old.unlink()
+    for i in range(num):
+        for name, images in known.columns([i]).items():
+            folder = folders[name]
+            with runtime.atomic_write(folder / f"{i:06d}.png") as temporary:
+                data.grid(images, 1).save(temporary, format="png")
+    return folders
+
+
+def finish(args, process, out, made, known):
     """Rank 0 gathers, writes the .npz or reads the PNGs back, makes the grid, and says where all
     is."""
     if args.npz:
@@ -166,9 +262,14 @@ def finish(args, process, out, made):
     if not args.npz:
         pixels = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) for i in range(first)])
         pixels = pixels.reshape(*pixels.shape[:3], -1)
-    grid = torch.from_numpy(pixels[:first]).permute(0, 3, 1, 2)
+    grid = shown = torch.from_numpy(pixels[:first]).permute(0, 3, 1, 2)
+    columns = max(1, round(first**0.5))
+    if known:  # bicubic, result, original, if there is one
+        others = known.columns(range(first))
+        parts = [others["bicubic"], grid, *[v for k, v in others.items() if k != "bicubic"]]
+        shown, columns = torch.stack(parts, dim=1).flatten(0, 1), len(parts) * -(-columns // 2)
     with runtime.atomic_write(grid_path(out)) as temporary:
-        data.grid(grid, columns=max(1, round(first**0.5))).save(temporary, format="png")
+        data.grid(shown, columns).save(temporary, format="png")
     # A colour tint of the whole set is the commonest silent fault of a sampler.
     means = ", ".join(f"{m:.1f}" for m in grid.double().mean((0, 2, 3)))
     more = len(list(out.glob("[0-9]*.png"))) - args.num
@@ -177,6 +278,11 @@ def finish(args, process, out, made):
     print(f"{args.num} images; mean of each channel: {means} of 255")
     print(f"images: {(out / 'images.npz' if args.npz else out).resolve()}")
     print(f"grid: {grid_path(out).resolve()}")
+    if known:
+        folders = write_beside(out, known, args.num)
+        print("for comparison: " + ", ".join(str(folder) for folder in folders.values()))
+        if "original" in folders:
+            print(f"next: python metrics.py psnr {out} {folders['original']}")
 
 
 if __name__ == "__main__":

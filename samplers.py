@@ -1,9 +1,10 @@
-r"""Samplers: from noise x_T back to an image x_0, in exactly `nfe` calls of the network.
+r"""Samplers: from noise x_T back to an image x_0, in `nfe` calls of the network.
 
     ddpm          ancestral sampling: draw x_next from q(x_next | x_t, x̂_0)       DDPM, algorithm 2
     ddim          the same with an adjustable share eta of fresh noise              DDIM, eq. 12
     dpm-solver    the probability-flow ODE, its linear part solved exactly: singlestep order 1, 2, 3
     dpm-solver++  the same for x_0 instead of ε; multistep order 2 (2M), which reuses the last call
+    heun          the same ODE in x/a over s/a, corrected once a step; with churn    EDM, alg. 1, 2
 
 All start from one identity. Given (x_0, ε) at time t, the noise-free move to another time is
 
@@ -16,33 +17,40 @@ the probability-flow ODE of diffusion reads, in x/a and λ = log(a/s),
 
 Were ε constant along the step, the integral would give the DDIM step. Expanding ε around the start
 of the step instead leaves, beyond that, integrals of exp(−λ) times powers of λ: the (exp(h) − 1)
-and ((exp(h) − 1)/h − 1) below, times differences of ε between points of the step.
+and ((exp(h) − 1)/h − 1) below, times differences of ε between points of the step. Heun's method
+writes σ = exp(−λ), d(x/a)/dσ = ε, and takes the mean of ε at both ends of the step.
 
-All samplers see only denoiser.predict(x, t) -> (x_0, ε) and the schedule, so each works with every
+All make exactly nfe calls, but for heun, whose steps cost two: what that leaves over is not spent,
+and said. All see only denoiser.predict(x, t) -> (x_0, ε) and the schedule, so each works with every
 schedule, prediction type and time condition.
 
-What this file does not do: loop over batches or write images (sample.py); Heun's method.
+What this file does not do: loop over batches or write images (sample.py); say how wide the fresh
+noise should be, beyond DDPM's two answers (covariance.py).
 
     x = samplers.sample(denoiser, torch.randn(16, 3, 32, 32), "dpm-solver", 20, "logsnr")
 
-x (B, ...); t in [0, T], falling; a, s, λ = log(a/s) at a time; h the length of a step in λ; x̂_0 the
-denoiser's x_0; β, β̃ of a step t -> t_next (schedules.py).
+x (B, ...); t in [0, T], falling; a, s, λ = log(a/s), σ = s/a at a time; h the length of a step in
+λ; x̂_0 the denoiser's x_0; β, β̃ of a step t -> t_next (schedules.py).
 """
 
 import math
+import warnings
 from itertools import pairwise
 
 import torch
 
+import covariance
+import etsdm
 from schedules import SPACINGS, match, time_grid
 
-SAMPLERS = ("ddpm", "ddim", "dpm-solver", "dpm-solver++")
+SAMPLERS = ("ddpm", "ddim", "dpm-solver", "dpm-solver++", "heun")
 
 
 @torch.no_grad()
 def sample(denoiser, x, sampler="ddim", nfe=50, spacing="uniform", eta=0.0, order=3, t_end=1.0,
-           final_denoise=True, clip=None, noise=None, variance=None, t_start=None):
-    r"""Noise x (B, ...) at t = T -> x_0 (B, ...), with exactly nfe network calls.
+           final_denoise=True, clip=None, noise=None, variance=None, t_start=None, churn=0.0,
+           churn_range=(0.0, math.inf), churn_noise=1.0):
+    r"""Noise x (B, ...) at t = T -> x_0 (B, ...), with nfe network calls (heun: at most).
 
     spacing        uniform | quadratic | logsnr, from T to t_end; or a falling tensor of times,
                    which then stands for nfe, t_end and t_start too
@@ -56,23 +64,35 @@ def sample(denoiser, x, sampler="ddim", nfe=50, spacing="uniform", eta=0.0, orde
     variance       of the fresh noise. "small" = η² β̃ (so is None), "large" = β (ddpm only), or a
                    callable (x, t, t_next) -> variance of x_next given x_t (ddpm and ddim)
     t_start        where to start instead of at T
+    churn          heun: EDM's S_churn, how much noise is added and taken off again on the way,
+                   where churn_range[0] <= σ <= churn_range[1] (S_min, S_max), times churn_noise
 
-    ValueError: an argument out of its range or without use for this sampler, or ε-prediction at
-    ᾱ = 0, where it has no x_0.
+    UserWarning: heun cannot spend nfe. ValueError: an argument out of its range or without use for
+    this sampler, or ε-prediction at ᾱ = 0, where it has no x_0.
     """
     schedule = denoiser.schedule
-    check(sampler, nfe, eta, order, variance)
+    check(sampler, nfe, eta, order, variance, churn, churn_range, churn_noise)
     given = isinstance(spacing, torch.Tensor)
-    times = falling(spacing, schedule.T) if given else time_grid(
-        schedule, int(nfe) + (not final_denoise), spacing, t_end, t_start)
+    if given:
+        times = falling(spacing, schedule.T)
+    else:
+        times, used = affordable(
+            lambda points: time_grid(schedule, points, spacing, t_end, t_start),
+            schedule, sampler, int(nfe), final_denoise)
+        if used != nfe:
+            warnings.warn(unspent(nfe, used), stacklevel=3)  # 3: past no_grad, the caller's line
     if times[0] > start_time(denoiser):
         raise ValueError(f"eps-prediction has no x_0 at t = {times[0]:g}, where alpha_bar = 0 in "
                          f"{schedule.name}: predict v or x0, or start lower (t_start)")
 
+    if noise is None:
+        def noise(shape):
+            return torch.randn(shape, dtype=x.dtype, device=x.device)
+    if sampler == "heun":
+        gamma = min(churn / (len(times) - (not final_denoise) or 1), math.sqrt(2) - 1)
+        stirred = dict(gamma=gamma, within=churn_range, scale=churn_noise, noise=noise)
+        return heun(denoiser, x, times.tolist(), final_denoise, clip, stirred)
     if sampler in ("ddpm", "ddim"):
-        if noise is None:
-            def noise(shape):
-                return torch.randn(shape, dtype=x.dtype, device=x.device)
         times = times.tolist() + [0.0] * final_denoise
         eta = 1.0 if sampler == "ddpm" else eta
         return ancestral(denoiser, x, times, eta, variance, clip, noise)
@@ -85,7 +105,8 @@ def sample(denoiser, x, sampler="ddim", nfe=50, spacing="uniform", eta=0.0, orde
     return predict(denoiser, x, times[-1].item(), clip)[0] if final_denoise else x
 
 
-def check(sampler, nfe, eta, order, variance):
+def check(sampler, nfe, eta, order, variance, churn=0.0, churn_range=(0.0, math.inf),
+          churn_noise=1.0):
     """Refuse, in one line each, what no sampler could do, and what this one would ignore."""
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: choose from {' '.join(SAMPLERS)}")
@@ -97,11 +118,36 @@ def check(sampler, nfe, eta, order, variance):
         raise ValueError(f"DPM-Solver has order 1, 2 or 3, not {order}")
     noisy = sampler in ("ddpm", "ddim")
     if (eta or variance is not None) and not noisy:
-        raise ValueError(f"{sampler} adds no noise: it has no use for eta or variance")
+        raise ValueError(f"eta and variance belong to ddpm and ddim: {sampler} has no use for them")
     if variance == "large" and sampler != "ddpm":
         raise ValueError(f"variance 'large' is ddpm's: with {sampler} give a number by a callable")
     if not (variance in (None, "small", "large") or callable(variance)):
         raise ValueError(f"variance is small, large or a callable, not {variance!r}")
+    if churn and sampler != "heun":
+        raise ValueError(f"churn belongs to heun: {sampler} has no use for it")
+    if not (0 <= churn < math.inf and 0 <= churn_noise < math.inf
+            and 0 <= churn_range[0] <= churn_range[1]):
+        raise ValueError(f"churn, its range and its noise must not be negative, and the range must "
+                         f"rise: not {churn}, {tuple(churn_range)} and {churn_noise}")
+
+
+def affordable(grid, schedule, sampler, nfe, final_denoise=True):
+    """(times, calls): the longest grid(points) that nfe calls pay for, and how many it takes."""
+    if sampler != "heun":
+        return grid(nfe + (not final_denoise)), nfe
+    points = (nfe - final_denoise) // 2 + 1
+    while heun_calls(schedule, grid(points + 1), final_denoise) <= nfe:  # order 1 leaves some over
+        points += 1
+    times = grid(points)
+    used = heun_calls(schedule, times, final_denoise)
+    if used == 0:
+        raise ValueError(f"a step of heun costs two calls, and there is {nfe}")
+    return times, used
+
+
+def unspent(nfe, used):
+    """What is said of calls that heun cannot spend."""
+    return f"heun's steps cost two calls each: it makes {used} of the {nfe} that were asked for"
 
 
 def falling(times, T):
@@ -254,6 +300,56 @@ def dpm_solver_2m(denoiser, x, times, clip):
     return x
 
 
+# ------------------------------------------------------------------ Heun's method
+
+def heun_calls(schedule, times, final_denoise=True):
+    """Calls that heun makes on this grid: two a step, one where no signal is left (λ = −∞; there
+    σ = ∞, and the step is order 1), and one for x_0 at the end: N points cost 2N − 1."""
+    first_order = int((schedule.lam(times)[:-1] == -math.inf).sum())
+    return 2 * (len(times) - 1) - first_order + final_denoise
+
+
+def heun(denoiser, x, times, final_denoise, clip, stirred):
+    r"""The flow d(x/a)/dσ = ε, σ = s/a, by Heun's method: EDM's algorithm 2, for every schedule.
+
+        x_next = a_next x_0 + s_next ε,   and, with ε' predicted at the point so reached,
+        x_next ← x_next + a_next (σ_next − σ)/2 (ε' − ε)
+
+    EDM's last step, to σ = 0, is order 1: x_0 itself.
+    """
+    for t, t_next in pairwise([*times, None]):
+        if t_next is None and not final_denoise:
+            return x
+        x, t = stir(denoiser.schedule, x, t, **stirred)
+        x0, eps = predict(denoiser, x, t, clip)
+        if t_next is None:
+            return x0
+        (a, s), (a_next, s_next) = (
+            map(float, denoiser.schedule.coefficients(k)) for k in (t, t_next))
+        x = a_next * x0 + s_next * eps
+        if a > 0:
+            slope = predict(denoiser, x, t_next, clip)[1] - eps
+            x = x + (s_next - a_next * s / a) / 2 * slope
+
+
+def stir(schedule, x, t, gamma, within, scale, noise):
+    r"""Churn: up from σ to σ̂ = σ (1 + γ) by fresh noise, x/a ← x/a + √(σ̂² − σ²) scale z -> (x, t̂).
+
+    γ is min(churn/N, √2 − 1), N the number of steps with the one to σ = 0. What σ̂ is, the schedule
+    has the last word on: those that end at T (all but edm) add nothing there. Noise is drawn where
+    some is added, alone: EDM's own loop draws it at every step, so seeds do not compare.
+    """
+    a, s = map(float, schedule.coefficients(t))
+    if gamma == 0 or a == 0 or not within[0] <= s / a <= within[1]:
+        return x, t
+    higher = float(schedule.t_of_lam(-math.log(s / a * (1 + gamma))))
+    a_hat, s_hat = map(float, schedule.coefficients(higher))
+    if s_hat / a_hat <= s / a:
+        return x, t
+    added = math.sqrt((s_hat / a_hat) ** 2 - (s / a) ** 2)
+    return a_hat / a * x + a_hat * added * scale * noise(x.shape), higher
+
+
 # ------------------------------------------------------------------ starting
 
 class SeededNoise:
@@ -279,7 +375,19 @@ def from_seeds(denoiser, seeds, shape, device="cpu", **arguments):
     sample()."""
     # The first draw of each generator is x_T; samplers that add noise go on drawing from it.
     noise = SeededNoise(seeds, device)
-    return sample(denoiser, noise((len(seeds), *shape)), noise=noise, **arguments)
+    x = start_std(denoiser.schedule, **arguments) * noise((len(seeds), *shape))
+    return sample(denoiser, x, noise=noise, **arguments)
+
+
+def start_std(schedule, spacing=None, t_start=None, **others):
+    """What standard normal noise is multiplied by to stand for x where sample() starts with these
+    arguments: prior_std at T."""
+    # Below T, too, x_t must look to the network as in training. VP's is about 1 wide at every t; in
+    # EDM's coordinates it is σ(t) wide, and 80 would be noise that no network has seen there.
+    if not schedule.exploding:
+        return schedule.prior_std
+    t_start = spacing[0] if isinstance(spacing, torch.Tensor) else t_start
+    return schedule.prior_std if t_start is None else float(schedule.coefficients(t_start)[1])
 
 
 def start_time(denoiser):
@@ -295,15 +403,23 @@ def add_flags(parser):
     """The command-line flags, for an argparse parser or group, that choose a sampler."""
     add = parser.add_argument
     add("--sampler", default="ddim", choices=SAMPLERS, help="(default: ddim)")
-    add("--nfe", type=int, default=50, help="network calls per image (default: 50)")
-    add("--spacing", default="uniform", choices=SPACINGS,
-        help="where between T and t = 1 the calls are (default: uniform)")
+    add("--nfe", type=int, default=50, help="network calls per image (default: 50); heun: 2N - 1 "
+        "for N steps")
+    add("--spacing", default="uniform", choices=(*SPACINGS, "remap"),
+        help="where between T and t = 1 the calls are (default: uniform; remap: uniform in what "
+        "the network of a --remap run is told)")
     add("--eta", type=float, help="ddim: share of fresh noise, 0 to 1 (default: 0)")
     add("--order", type=int, choices=(1, 2, 3), help="dpm-solver: its order (default: 3)")
-    add("--variance", choices=("small", "large"), help="ddpm: variance of the fresh noise "
-        "(default: small)")
+    add("--variance", choices=("small", "large", *covariance.KINDS), help="of the fresh noise: "
+        "small or large for ddpm (default: small); for ddpm and ddim analytic (covariance.py), or "
+        "npr or sn of a run with such a head")
+    add("--churn", type=float, help="heun: noise added and removed on the way, EDM's S_churn "
+        "(default: 0)")
+    add("--churn-min", type=float, help="... from this noise level s/a on (default: 0)")
+    add("--churn-max", type=float, help="... and up to this one (default: no limit)")
+    add("--churn-noise", type=float, help="... times this, EDM's S_noise (default: 1)")
     add("--clip", default="auto", choices=("auto", "on", "off"), help="keep the predicted x_0 in "
-        "[-1, 1] (auto: for the samplers that add noise)")
+        "the data's range (auto: for ddpm, and ddim with fresh noise)")
     add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last weights")
 
 
@@ -313,17 +429,82 @@ def check_flags(args):
         raise ValueError(f"--eta belongs to ddim, not to {args.sampler}")
     if args.order is not None and args.sampler != "dpm-solver":
         raise ValueError(f"--order belongs to dpm-solver; {args.sampler} has a fixed one")
-    if args.variance is not None and args.sampler != "ddpm":
-        raise ValueError(f"--variance belongs to ddpm, not to {args.sampler}")
-    check(args.sampler, args.nfe, args.eta or 0.0, args.order or 3, args.variance)
+    if args.variance in ("small", "large") and args.sampler != "ddpm":
+        raise ValueError(f"--variance belongs to ddpm where it is {args.variance}, not to "
+                         f"{args.sampler}")
+    if args.variance in covariance.KINDS and args.sampler not in ("ddpm", "ddim"):
+        raise ValueError(f"--variance {args.variance} belongs to ddpm and ddim, not to "
+                         f"{args.sampler}")
+    churned = [k for k in ("churn", "churn_min", "churn_max", "churn_noise")
+               if getattr(args, k) is not None]
+    if churned and args.sampler != "heun":
+        raise ValueError(f"--{churned[0].replace('_', '-')} belongs to heun, not to {args.sampler}")
+    if churned and not args.churn:
+        raise ValueError(f"--{churned[-1].replace('_', '-')} has no use without --churn above 0")
+    check(args.sampler, args.nfe, args.eta or 0.0, args.order or 3,
+          None if args.variance in covariance.KINDS else args.variance, **churn_of(args))
+
+
+def churn_of(args):
+    """The arguments of sample() about churn."""
+    low, high, scale = (default if value is None else value for value, default in (
+        (args.churn_min, 0.0), (args.churn_max, math.inf), (args.churn_noise, 1.0)))
+    return dict(churn=args.churn or 0.0, churn_range=(low, high), churn_noise=scale)
 
 
 def from_flags(args, denoiser):
-    """The arguments of sample() that the flags ask for."""
+    """The arguments of sample() that the flags ask for. ValueError: flags that this run has no
+    answer to."""
+    times, used = grid_from_flags(args, denoiser)
+    arguments = dict(sampler=args.sampler, nfe=used, spacing=args.spacing, eta=args.eta or 0.0,
+                     order=args.order or 3, clip=clip_from_flags(args, denoiser),
+                     variance=args.variance, t_start=start_time(denoiser))
+    if args.spacing == "remap":
+        arguments["spacing"] = times
+    if args.variance in covariance.KINDS:
+        arguments["variance"] = covariance.from_run(denoiser, args.variance, args.sampler == "ddpm",
+                                                    arguments["eta"])
+    return arguments | (churn_of(args) if args.churn else {})
+
+
+def grid_from_flags(args, denoiser):
+    """(times, calls) that the flags --sampler --nfe --spacing mean for this run."""
+    schedule, start = denoiser.schedule, start_time(denoiser)
+
+    def grid(points):
+        if args.spacing == "remap":
+            return remap_grid(denoiser, points, start)
+        return time_grid(schedule, points, args.spacing, t_start=start)
+
+    return affordable(grid, schedule, args.sampler, args.nfe)
+
+
+def remap_grid(denoiser, points, t_start, t_end=1.0):
+    """Falling times from t_start to t_end, equal steps in what the network is told. ValueError: a
+    run that was trained without a remap."""
+    name = getattr(denoiser, "settings", {}).get("remap")
+    if not name:
+        raise ValueError("--spacing remap is for runs trained with --remap, and this one was not")
+    u = torch.linspace(1, 0, points, dtype=torch.float64)
+    times = etsdm.remap_quantile(u, name, t_end, t_start, denoiser.schedule.T)
+    times[-1], times[0] = t_end, t_start  # rounding must not move the ends
+    return times
+
+
+def clip_from_flags(args, denoiser):
+    """The range that --clip keeps x̂_0 within, or None."""
+    space = getattr(denoiser, "space", None)
+    bounds = (-1.0, 1.0) if space is None else space.bounds  # None: latents
+    if args.clip == "on" and bounds is None:
+        raise ValueError("--clip on: latents have no bounds")
     # Fresh noise at every step also spreads what lies outside the data's range: without the clip
-    # the colours of a whole set can drift. A noise-free path has no such source.
-    noisy = args.sampler == "ddpm" or bool(args.eta)
-    clip = (-1.0, 1.0) if args.clip == "on" or (args.clip == "auto" and noisy) else None
-    return dict(sampler=args.sampler, nfe=args.nfe, spacing=args.spacing, eta=args.eta or 0.0,
-                order=args.order or 3, clip=clip, variance=args.variance,
-                t_start=start_time(denoiser))
+    # the colours of a whole set can drift. A noise-free path has no such source; and churn, which
+    # has, is not clipped in EDM, whose published settings were found without.
+    noisy = args.sampler == "ddpm" or bool(args.eta) or args.variance is not None
+    return bounds if args.clip == "on" or (args.clip == "auto" and noisy) else None
+
+
+def notes(args, denoiser):
+    """What a program should say, once, about how it samples: a list of lines."""
+    used = grid_from_flags(args, denoiser)[1]
+    return [f"note: {unspent(args.nfe, used)}"] * (used != args.nfe)

@@ -3,8 +3,9 @@ r"""The forward process: how much signal and how much noise is in x_t, and when 
     x_t = a x_0 + s ε,   a = √ᾱ(t),   s = √(1 − ᾱ(t)),   ε ~ N(0, I)                    DDPM eq. 4
 
 Papers: DDPM (linear), iDDPM (cosine), simple diffusion (cosine-shift), Lin et al. 2024 "Common
-Diffusion Noise Schedules and Sample Steps are Flawed" (zero-terminal-snr); and of E-TSDM the
-continuous forms and Modified-NS, the names that end in -mns.
+Diffusion Noise Schedules and Sample Steps are Flawed" (zero-terminal-snr), Karras et al. 2022 (edm,
+where a = 1 and s = σ); and of E-TSDM the continuous forms and Modified-NS, the names that end in
+-mns.
 
 Time t is a real number in [0, T]: t = 0 is clean data, the integers 1..T are DDPM's steps, and
 ᾱ(0) = 1 exactly, so no array of "previous" values exists anywhere. A schedule comes in two forms:
@@ -14,35 +15,46 @@ Time t is a real number in [0, T]: t = 0 is clean data, the integers 1..T are DD
 
 Either way it is one object that holds log ᾱ as a function of t, and the inverse of that function.
 The logarithm keeps both ends exact: 1 − ᾱ = −expm1(log ᾱ) has all its digits at t = 1e-9, and
-log 0 = −∞ is a number.
+log 0 = −∞ is a number. EDM's x is that of the same SNR divided by √ᾱ, and only coefficients() and
+step_variances() know of it.
 
 What this file does not do: choose what the network is told about t (etsdm.py), or take a step
 backwards (samplers.py).
 
     python -c "import schedules; print(schedules.make_schedule('cosine').coefficients(500))"
+    python schedules.py                   # E-TSDM's figure A9: their SNRs, and which s explode at 0
 
 ᾱ (alpha_bar) signal power; a, s coefficients; λ (lam) = log(a/s), half the log signal-to-noise
 ratio (SNR); β_t = 1 − ᾱ(t)/ᾱ(t−1); β̃ (beta_tilde) the variance of q(x_next | x_t, x_0). Everything
 is float64 until it meets x.
 """
 
+import argparse
 import math
+import os
 
 import torch
 
 NAMES = ("linear", "quadratic", "cosine", "cosine-shift", "zero-terminal-snr",
-         "linear-mns", "quadratic-mns", "cosine-mns")
+         "linear-mns", "quadratic-mns", "cosine-mns", "edm")
 SPACINGS = ("uniform", "quadratic", "logsnr")
 BETA_ENDS = (1e-4, 0.02)  # DDPM's β_1 and β_T at T = 1000; latent diffusion's: (0.0015, 0.0195)
+SIGMAS = (0.002, 80.0)  # EDM's noise levels at t = 1 and t = T
 
 
 class Schedule:
     """ᾱ and its relatives as functions of t in [0, T], a number or a tensor of any shape; they give
-    float64 of that shape. (Made by make_schedule.)"""
+    float64 of that shape. (Made by make_schedule.)
 
-    def __init__(self, name, T, continuous, log_alpha_bar, inverse):
-        self.name, self.T, self.continuous = name, T, continuous
+    exploding   a = 1 and s = σ (edm) instead of a² + s² = 1: x, and with it a and s, are divided by
+                √ᾱ. λ, its inverse and ᾱ = 1/(1 + σ²), that of the same SNR, do not change by that
+    prior_std   what standard normal noise is multiplied by to be x_T: 1, or EDM's σ(T) = 80
+    """
+
+    def __init__(self, name, T, continuous, log_alpha_bar, inverse, exploding=False):
+        self.name, self.T, self.continuous, self.exploding = name, T, continuous, exploding
         self._log_alpha_bar, self._inverse = log_alpha_bar, inverse
+        self.prior_std = SIGMAS[1] if exploding else 1.0
 
     def log_alpha_bar(self, t):
         return self._log_alpha_bar(torch.as_tensor(t, dtype=torch.float64))
@@ -53,7 +65,8 @@ class Schedule:
     def coefficients(self, t):
         """(a, s) with x_t = a x_0 + s ε."""
         log_ab = self.log_alpha_bar(t)
-        return (log_ab / 2).exp(), (-torch.expm1(log_ab)).sqrt()
+        a, s = (log_ab / 2).exp(), (-torch.expm1(log_ab)).sqrt()
+        return (torch.ones_like(a), s / a) if self.exploding else (a, s)
 
     def lam(self, t):
         """λ = log(a/s): +∞ at t = 0, −∞ where ᾱ = 0."""
@@ -70,11 +83,16 @@ class Schedule:
 
         β = Var q(x_t | x_next) = 1 − ᾱ_t/ᾱ_next
         β̃ = Var q(x_next | x_t, x_0) = β (1 − ᾱ_next)/(1 − ᾱ_t)
+
+        Exploding: of x/√ᾱ, so that β = σ_t² − σ_next² and β̃ = β σ_next²/σ_t².
         """
         log_t, log_next = self.log_alpha_bar(t), self.log_alpha_bar(t_next)
         # Equal: no step, and where ᾱ = 0 at both ends the difference would be ∞ − ∞.
         beta = torch.where(log_t == log_next, 0.0, -torch.expm1(log_t - log_next))
-        return beta, beta * torch.expm1(log_next) / torch.expm1(log_t)
+        beta_tilde = beta * torch.expm1(log_next) / torch.expm1(log_t)
+        if self.exploding:
+            return beta / log_t.exp(), beta_tilde / log_next.exp()
+        return beta, beta_tilde
 
 
 def make_schedule(name, T=1000, continuous=False, image_size=32, beta_ends=BETA_ENDS):
@@ -82,7 +100,8 @@ def make_schedule(name, T=1000, continuous=False, image_size=32, beta_ends=BETA_
 
     beta_ends are β_1 and β_T at T = 1000, of the schedules made of betas; for another T both are
     scaled by 1000/T, so that as much noise has been added at T. Continuous forms use the rates
-    1000 β. ValueError: unknown name, T < 2, or a β >= 1 (too few steps for these ends).
+    1000 β. edm is continuous whatever was asked, and its noise levels are SIGMAS. ValueError:
+    unknown name, T < 2, or a β >= 1 (too few steps for these ends).
     """
     if name not in NAMES:
         raise ValueError(f"unknown schedule {name!r}: choose from {' '.join(NAMES)}")
@@ -91,6 +110,8 @@ def make_schedule(name, T=1000, continuous=False, image_size=32, beta_ends=BETA_
     if not 0 < beta_ends[0] < beta_ends[1]:
         raise ValueError(f"beta must grow from above 0, not from {beta_ends[0]} to {beta_ends[1]}")
     T = int(T)
+    if name == "edm":
+        return Schedule(name, T, True, *edm_form(T), exploding=True)
     make = continuous_form if continuous else discrete_form
     return Schedule(name, T, continuous, *make(name, T, image_size, beta_ends))
 
@@ -244,6 +265,29 @@ def zero_terminal_continuous(forward, inverse):
             lambda y: inverse(2 * torch.log1p(torch.expm1(y / 2) * (1 - end))))
 
 
+def edm_form(T, rho=7):
+    r"""(log ᾱ, inverse) of EDM, ᾱ = 1/(1 + σ²): t is the coordinate of its grid of noise levels.
+
+        σ(t) = (σ_min^(1/7) + (t − 1)/(T − 1) (σ_max^(1/7) − σ_min^(1/7)))^7     t >= 1
+        σ(t) = σ_min t                                                            t < 1
+
+    So equal steps in t from T to 1, then 0, are EDM's grid (eq. 5); and σ(0) = 0, where its own
+    coordinate would end at σ_min. Beyond T the formula goes on: Heun's churn may ask there.
+    """
+    low, high = (sigma ** (1 / rho) for sigma in SIGMAS)
+
+    def forward(t):
+        root = low + (t - 1) / (T - 1) * (high - low)
+        return -torch.log1p(torch.where(t < 1, SIGMAS[0] * t, root**rho) ** 2)
+
+    def inverse(y):
+        sigma = torch.expm1(-y).sqrt()
+        return torch.where(sigma < SIGMAS[0], sigma / SIGMAS[0],
+                           1 + (T - 1) * (sigma ** (1 / rho) - low) / (high - low))
+
+    return forward, inverse
+
+
 # ------------------------------------------------------------------ using a schedule
 
 def match(coefficient, x):
@@ -289,3 +333,65 @@ def time_grid(schedule, points, spacing="uniform", t_end=1.0, t_start=None):
         grid = torch.cat([torch.zeros(skip, dtype=torch.float64), schedule.t_of_lam(lam)])
     grid[0], grid[-1] = t_start, t_end  # rounding must not move the ends
     return grid
+
+
+# ------------------------------------------------------------------ a look at them
+
+# A marker says which family, a line whether it was modified: both without colour.
+STYLES = {"linear": "k-o", "linear-mns": "k--o", "quadratic": "C0-s", "quadratic-mns": "C0--s",
+          "cosine": "C1-^", "cosine-mns": "C1--^", "cosine-shift": "C1:v",
+          "zero-terminal-snr": "0.5", "edm": "C2-.x"}
+
+
+def draw(figure, T=1000):
+    """Three panels on a matplotlib figure: log SNR of the tables, SNR of Modified-NS against the
+    originals (E-TSDM, figure A9), and ds/dt of the continuous forms towards t = 0."""
+    snr, ratio, slope = figure.subplots(1, 3)
+    t = torch.arange(1, T + 1, dtype=torch.float64)
+    near = torch.logspace(-4, 2, 121, dtype=torch.float64, requires_grad=True)
+    for name in NAMES:
+        look = dict(lw=1.2, ms=4, label=name, markevery=0.12)
+        if name != "edm":  # its t is no step of diffusion: another axis
+            log_snr = 2 * make_schedule(name, T).lam(t)
+            shown = log_snr.isfinite()
+            snr.plot(t[shown], log_snr[shown], STYLES[name], **look)
+        if name.endswith("-mns"):
+            plain = make_schedule(name.removesuffix("-mns"), T)
+            log_ratio = 2 * (make_schedule(name, T).lam(t) - plain.lam(t))
+            ratio.plot(t, log_ratio.exp(), STYLES[name],
+                       **look | dict(label=f"{name} / {plain.name}"))
+        s = make_schedule(name, T, continuous=True).coefficients(near)[1]
+        ds = torch.autograd.grad(s.sum(), near)[0]
+        shown = ds > 0  # cosine-shift stands still below t = 0.7, where log SNR is cut at 15
+        slope.plot(near.detach()[shown], ds[shown], STYLES[name], **look)
+    snr.set(xlabel="t (steps)", ylabel="log SNR = 2λ", title="Tables: signal-to-noise ratio")
+    ratio.axhline(1, color="0.7", lw=0.6, zorder=0)
+    ratio.set(xlabel="t (steps, log scale)", ylabel="SNR modified / SNR original (log scale)",
+              xscale="log", yscale="log", title="Tables: Modified-NS against the originals")
+    slope.set(xlabel="t (steps, log scale)", ylabel="ds/dt (per step, log scale)", xscale="log",
+              yscale="log", title="Continuous forms: ds/dt towards t = 0")
+    for axes in (snr, ratio, slope):
+        axes.legend(fontsize=8)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="schedules.py", usage="python schedules.py [--out FILE.png]",
+        description="Draw the schedules: log SNR over t, Modified-NS against the originals (figure "
+        "A9 of E-TSDM), and ds/dt near t = 0, which goes to infinity for those that E-TSDM is for.")
+    parser.add_argument("--out", default="schedules.png", help="(default: schedules.png)")
+    args = parser.parse_args(argv)
+    from matplotlib.figure import Figure  # the one place that needs it: the rest is for everybody
+    figure = Figure(figsize=(16, 5), layout="constrained")
+    draw(figure)
+    temporary = f"{args.out}.{os.getpid()}.tmp"  # a reader never sees half a file
+    try:
+        figure.savefig(temporary, format="png", dpi=100)
+        os.replace(temporary, args.out)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
+    print(f"figure: {os.path.abspath(args.out)}")
+
+
+if __name__ == "__main__":
+    main()

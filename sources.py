@@ -42,6 +42,7 @@ class Generated:
         self.settings = self.denoiser.settings
         self.n, self.seed, self.paths = args.num or NUM, args.seed, []
         self.shape = (self.settings["channels"], *[self.settings["image_size"]] * 2)
+        refuse_given(self.denoiser, path.parent.name)
         self.arguments = samplers.from_flags(args, self.denoiser)
         how = f"{args.sampler} " + " ".join(
             f"--{k} {v}" for k in ("nfe", "spacing", "eta", "order", "variance", "clip")
@@ -53,9 +54,9 @@ class Generated:
 
     def batch(self, indices):
         """-> uint8 (b, C, H, W): quantized, as files are."""
-        seeds = [self.seed + i for i in indices]
-        x = samplers.from_seeds(self.denoiser, seeds, self.shape, self.device, **self.arguments)
-        return data.to_uint8(x)
+        seeds, space = [self.seed + i for i in indices], self.denoiser.space
+        x = samplers.from_seeds(self.denoiser, seeds, space.shape, self.device, **self.arguments)
+        return data.to_uint8(space.decode(x))
 
 
 class Stored:
@@ -178,9 +179,9 @@ def opened(args, device):
     """Yields (name, denoiser, x0) for each of args.runs, or the newest: what gap.py and
     lipschitz.py measure.
 
-    x0, float32 (num, C, H, W) in [-1, 1]: the first args.num images in the order of args.seed, of
-    args.data or of what the run was trained on; all of them, if there are fewer. ValueError,
-    OSError: one line.
+    x0, float32 (num, *space.shape): the first args.num images in the order of args.seed, of
+    args.data or of what the run was trained on; all of them, if there are fewer. Of a latent run,
+    their latents. ValueError, OSError: one line.
     """
     names = set()
     for run in args.runs or [None]:
@@ -196,7 +197,15 @@ def opened(args, device):
         x0 = data.to_float(next(data.batches(dataset, num, 0, args.seed)))
         print(f"{name}: {num} of {dataset.summary}", flush=True)
         denoiser.net.to(device)
-        yield name, denoiser, x0.to(device)
+        refuse_given(denoiser, name)
+        yield name, denoiser, denoiser.space.encode(x0.to(device))
+
+
+def refuse_given(denoiser, name):
+    """ValueError for a run that cannot draw without being given a small image."""
+    if denoiser.settings.get("task") == "sr":
+        raise ValueError(f"{name} enlarges images: python sample.py {name} --low-res IMAGES writes "
+                         "what it makes of them, which psnr and fid take as a folder")
 
 
 def here(source, run):

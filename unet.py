@@ -15,8 +15,8 @@ Two families of sizes are in PRESETS. SA-DPM's: plain convolutions resample, the
 added, attention has one head. E-TSDM's, ADM proper: BigGAN residual blocks resample, the time
 embedding scales and shifts the normalised map, heads have 64 channels.
 
-What this file does not do: class labels, learned variances, and guided-diffusion's "new attention
-order" (no released weights use it). SA-DPM's own net differs from its preset here in what no count
+What this file does not do: class labels, and guided-diffusion's "new attention order" (no released
+weights use it). SA-DPM's own net differs from its preset here in what no count
 of parameters shows: sin before cos, GroupNorm eps 1e-6, one-sided padding in front of a strided
 convolution, and no layers that start at zero.
 
@@ -51,6 +51,9 @@ PRESETS = {
     "ffhq256": dict(ADM, channel_mult=(1, 1, 2, 2, 4, 4), time_channels=512),          # 138,286,467
     "ffhq256-large": dict(ADM, channel_mult=(1, 1, 2, 4, 6, 8), res_blocks=4,
                           time_channels=2048),                                         # 725,956,227
+    # OpenAI's released 256-pixel networks without classes (LSUN, ImageNet), for sample.py's
+    # --guided-diffusion. Theirs have 3 more outputs, for a learned variance: 552,814,086.
+    "adm256": dict(ADM, channels=256, channel_mult=(1, 1, 2, 2, 4, 4)),                # 552,807,171
 }
 
 
@@ -68,6 +71,8 @@ class UNet(nn.Module):
     norm_groups            groups of GroupNorm; they must divide every width
     patch                  p x p pixels become channels before the first convolution, and back after
                            the last (SA and ADM: 1)
+    second_head            None, or "simple" or "block": another out_channels, behind the others,
+                           from an output of their own on the same last map (covariance.py)
 
     ValueError: a size that cannot be halved often enough, widths that do not divide.
     """
@@ -75,8 +80,10 @@ class UNet(nn.Module):
     def __init__(self, image_size, in_channels=3, out_channels=3, channels=128,
                  channel_mult=(1, 2, 2, 2), res_blocks=2, attention_resolutions=(16,),
                  head_channels=64, dropout=0.0, time_channels=None, scale_shift=True,
-                 resblock_updown=True, norm_groups=32, patch=1):
+                 resblock_updown=True, norm_groups=32, patch=1, second_head=None):
         super().__init__()
+        if second_head not in (None, "simple", "block"):
+            raise ValueError(f"a second head is simple or block, not {second_head!r}")
         levels = len(channel_mult)
         unit = patch * 2 ** (levels - 1)
         if image_size % unit:
@@ -127,6 +134,11 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(stage))
         self.out_norm = nn.GroupNorm(norm_groups, width)
         self.out_conv = zero(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
+        self.second_head = None
+        if second_head:  # NPR- and SN-DPM's: the same output again, or with a residual block first
+            self.second_head = Stage([res(width, width)] * (second_head == "block") + [
+                nn.GroupNorm(norm_groups, width), nn.SiLU(),
+                zero(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))])
 
     def forward(self, x, c):
         # Time is embedded in full precision even under bf16 autocast: bf16 cannot tell t = 999
@@ -141,7 +153,10 @@ class UNet(nn.Module):
         h = self.middle_block(h, emb)
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), emb)
-        return F.pixel_shuffle(self.out_conv(F.silu(self.out_norm(h))), self.patch)
+        out = F.pixel_shuffle(self.out_conv(F.silu(self.out_norm(h))), self.patch)
+        if self.second_head is None:
+            return out
+        return torch.cat([out, F.pixel_shuffle(self.second_head(h, emb), self.patch)], dim=1)
 
 
 class Stage(nn.ModuleList):

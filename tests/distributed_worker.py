@@ -14,7 +14,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import denoiser as denoisers
 import train
 
 
@@ -42,14 +41,13 @@ def main():
             model.net.out_conv.weight, std=0.1, generator=torch.Generator().manual_seed(0)
         )
         trained = DistributedDataParallel(model.net) if process.world > 1 else model.net
-        denoiser = denoisers.from_settings(s, trained)
         dataset = data.load("shapes", 8, 3)
         images = next(data.batches(dataset, 8, 16, 0, process.rank, process.world))
         seen = {}
         model.optimizer.step = lambda: seen.update(
             gradient=torch.cat([p.grad.flatten() for p in model.net.parameters()])
         )
-        values = train.one_step(model, trained, denoiser, s, process, images, None)
+        values = train.one_step(model, trained, s, process, images, None)
         sums = process.sum(*values[:3])
         gathered = process.gather(images)
         picture = torch.cat(gathered) if process.first else None

@@ -85,6 +85,28 @@ def test_remap_values():
     assert_close(remap(250.0, "inverse-sigmoid").item(), 500 * (1 + logit))
 
 
+@pytest.mark.parametrize("name", etsdm.REMAPS)
+@pytest.mark.parametrize("low, high", [(0, 1000), (1, 1000), (0.01, 999)])
+def test_remap_quantile_is_uniform_in_the_condition(name, low, high):
+    u = torch.linspace(0, 1, 501, dtype=torch.float64)
+    t = etsdm.remap_quantile(u, name, low, high)
+    end = torch.tensor([low, high], dtype=torch.float64)
+    assert_close(t[[0, -1]], end, rtol=1e-9, atol=1e-12)
+    ends = remap(end, name)
+    assert_close(remap(t, name), ends[0] + u * (ends[1] - ends[0]), rtol=1e-9, atol=1e-9)
+    # as a distribution: the share of t below a time is the share of f(t) below its condition
+    below = (etsdm.remap_quantile((u[1:] + u[:-1]) / 2, name, low, high) < 250).double().mean()
+    share = (remap(250, name) - ends[0]) / (ends[1] - ends[0])
+    assert_close(below, share, rtol=0, atol=2e-3)
+    assert etsdm.remap_quantile(0.5, name, low, high).shape == ()
+
+
+def test_beyond_T_a_condition_is_finite():
+    """Heun's churn on EDM's schedule asks beyond T."""
+    for name in etsdm.REMAPS:
+        assert torch.isfinite(remap(torch.tensor([1000.0, 1070.0]), name)).all()
+
+
 def test_make_condition():
     assert make_condition() is None
     assert make_condition(etsdm=True)(torch.tensor([57, 570])).tolist() == [40, 570]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import classifier
+import covariance
 import gap
 import lipschitz
 import metrics
@@ -19,10 +20,22 @@ import unet
 ROOT = Path(__file__).resolve().parents[1]
 # Each module may import those of the rows above its own. train.py and sample.py are programs.
 ROWS = [
-    {"schedules", "etsdm", "unet", "toy", "inception", "data", "readers", "runtime"},
+    {
+        "schedules",
+        "etsdm",
+        "unet",
+        "toy",
+        "inception",
+        "autoencoder",
+        "data",
+        "readers",
+        "runtime",
+    },
+    {"spaces"},
     {"denoiser"},
+    {"covariance"},
     {"losses", "samplers"},
-    {"sources"},
+    {"sources", "tasks", "settings"},
     {"gap", "lipschitz", "metrics", "classifier"},
     {"train", "sample"},
 ]
@@ -31,7 +44,8 @@ ALLOWED = {
     "readers": set(),
     "data": {"readers"},
     "inception": {"readers"},
-    "denoiser": ROWS[0] - {"inception"},
+    "spaces": {"autoencoder", "data", "runtime"},
+    "denoiser": (ROWS[0] - {"inception"}) | ROWS[1],
 }
 RUNTIME = {"torch", "numpy", "PIL", "scipy", "tqdm", "matplotlib"}
 PROGRAMS = {
@@ -41,6 +55,7 @@ PROGRAMS = {
     "gap": gap,
     "lipschitz": lipschitz,
     "classifier": classifier,
+    "covariance": covariance,
 }
 FILES = sorted(ROOT.glob("*.py"))
 

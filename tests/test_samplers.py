@@ -1,8 +1,12 @@
 """samplers.py on the toy mixture, whose ideal network is known, and against reference numbers."""
 
+import argparse
 import functools
+import itertools
 import math
+import warnings
 
+import covariance
 import pytest
 import torch
 from torch.testing import assert_close
@@ -12,6 +16,9 @@ import etsdm
 import samplers
 import schedules
 import toy
+
+# Half of the numbers of calls below are not to be spent by heun: what it says is tested once.
+pytestmark = pytest.mark.filterwarnings("ignore:heun's steps cost two calls")
 
 LINEAR = schedules.make_schedule("linear")
 SPACINGS = ["uniform", "quadratic", "logsnr"]
@@ -25,16 +32,38 @@ ALL = [
     dict(sampler="dpm-solver", order=3),
     dict(sampler="dpm-solver++"),
 ]
+HEUN = dict(sampler="heun")
+EDM = schedules.make_schedule("edm")
 
 
 def toy_denoiser(mixture, schedule=LINEAR, prediction="eps", shared=False):
     times = toy.shared_times(100, 5, schedule.continuous) if shared else None
+    make = edm_oracle if prediction == "edm" else toy.oracle
     return D.Denoiser(
-        toy.oracle(mixture, schedule, prediction, times),
+        make(mixture, schedule, prediction, times),
         schedule,
         prediction,
         etsdm.make_condition(etsdm=shared),
     )
+
+
+def edm_oracle(mixture, schedule, prediction, times):
+    """The ideal F of EDM's preconditioning: shown x/r and told ln(sigma)/4."""
+
+    def net(seen, c):
+        t = schedule.t_of_lam(-4 * c.double())
+        if times is not None:  # told a boundary, 1 for the first: name it exactly
+            t = torch.where(t < 99, (t / 20).round() * 20, t)
+        answers = []
+        for time in [t] if times is None else times(t):
+            a, s = (toy.like(k, seen) for k in schedule.coefficients(time))
+            r = (s**2 + a**2 * D.SIGMA_DATA**2).sqrt()
+            x0 = mixture.posterior(seen * r, a, s)[0]
+            skip = a * D.SIGMA_DATA**2 / r
+            answers.append((x0 - skip * seen) * r / (s * D.SIGMA_DATA))
+        return torch.stack(answers).mean(0)
+
+    return net
 
 
 def counted(denoiser):
@@ -162,20 +191,20 @@ def test_exactly_nfe_calls_and_finite(kwargs, spacing):
                 assert calls[-1] == 1
 
 
-@pytest.mark.parametrize("kwargs", ALL, ids=str)
-def test_an_oracle_of_one_image_gives_it_back_exactly(kwargs):
+@pytest.mark.parametrize("schedule", [LINEAR, EDM], ids=["linear", "edm"])
+@pytest.mark.parametrize("kwargs", [*ALL, HEUN, dict(HEUN, churn=5.0)], ids=str)
+def test_an_oracle_of_one_image_gives_it_back_exactly(kwargs, schedule):
     """If eps is exactly the noise of one x_0, every sampler must end on that x_0 (no noise of std
     0.01)."""
     x0 = torch.linspace(-0.9, 0.9, 12, dtype=torch.float64).reshape(1, 12)
 
     def net(x, c):
-        a, s = LINEAR.coefficients(c[0].item())
+        a, s = schedule.coefficients(c[0].item())
         return (x - a * x0) / s
 
     for nfe in (1, 2, 3, 7, 13, 21, 40):
-        out = samplers.sample(
-            D.Denoiser(net, LINEAR), torch.randn(1, 12, dtype=torch.float64), nfe=nfe, **kwargs
-        )
+        x = schedule.prior_std * torch.randn(1, 12, dtype=torch.float64)
+        out = samplers.sample(D.Denoiser(net, schedule), x, nfe=nfe, **kwargs)
         assert_close(out, x0, rtol=1e-9, atol=1e-9)
 
 
@@ -215,6 +244,7 @@ def exact_flow(end):
             (62, 125, 248, 500),
         ),  # = 2 (mod 3)
         (dict(sampler="dpm-solver++", spacing="logsnr"), 2, (64, 128, 256, 512)),
+        (dict(sampler="heun", spacing="logsnr"), 2, (64, 128, 256, 512)),
     ],
     ids=str,
 )
@@ -271,7 +301,7 @@ def test_clipping_keeps_the_pair_consistent():
     wild = D.Denoiser(lambda x, c: -x, LINEAR)  # asks for x_0 far outside
     x = torch.randn(8, 4, dtype=torch.float64)
     assert samplers.sample(wild, x, nfe=10).abs().max() > 1
-    for kwargs in ALL:
+    for kwargs in (*ALL, HEUN):
         out = samplers.sample(wild, x, nfe=10, clip=(-1.0, 1.0), **kwargs)
         assert out.abs().max() <= 1
     x0, eps = samplers.predict(wild, x, 300, (-1.0, 1.0))
@@ -318,7 +348,7 @@ def test_x_keeps_its_precision_and_is_not_changed():
     for dtype in (torch.float32, torch.float64):
         x = torch.randn(3, 1, dtype=dtype)
         before = x.clone()
-        for kwargs in ALL:
+        for kwargs in (*ALL, HEUN, dict(HEUN, churn=5.0)):
             assert samplers.sample(toy_denoiser(toy.two_bumps()), x, nfe=5, **kwargs).dtype == dtype
         assert_close(x, before, rtol=0, atol=0)
 
@@ -326,9 +356,12 @@ def test_x_keeps_its_precision_and_is_not_changed():
 # ------------------------------------------------------------------ the whole product
 
 PRODUCT = [
-    (name, continuous, prediction, shared)
+    pytest.param(
+        *(name, continuous, prediction, shared),
+        marks=[pytest.mark.slow] * (prediction == "edm" and name not in ("linear", "edm")),
+    )
     for name in schedules.NAMES
-    for continuous in (False, True)
+    for continuous in ((True,) if name == "edm" else (False, True))
     for prediction in D.PREDICTIONS
     for shared in (False, True)
 ]
@@ -340,9 +373,14 @@ PRODUCT = [
         dict(sampler="ddim"),
         pytest.param(dict(sampler="dpm-solver", spacing="logsnr"), marks=pytest.mark.slow),
         pytest.param(dict(sampler="dpm-solver++", spacing="logsnr"), marks=pytest.mark.slow),
+        pytest.param(dict(sampler="heun", spacing="logsnr"), marks=pytest.mark.slow),
+        pytest.param(
+            dict(sampler="heun", spacing="logsnr", churn=10.0, churn_range=(0.01, 50.0)),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(dict(sampler="ddpm"), marks=pytest.mark.slow),
     ],
-    ids=lambda kwargs: kwargs["sampler"],
+    ids=lambda kwargs: kwargs["sampler"] + "-churned" * ("churn" in kwargs),
 )
 @pytest.mark.parametrize("name, continuous, prediction, shared", PRODUCT)
 def test_moments_over_the_whole_product(name, continuous, prediction, shared, kwargs):
@@ -353,7 +391,7 @@ def test_moments_over_the_whole_product(name, continuous, prediction, shared, kw
     start = samplers.start_time(denoiser)
     std = mixture.variance().sqrt()
     a, s = (float(c) for c in schedule.coefficients(start))  # some schedules leave signal at T
-    noisy = kwargs["sampler"] == "ddpm"
+    noisy = kwargs["sampler"] == "ddpm" or "churn" in kwargs
     n = 3000 if noisy else 200
     # An even sample of x_T: its image under a noise-free sampler carries no luck.
     x = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)[:, None]
@@ -379,7 +417,7 @@ def test_remapped_conditions_sample_the_same(remap):
         assert_close(samplers.sample(told, x, nfe=20, **kwargs), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kwargs", ALL, ids=str)
+@pytest.mark.parametrize("kwargs", [*ALL, HEUN, dict(HEUN, churn=5.0)], ids=str)
 def test_samplers_need_predict_and_schedule_alone(kwargs):
     class Bare:
         schedule = LINEAR
@@ -421,6 +459,290 @@ def test_small_is_what_ddim_does_anyway():
     assert_close(outs[0], outs[1], rtol=0, atol=0)
 
 
+# ------------------------------------------------------------------ Heun's method and EDM
+
+
+@pytest.mark.parametrize(
+    "points, heun, euler",
+    [
+        (10, 0.6097980007, 0.3652130651),
+        (18, 0.5276246370, 0.4230314364),
+        (40, 0.5048768645, 0.4648507745),
+    ],
+)
+def test_heun_reference_numbers(points, heun, euler):
+    """EDM's sampler on x_0 ~ N(0, 0.25) from x_T = 80: its exact flow scales x like
+    √(σ² + 0.25)."""
+    denoiser, calls = counted(toy_denoiser(toy.one_gaussian(), EDM))
+    got = samplers.sample(denoiser, 80 * ONE, "heun", nfe=2 * points - 1).item()
+    assert_close(got, heun, rtol=0, atol=1e-9)
+    assert len(calls) == 2 * points - 1
+    got = samplers.sample(denoiser, 80 * ONE, "ddim", points).item()
+    assert_close(got, euler, rtol=0, atol=1e-9)
+    exact = 80 * 0.5 / math.sqrt(80**2 + 0.25)
+    assert_close(exact, 0.4999902347, rtol=0, atol=1e-10)
+    got = samplers.sample(denoiser, 80 * ONE, "heun", 199, "logsnr", final_denoise=False).item()
+    end = 80 * math.sqrt((0.002**2 + 0.25) / (80**2 + 0.25))
+    assert_close(got, end, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(
+    "name, prediction, odd", [("edm", "x0", 1), ("cosine", "eps", 1), ("zero-terminal-snr", "v", 0)]
+)
+def test_heun_makes_two_calls_a_step(name, prediction, odd, spacing):
+    """At both ends of each step, and x_0 at the end: an odd number; an even one (odd = 0) where
+    alpha_bar(T) = 0, since the first step is order 1. A call that is left over is not made."""
+    schedule = schedules.make_schedule(name)
+    for nfe, final in (
+        *((n, True) for n in (*range(1, 10), 30)),
+        *((n, False) for n in range(2, 8)),
+    ):
+        denoiser, calls = counted(D.Denoiser(lambda x, c: 0.4 * x, schedule, prediction))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            out = samplers.sample(denoiser, ONE, "heun", nfe, spacing, final_denoise=final)
+        assert torch.isfinite(out).all()
+        left = 0 if nfe == 1 else (nfe - final - 1 + odd) % 2
+        grid = schedules.time_grid(schedule, (nfe - left - final + 2 - odd) // 2 + 1, spacing)
+        grid = grid[:1] if nfe == 1 else grid
+        expected = [t for pair in itertools.pairwise(grid.tolist()) for t in pair]
+        del expected[1 : 2 - odd]
+        assert calls == expected + grid[-1:].tolist() * final
+        assert len(calls) == nfe - left and len(said) == left
+        if said:
+            assert f"makes {nfe - 1} of the {nfe}" in str(said[0].message)
+            assert said[0].filename == __file__, "and it is the caller who is told"
+
+
+def test_heun_on_a_given_grid():
+    """Its length decides, whatever nfe is, and nothing is to be said."""
+    grid = torch.tensor([900.0, 640.5, 300.0, 7.0], dtype=torch.float64)
+    denoiser, calls = counted(toy_denoiser(toy.two_bumps()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        samplers.sample(denoiser, ONE, "heun", nfe=50, spacing=grid)
+    assert calls == [900.0, 640.5, 640.5, 300.0, 300.0, 7.0, 7.0]
+    assert samplers.heun_calls(LINEAR, grid) == 7
+
+
+@pytest.mark.parametrize("nfe", [210, 213])
+def test_heun_where_several_times_have_no_signal(nfe):
+    """Between T - 1 and T a zero-terminal table has none: each step from there costs one call."""
+    schedule = schedules.make_schedule("zero-terminal-snr", T=40)
+    denoiser, calls = counted(D.Denoiser(lambda x, c: 0.4 * x, schedule, "v"))
+    out = samplers.sample(denoiser, ONE, "heun", nfe)
+    assert nfe - 1 <= len(calls) <= nfe and torch.isfinite(out).all()
+    assert calls[0] == 40 and calls[1] > calls[2] > 39 and calls[-1] == 1
+
+
+def edm_loop(x0_of, x, levels, churn, low, high, scale, draws):
+    """EDM's algorithm 2 over noise levels that end in 0, as its paper writes it; noise is taken
+    where some is added."""
+    n = len(levels) - 1
+    for i in range(n):
+        sigma, after = levels[i], levels[i + 1]
+        gamma = min(churn / n, 2**0.5 - 1) if low <= sigma <= high else 0
+        risen = sigma * (1 + gamma)
+        if gamma:
+            x = x + (risen**2 - sigma**2) ** 0.5 * scale * next(draws)
+        d = (x - x0_of(x, risen)) / risen
+        moved = x + (after - risen) * d
+        if after:
+            d = d / 2 + (moved - x0_of(moved, after)) / after / 2
+            moved = x + (after - risen) * d
+        x = moved
+    return x
+
+
+@pytest.mark.parametrize("name", ["edm", "linear-mns", "cosine"])
+@pytest.mark.parametrize("churn", [0.0, 4.0, 1000.0])
+def test_heun_is_edms_algorithm(name, churn):
+    """Against the loop above, with the same noise; other schedules in x/a over s/a, on their own
+    noise levels. Where the range reaches T only edm can go higher: the others leave T out."""
+    schedule, mixture, points = schedules.make_schedule(name, continuous=True), toy.two_bumps(), 18
+    times = schedules.time_grid(schedule, points, "logsnr")
+    (a, s), g = schedule.coefficients(times), torch.Generator().manual_seed(0)
+    noises = torch.randn((points, 5, 1), dtype=torch.float64, generator=g)
+    x = schedule.prior_std * torch.randn((5, 1), dtype=torch.float64, generator=g)
+    levels = [*(s / a).tolist(), 0.0]
+    low, high = 0.05, 100.0 if name == "edm" else levels[1] * 1.001
+
+    def x0_of(x, sigma):
+        return mixture.posterior(x, 1.0, sigma)[0]
+
+    draws, used = iter(noises), []
+    expected = edm_loop(x0_of, x / a[0], levels, churn, low, high, 1.003, draws)
+    ours = iter(noises)
+    got = samplers.sample(
+        toy_denoiser(mixture, schedule, "x0"),
+        x,
+        "heun",
+        spacing=times,
+        noise=lambda shape: (used.append(shape), next(ours))[1],
+        churn=churn,
+        churn_range=(low, high),
+        churn_noise=1.003,
+    )
+    assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    assert len(used) == bool(churn) * sum(low <= k <= high for k in levels[:-1])
+
+
+@pytest.mark.parametrize("schedule", [EDM, LINEAR], ids=["edm", "linear"])
+def test_churn_keeps_the_distribution(schedule):
+    """Noise is added and taken off again: mean and variance stay those of the data."""
+    mixture, n = toy.two_bumps(), 3000
+    g = torch.Generator().manual_seed(0)
+    noise = lambda shape: torch.randn(shape, dtype=torch.float64, generator=g)  # noqa: E731
+    a, s = schedule.coefficients(1000)
+    x = a * mixture.sample(n, g) + s * noise((n, 1))
+    denoiser = toy_denoiser(mixture, schedule)
+    out = samplers.sample(denoiser, x, "heun", 99, "logsnr", noise=noise, churn=15.0)
+    std = mixture.variance().sqrt()
+    assert abs(out.mean() - mixture.mean()) < 3 / n**0.5 * std
+    assert abs(out.var() / std**2 - 1) < 0.03 + 3 * (2 / n) ** 0.5
+    again = samplers.sample(denoiser, x, "heun", 99, "logsnr")
+    assert (out - again).std() > 0.5 * std, "and much of x_T is forgotten"
+
+
+def test_churn_never_leaves_a_table():
+    """A table ends at T: from there there is no higher noise level, and none is added."""
+    denoiser, calls = counted(toy_denoiser(toy.two_bumps()))
+    drawn = []
+    noise = lambda shape: (drawn.append(shape), torch.ones(shape).double())[1]  # noqa: E731
+    samplers.sample(denoiser, ONE, "heun", 9, noise=noise, churn=2.0)
+    assert max(calls) == 1000 and len(drawn) == 4
+    denoiser, calls = counted(toy_denoiser(toy.two_bumps(), EDM))
+    samplers.sample(denoiser, 80 * ONE, "heun", 9, noise=noise, churn=2.0)
+    assert_close(EDM.coefficients(calls[0])[1].item(), 80 * 1.4, rtol=1e-12, atol=0)
+
+
+def test_starting_noise_is_as_wide_as_the_schedule_says():
+    seen = []
+    for schedule, start, std in (
+        (LINEAR, None, 1.0),
+        (LINEAR, 400.0, 1.0),
+        (EDM, None, 80.0),
+        (EDM, 1000, 80.0),
+        (EDM, 400.0, EDM.coefficients(400.0)[1].item()),
+    ):
+        denoiser = D.Denoiser(lambda x, c: (seen.append(x), x)[1], schedule, "x0")
+        for arguments in (
+            dict(nfe=1, t_start=start),
+            dict(spacing=torch.tensor([start or 1000.0, 2.0]), nfe=2),
+        ):
+            seen.clear()
+            samplers.from_seeds(denoiser, [3, 4], (1, 4), **arguments)
+            assert_close(seen[0], std * samplers.SeededNoise([3, 4])((2, 1, 4)))
+
+
+# ------------------------------------------------------------------ the programs' flags
+
+
+def flags(*words):
+    """The parsed command line; refused as a program would."""
+    parser = argparse.ArgumentParser()
+    samplers.add_flags(parser)
+    args = parser.parse_args(words)
+    samplers.check_flags(args)
+    return args
+
+
+def run_of(schedule=LINEAR, **settings):
+    denoiser = toy_denoiser(toy.two_bumps(), schedule)
+    denoiser.settings = dict(remap=None) | settings
+    return denoiser
+
+
+def test_flags_become_arguments_that_sample_takes():
+    denoiser = run_of()
+    for words, expected in (
+        ([], dict(sampler="ddim", nfe=50, spacing="uniform", eta=0.0, clip=None, variance=None)),
+        (["--sampler", "ddpm", "--variance", "large"], dict(variance="large", clip=(-1.0, 1.0))),
+        (["--sampler", "heun", "--nfe", "20"], dict(nfe=19, clip=None)),
+        (
+            ["--sampler", "heun", "--churn", "9", "--churn-min", "0.05", "--churn-noise", "1.003"],
+            dict(nfe=49, churn=9.0, churn_range=(0.05, math.inf), churn_noise=1.003),
+        ),
+    ):
+        arguments = samplers.from_flags(flags(*words), denoiser)
+        assert expected.items() <= arguments.items()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what heun cannot spend is said once, by notes()
+            samplers.from_seeds(denoiser, [0], (1,), **arguments)
+    (line,) = samplers.notes(flags("--sampler", "heun", "--nfe", "20"), denoiser)
+    assert line.startswith("note: heun's steps cost two calls each: it makes 19 of the 20")
+    assert samplers.notes(flags("--sampler", "heun", "--nfe", "19"), denoiser) == []
+    assert samplers.notes(flags("--nfe", "20"), denoiser) == []
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver", "heun"])
+@pytest.mark.parametrize("name", etsdm.REMAPS)
+def test_remap_spacing_is_even_in_what_the_network_is_told(name, sampler):
+    denoiser = run_of(remap=name)
+    words = ["--sampler", sampler, "--spacing", "remap", "--nfe", "20"]
+    arguments = samplers.from_flags(flags(*words), denoiser)
+    grid = arguments["spacing"]
+    assert grid.dtype == torch.float64 and len(grid) == (10 if sampler == "heun" else 20)
+    assert grid[0] == 1000 and grid[-1] == 1
+    steps = etsdm.remap(grid, name).diff()
+    assert_close(steps, steps.mean().expand_as(steps), rtol=1e-9, atol=0)
+    if name == "sqrt":
+        same = schedules.time_grid(LINEAR, len(grid), "quadratic")
+        assert_close(grid, same, rtol=1e-12, atol=0)
+    assert len(samplers.notes(flags(*words), denoiser)) == (sampler == "heun")
+    denoiser, calls = counted(denoiser)
+    samplers.from_seeds(denoiser, [0], (1,), **arguments)
+    assert len(calls) == arguments["nfe"]
+    with pytest.raises(ValueError, match="--spacing remap is for runs trained with --remap"):
+        samplers.from_flags(flags(*words), run_of())
+
+
+@pytest.mark.parametrize("kind", covariance.KINDS)
+def test_learnt_variances_come_from_the_run(kind, monkeypatch):
+    asked = []
+
+    def from_run(denoiser, kind, ddpm, eta):
+        asked.append((kind, ddpm, eta))
+        return lambda x, t, t_next: 0.01
+
+    monkeypatch.setattr(covariance, "from_run", from_run)
+    for words in (["--sampler", "ddpm"], [], ["--eta", "0.5"]):
+        arguments = samplers.from_flags(flags(*words, "--nfe", "3", "--variance", kind), run_of())
+        assert arguments["clip"] == (-1.0, 1.0), "they add noise"
+        samplers.from_seeds(run_of(), [0], (1,), **arguments)
+    assert asked == [(kind, True, 0.0), (kind, False, 0.0), (kind, False, 0.5)]
+
+
+def test_clipping_knows_the_bounds_of_the_space():
+    denoiser = run_of()
+    for bounds, auto in (((-1.0, 1.0), (-1.0, 1.0)), ((0.0, 2.0), (0.0, 2.0)), (None, None)):
+        denoiser.space = argparse.Namespace(bounds=bounds)
+        for words, clip in ((["--sampler", "ddpm"], auto), (["--eta", "1"], auto), ([], None)):
+            assert samplers.from_flags(flags(*words), denoiser)["clip"] == clip
+    with pytest.raises(ValueError, match="--clip on: latents have no bounds"):
+        samplers.from_flags(flags("--clip", "on"), denoiser)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--churn", "5"], "--churn belongs to heun, not to ddim"),
+        (["--sampler", "ddpm", "--churn-min", "5"], "--churn-min belongs to heun, not to ddpm"),
+        (["--sampler", "heun", "--churn-max", "5"], "--churn-max has no use without --churn"),
+        (["--sampler", "heun", "--churn", "-1"], "must not be negative"),
+        (["--sampler", "heun", "--eta", "1"], "--eta belongs to ddim, not to heun"),
+        (["--sampler", "heun", "--order", "2"], "heun has a fixed one"),
+        (["--sampler", "heun", "--variance", "sn"], "--variance sn belongs to ddpm and ddim"),
+        (["--variance", "large"], "belongs to ddpm where it is large, not to ddim"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(words, message):
+    with pytest.raises(ValueError, match=message) as error:
+        flags(*words)
+    assert "\n" not in str(error.value)
+
+
 # ------------------------------------------------------------------ seeds and refusals
 
 
@@ -453,11 +775,15 @@ def test_start_time():
         (dict(order=4), "order 1, 2 or 3, not 4"),
         (dict(variance="large"), "variance 'large' is ddpm's"),
         (dict(variance="tiny"), "small, large or a callable, not 'tiny'"),
-        (dict(sampler="dpm-solver", eta=0.5), "dpm-solver adds no noise"),
+        (dict(sampler="dpm-solver", eta=0.5), "ddpm and ddim: dpm-solver has no use"),
         (
             dict(sampler="dpm-solver++", variance=lambda x, t, t_next: 0.0),
-            r"dpm-solver\+\+ adds no noise",
+            r"dpm-solver\+\+ has no use",
         ),
+        (dict(sampler="ddim", churn=1.0), "churn belongs to heun: ddim has no use for it"),
+        (dict(sampler="heun", churn=-1.0), "must not be negative"),
+        (dict(sampler="heun", churn=1.0, churn_range=(3.0, 1.0)), "the range must rise"),
+        (dict(sampler="heun", nfe=1, final_denoise=False), "costs two calls, and there is 1"),
         (dict(nfe=1, spacing="karras"), "unknown spacing"),
         (dict(nfe=1, sampler="dpm-solver", t_end=-3), "times must satisfy"),
         (dict(spacing=torch.tensor([1500.0, 5.0])), "above 0 and up to 1000"),

@@ -22,7 +22,7 @@ def f64(*values):
 @both
 @pytest.mark.parametrize("T", [20, 1000])
 def test_every_schedule_is_a_schedule(name, continuous, T):
-    if T == 20 and not continuous and "cosine" not in name:
+    if T == 20 and not continuous and "cosine" not in name and name != "edm":
         with pytest.raises(ValueError, match=r"beta reaches .*larger T"):  # 0.02 * 1000/20 = 1
             make_schedule(name, T)
         return
@@ -33,6 +33,12 @@ def test_every_schedule_is_a_schedule(name, continuous, T):
     assert ab[0] == 1.0, "alpha_bar(0) is exactly 1"
     assert (ab.diff() <= 0).all() and (ab >= 0).all()
     a, noise = s.coefficients(t)
+    if name == "edm":  # a = 1; dividing x by the root of a² + s² makes it a VP schedule
+        assert (a == 1).all() and s.continuous and s.prior_std == 80
+        scale = (1 + noise**2).sqrt()
+        a, noise = a / scale, noise / scale
+    else:
+        assert s.continuous == continuous and s.prior_std == 1
     assert_close(a**2 + noise**2, torch.ones_like(t), rtol=0, atol=1e-15)
     assert_close(a, ab.sqrt(), rtol=1e-12, atol=0)
     inner = (ab > 0) & (t > 0)
@@ -147,6 +153,40 @@ def test_continuous_cosine_floor():
     assert_close(2 * s.lam(1000).item(), -20.0, rtol=1e-9, atol=0)
 
 
+# EDM's noise levels for 18 steps, from its own program.
+EDM_18 = f64(80, 57.585985, 40.785574, 28.374585, 19.352453, 12.910082, 8.4009353, 5.3151945,
+             3.2568215, 1.9233398, 1.0881706, 0.58534812, 0.29644228, 0.13951647, 0.059947311,
+             0.022934518, 0.00752802, 0.002)  # fmt: skip
+
+
+def test_uniform_times_are_edms_noise_levels():
+    s = make_schedule("edm")
+    a, sigma = s.coefficients(schedules.time_grid(s, 18))
+    assert_close(sigma, EDM_18, rtol=5e-8, atol=0)  # eight digits are printed
+    # below t = 1 a straight line to sigma(0) = 0; beyond T the formula goes on
+    assert_close(s.coefficients(f64(0, 1e-9, 0.5, 1))[1], 0.002 * f64(0, 1e-9, 0.5, 1))
+    root = 80 ** (1 / 7) + (80 ** (1 / 7) - 0.002 ** (1 / 7)) * 50 / 999
+    assert_close(s.coefficients(1050)[1].item(), root**7, rtol=1e-12, atol=0)
+
+
+def test_edm_lam_and_its_inverse_keep_their_digits():
+    s = make_schedule("edm")
+    t = torch.cat([torch.logspace(-9, 0, 40), torch.linspace(1, 1100, 999)]).double()
+    sigma = s.coefficients(t)[1]
+    assert_close(s.lam(t), -sigma.log(), rtol=0, atol=4e-15)
+    assert_close(s.alpha_bar(t), 1 / (1 + sigma**2), rtol=1e-14, atol=0)
+    assert_close(s.t_of_lam(s.lam(t)), t, rtol=4e-14, atol=0)
+
+
+def test_edm_steps_in_its_own_coordinates():
+    """beta = the variance that is added, beta_tilde = EDM's ancestral share of sigma_next."""
+    s = make_schedule("edm")
+    (_, high), (_, low) = s.coefficients(640.0), s.coefficients(31.5)
+    beta, beta_tilde = s.step_variances(640.0, 31.5)
+    assert_close(beta, high**2 - low**2, rtol=1e-13, atol=0)
+    assert_close(beta_tilde, low**2 * (high**2 - low**2) / high**2, rtol=1e-13, atol=0)
+
+
 @both
 def test_modified_ns_matches_the_snr_at_T_and_is_flat_at_0(continuous):
     plain, flat = (make_schedule(n, continuous=continuous) for n in ("quadratic", "quadratic-mns"))
@@ -167,6 +207,7 @@ def test_modified_ns_matches_the_snr_at_T_and_is_flat_at_0(continuous):
         "linear-mns",
         "quadratic-mns",
         "cosine-mns",
+        "edm",
     ],
 )
 def test_ds_dt_at_zero(name):
@@ -180,6 +221,43 @@ def test_ds_dt_at_zero(name):
         slope = (s.coefficients(t * 1.001)[1] - s.coefficients(t)[1]) / (0.001 * t)
     grows = bool(slope[0] > 5 * slope[1])
     assert grows == (name in ("linear", "quadratic", "cosine", "zero-terminal-snr"))
+
+
+@pytest.mark.parametrize("name", ["linear", "quadratic", "cosine"])
+def test_modified_ns_has_no_slope_at_zero(name):
+    """da/dt(0) = 0, by differences that shrink: of the originals they do not."""
+    t = f64(1e-4, 1e-2)
+    for which, flat in ((name, False), (name + "-mns", True)):
+        s = make_schedule(which, continuous=True)
+        slope = -torch.expm1(s.log_alpha_bar(t) / 2) / t  # (1 - a)/t, with its digits
+        assert (slope[0] < 0.02 * slope[1]) == flat
+        assert flat or abs(slope[0] / slope[1] - 1) < 0.02
+
+
+def test_modified_ns_snr_against_the_originals():
+    """Figure A9: far more signal near t = 0; the ratio falls to about 1 at T and never below."""
+    t = torch.arange(1, 1001, dtype=torch.float64)
+    ratios = {}
+    for name in ("linear", "quadratic", "cosine"):
+        plain, flat = make_schedule(name), make_schedule(name + "-mns")
+        ratios[name] = ratio = (2 * (flat.lam(t) - plain.lam(t))).exp()
+        assert (ratio.diff()[:400] < 0).all() and (ratio > 1 - 1e-9).all()
+        assert ratio[0] > 4.9 and ratio[399:].max() < 1.5
+    assert_close(ratios["linear"][0].item(), 1e-4 / 2e-5, rtol=1e-3, atol=0)  # beta_1 of both
+    assert_close(ratios["quadratic"][0].item(), 1e-4 / 0.0214810e-6, rtol=1e-3, atol=0)
+    assert_close(ratios["quadratic"][-1].item(), 1.0, rtol=1e-9, atol=0)  # matched
+    # linear-mns keeps β_T alone: its β sum to 10.01, not 10.05, and a little more signal is left
+    assert_close(ratios["linear"][-1].item(), 1.041, rtol=1e-3, atol=0)
+
+
+def test_the_figure(tmp_path, capsys):
+    out = tmp_path / "schedules.png"
+    schedules.main(["--out", str(out)])
+    assert out.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [out]
+    assert str(out) in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        schedules.main(["--out", str(tmp_path / "none" / "schedules.png")])
+    assert stopped.value.code == 2 and "No such file" in capsys.readouterr().err
 
 
 def test_digits_survive_near_zero():
@@ -196,9 +274,10 @@ def test_step_variances_are_bayes(name, continuous):
     s = make_schedule(name, continuous=continuous)
     for t, t_next in ((999, 998), (700.5, 200), (40, 3)):
         beta, beta_tilde = s.step_variances(t, t_next)
-        ab_t, ab = s.alpha_bar(t), s.alpha_bar(t_next)
-        assert_close(beta, 1 - ab_t / ab, rtol=1e-6, atol=1e-12)
-        precision = (ab_t / ab) / beta + 1 / (1 - ab)
+        (a_t, s_t), (a, noise) = s.coefficients(t), s.coefficients(t_next)
+        k = a_t / a  # q(x_t | x_next) = N(k x_next, beta)
+        assert_close(beta, s_t**2 - k**2 * noise**2, rtol=1e-6, atol=1e-12)
+        precision = k**2 / beta + 1 / noise**2
         assert_close(beta_tilde, 1 / precision, rtol=1e-6, atol=1e-12)
     assert s.step_variances(5.0, 0.0)[1] == 0
 

@@ -109,7 +109,7 @@ def test_the_stream_of_images_goes_on_where_it_stopped(monkeypatch):
     seen, step = [], train.one_step
 
     def spy(*args):
-        seen.append(args[5][:, 0, 0, 0].tolist())
+        seen.append(args[4][:, 0, 0, 0].tolist())
         return step(*args)
 
     monkeypatch.setattr(train, "one_step", spy)
@@ -128,14 +128,13 @@ def test_microbatches_add_up_to_the_whole_gradient(micro):
     s = train.resolve(train.parse([*SMALL, "--sa-k", "2"]))
     model = train.Model(s, torch.device("cpu"))
     torch.nn.init.normal_(model.net.out_conv.weight, std=0.1)
-    denoiser = denoisers.from_settings(s, model.net)
-    t, noises, _ = train.draw(s, denoiser.schedule, 0, torch.device("cpu"))
+    _, numbers = train.draw(s, model.task, 0, torch.device("cpu"))
     x0 = torch.randn(4, 3, 8, 8)
 
     def gradient(microbatch):
         model.net.zero_grad()
         values = train.gradients(
-            model.net, denoiser, {**s, "microbatch": microbatch}, x0, t, noises, None
+            model.net, model.task, {**s, "microbatch": microbatch}, x0, numbers, None
         )
         return values, torch.cat([p.grad.flatten() for p in model.net.parameters()])
 
@@ -146,14 +145,15 @@ def test_microbatches_add_up_to_the_whole_gradient(micro):
 
 def test_the_numbers_of_a_step_depend_on_seed_and_step_alone():
     s = train.resolve(train.parse([*SMALL, "--sa-k", "3", "--flip"]))
-    schedule = denoisers.from_settings(s, torch.nn.Identity()).schedule
-    one, again = (train.draw(s, schedule, 5, torch.device("cpu")) for _ in range(2))
-    for a, b in zip(one, again, strict=True):
-        assert_close(a, b, rtol=0, atol=0)
-    assert one[1].shape == (3, 4, 3, 8, 8)
-    other = train.draw(s, schedule, 6, torch.device("cpu"))
-    assert not torch.equal(one[1], other[1])
-    assert train.draw({**s, "sa_weight": 0.0}, schedule, 5, torch.device("cpu"))[1].shape[0] == 1
+    task = train.Model(s, torch.device("cpu")).task
+    (flips, one), (same, again) = (train.draw(s, task, 5, torch.device("cpu")) for _ in range(2))
+    assert_close(flips, same, rtol=0, atol=0)
+    assert_close(one, again, rtol=0, atol=0)
+    assert one["t"].shape == (4,) and one["noises"].shape == (4, 3, 3, 8, 8)  # (B, k, C, H, W)
+    other = train.draw(s, task, 6, torch.device("cpu"))[1]
+    assert not torch.equal(one["noises"], other["noises"])
+    plain = train.Model({**s, "sa_weight": 0.0}, torch.device("cpu")).task
+    assert train.draw(s, plain, 5, torch.device("cpu"))[1]["noises"].shape[1] == 1
 
 
 def test_weight_zero_is_the_plain_model():
@@ -189,15 +189,25 @@ def test_other_settings_are_another_run():
     assert small("--steps", "3", "--lr", "1e-4", "--grad-clip", "0.5")["step"] == 3
 
 
+def spoil(monkeypatch, factor):
+    """From here on every loss is multiplied by this."""
+    good = losses.terms
+    monkeypatch.setattr(
+        losses, "terms", lambda *a, **k: {n: v * factor for n, v in good(*a, **k).items()}
+    )
+
+
 def test_non_finite_steps_are_skipped_and_counted(monkeypatch):
-    good, calls = losses.sa_loss, []
+    good, calls = losses.terms, []
 
-    def sometimes(*args):
+    def sometimes(*args, **kwargs):
         calls.append(1)
-        simple, sa = good(*args)
-        return (simple * float("nan"), sa) if len(calls) in (2, 3) else (simple, sa)
+        found = good(*args, **kwargs)
+        if len(calls) in (2, 3):
+            found["simple"] = found["simple"] * float("nan")
+        return found
 
-    monkeypatch.setattr(losses, "sa_loss", sometimes)
+    monkeypatch.setattr(losses, "terms", sometimes)
     checkpoint = small("--steps", "5")
     assert checkpoint["skipped"] == 2 and checkpoint["step"] == 5
     assert all(torch.isfinite(v).all() for v in checkpoint["raw"].values())
@@ -206,14 +216,7 @@ def test_non_finite_steps_are_skipped_and_counted(monkeypatch):
 def test_too_many_non_finite_steps_stop_the_run(monkeypatch):
     small("--steps", "2")
     good = runtime.load_checkpoint("runs/small/checkpoint.pt")["raw"]
-    monkeypatch.setattr(
-        losses,
-        "sa_loss",
-        lambda d, x0, *rest: (
-            d.predict(x0, 5)[0].sum() * float("nan") + torch.zeros(len(x0)),
-            torch.zeros(len(x0)),
-        ),
-    )
+    spoil(monkeypatch, float("nan"))
     with pytest.raises(
         ValueError,
         match="last 25 losses were not finite, up to step 27; the last checkpoint is "
@@ -224,23 +227,20 @@ def test_too_many_non_finite_steps_stop_the_run(monkeypatch):
 
 
 def test_a_nan_never_reaches_the_weights(monkeypatch):
-    good = losses.sa_loss
-    monkeypatch.setattr(losses, "sa_loss", lambda *a: tuple(v * float("inf") for v in good(*a)))
+    spoil(monkeypatch, float("inf"))
     s = train.resolve(train.parse(SMALL))
     model = train.Model(s, torch.device("cpu"))
     before = {k: v.clone() for k, v in model.net.state_dict().items()}
-    denoiser = denoisers.from_settings(s, model.net)
     with runtime.setup() as process:
         train.one_step(
-            model, model.net, denoiser, s, process, torch.zeros(4, 3, 8, 8, dtype=torch.uint8), None
+            model, model.net, s, process, torch.zeros(4, 3, 8, 8, dtype=torch.uint8), None
         )
     assert_close(model.net.state_dict(), before, rtol=0, atol=0)
     assert model.skipped == 1 and not model.optimizer.state
 
 
 def test_bad_steps_before_any_checkpoint_do_not_name_one(monkeypatch):
-    good = losses.sa_loss
-    monkeypatch.setattr(losses, "sa_loss", lambda *a: tuple(v * float("nan") for v in good(*a)))
+    spoil(monkeypatch, float("nan"))
     with pytest.raises(ValueError, match="there is no checkpoint in"):
         small("--steps", "100")
     assert not os.path.exists("runs/small/checkpoint.pt")
@@ -263,7 +263,7 @@ def test_a_torn_log_row_is_dropped():
 
 def test_training_grids_show_the_average(monkeypatch):
     shown = []
-    monkeypatch.setattr(train, "picture", lambda denoiser, *rest: shown.append(denoiser.net))
+    monkeypatch.setattr(train, "picture", lambda model, *rest: shown.append(model.ema))
     checkpoint = small("--steps", "3")
     assert_close(shown[0].state_dict(), checkpoint["ema"], rtol=0, atol=0)
     assert not shown[0].training
@@ -302,13 +302,12 @@ def test_compile_trains_the_same_and_saves_bare_names():
 def test_the_learning_rate_warms_up():
     s = train.resolve(train.parse([*SMALL, "--warmup", "4", "--lr", "0.01"]))
     model = train.Model(s, torch.device("cpu"))
-    denoiser, rates = denoisers.from_settings(s, model.net), []
+    rates = []
     with runtime.setup() as process:
         for _ in range(6):
             train.one_step(
                 model,
                 model.net,
-                denoiser,
                 s,
                 process,
                 torch.zeros(4, 3, 8, 8, dtype=torch.uint8),
@@ -321,12 +320,8 @@ def test_the_learning_rate_warms_up():
 def test_flips_are_off_unless_asked_for():
     s = train.resolve(train.parse([]))
     assert s["flip"] is False
-    assert (
-        train.draw(
-            s, denoisers.from_settings(s, torch.nn.Identity()).schedule, 0, torch.device("cpu")
-        )[2]
-        is None
-    )
+    task = train.Model(s, torch.device("cpu")).task
+    assert train.draw(s, task, 0, torch.device("cpu"))[0] is None
     assert train.resolve(train.parse(["--preset", "celeba64"]))["flip"] is True
     assert train.resolve(train.parse(["--preset", "celeba64", "--no-flip"]))["flip"] is False
 

@@ -1,0 +1,185 @@
+r"""The first stage of latent diffusion: a KL autoencoder ("High-Resolution Image Synthesis with
+Latent Diffusion Models", Rombach et al. 2022).
+
+    (m, l) = encode(x),   z = m + exp(l/2) n,  n ~ N(0, I),   x̂ = decode(z)
+    L = mean (x̂ − x)² + kl_weight · mean (m² + exp(l) − 1 − l)/2
+
+Images become latents z of fewer numbers; diffusion learns the latents, where a step is cheaper, and
+decode makes pictures of them. The two means run over all numbers of an image and all numbers of its
+latents, so that kl_weight means the same at every size. The second is the KL divergence of
+N(m, exp(l)) from N(0, I) per latent, in nats. It keeps latents near zero and near each other:
+diffusion hands the decoder points that no image was encoded to, and the noise n has taught it that
+what lies around a latent is the same picture.
+
+What kl_weight costs can be read off. To first order the noise of latent i, of D, adds a_i exp(l_i)
+to the squared error, and L is least in l_i where that is kl_weight/2 · (1 − exp(l_i))/D. Summed,
+
+    error with noise − error without  =  kl_weight/2 · mean (1 − exp(l))  <=  kl_weight/2.
+
+What this file does not do: the perceptual (LPIPS) and patch-GAN terms of the paper's loss, since we
+have neither network. Squared error alone answers with the mean of all images that a latent could
+be: edges come out right, and texture too fine for the latents comes out soft, not invented. The
+paper's other autoencoder (VQ) is not here, nor is a tanh at the end: outputs can leave [−1, 1].
+
+    python -c "import autoencoder; print(autoencoder.Autoencoder(32).latent_shape)"
+    python train.py --task autoencoder          # trains one
+    python train.py --latent RUN                # diffusion on its latents
+
+B images x (B, C, H, W) in [−1, 1]; latents (B, c, h, w), D = c h w of them; m mean, l log variance.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Autoencoder(nn.Module):
+    r"""forward(images (B, C, H, W), noise (B, c, h, w)) -> (reconstruction, mean, logvar).
+
+    image_size       side in pixels; every level after the first halves it
+    channels         C: 3, or 1 for gray
+    width            width of level 0; mult: that of each level, as its multiple
+    latent_channels  c; the latents of one image are latent_shape = (c, h, w)
+    res_blocks       residual blocks per level, in the encoder and in the decoder
+    norm_groups      groups of GroupNorm; they must divide every width
+
+    ValueError: a size that cannot be halved often enough, widths that do not divide.
+    """
+
+    def __init__(self, image_size, channels=3, width=32, mult=(1, 2, 2), latent_channels=4,
+                 res_blocks=1, norm_groups=8):
+        super().__init__()
+        halvings = len(mult) - 1
+        if image_size % 2**halvings:
+            raise ValueError(f"image size {image_size} cannot be halved {halvings} times: "
+                             f"use a multiple of {2**halvings}")
+        widths = [width * m for m in mult]
+        if any(w % norm_groups for w in widths):
+            raise ValueError(f"{width} channels times {tuple(mult)} do not divide into "
+                             f"{norm_groups} groups")
+        self.latent_shape = (latent_channels, image_size >> halvings, image_size >> halvings)
+
+        def res(c_in, c_out):
+            return ResBlock(c_in, c_out, norm_groups)
+
+        def middle(w):  # attention where the map is smallest: whole pictures at the least price
+            return [res(w, w), Attention(w, norm_groups), res(w, w)]
+
+        def last(w, c_out):
+            return [nn.GroupNorm(norm_groups, w), nn.SiLU(), conv(w, c_out)]
+
+        # Averages of 2x2 halve, because they are centred on what nearest doubling puts back. A
+        # strided 3x3 convolution is centred on one pixel of the four, whichever side is padded:
+        # maps shift by half a pixel at each level, and the decoder has to shift them back.
+        encoder, w = [conv(channels, widths[0])], widths[0]
+        for level, wider in enumerate(widths):
+            encoder += [nn.AvgPool2d(2)] * (level > 0)
+            for _ in range(res_blocks):
+                encoder.append(res(w, wider))
+                w = wider
+        self.encoder = nn.Sequential(*encoder, *middle(w), *last(w, 2 * latent_channels))
+
+        w = widths[-1]
+        decoder = [conv(latent_channels, w), *middle(w)]
+        for level, narrower in reversed(list(enumerate(widths))):
+            if level < halvings:  # the convolution narrows, too: it is the dearest layer otherwise
+                decoder += [nn.Upsample(scale_factor=2), conv(w, narrower)]
+                w = narrower
+            decoder += [res(w, w) for _ in range(res_blocks)]
+        self.decoder = nn.Sequential(*decoder, *last(w, channels))
+
+    def encode(self, images):
+        """images (B, C, H, W) in [-1, 1] -> (mean, logvar), each (B, c, h, w)."""
+        # Back to the precision of the images, whatever autocast made of it: exp and KL need it.
+        mean, logvar = self.encoder(images).to(images.dtype).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)  # exp of it is a float32, even in a network gone astray
+
+    def decode(self, z):
+        """z (B, c, h, w) -> images (B, C, H, W), roughly in [-1, 1]."""
+        return self.decoder(z).to(z.dtype)
+
+    def forward(self, images, noise):
+        # All of training in one call: DistributedDataParallel joins gradients of forward only.
+        mean, logvar = self.encode(images)
+        return self.decode(mean + torch.exp(logvar / 2) * noise), mean, logvar
+
+
+def loss(net, images, noise, kl_weight=1e-4):
+    """images (B, C, H, W), noise (B, c, h, w) -> (loss, reconstruction, kl), each (B,):
+    loss = reconstruction + kl_weight · kl; squared error per number, nats per latent.
+
+    Squared and not absolute error, because the cost of kl_weight is known in it (above). The paper
+    sums KL over the latents, and weights it 1e-6. Here, in short runs on CIFAR-10, the latents had
+    std 1.0 to 1.3 and their noise 0.03 to 0.04 at 1e-4; 0.8 to 1.0 and 0.07 to 0.11 at 1e-3, no
+    less sharp; and at 1e-2 two channels of four were nearly empty (std 0.4, noise 0.8).
+    """
+    out, mean, logvar = net(images, noise)
+    reconstruction = (out - images).square().flatten(1).mean(1)
+    # expm1: exp(l) − 1 − l is near l²/2 for small l, and would be lost in the rounding of exp(l)
+    kl = (mean.square() + torch.expm1(logvar) - logvar).flatten(1).mean(1) / 2
+    return reconstruction + kl_weight * kl, reconstruction, kl
+
+
+@torch.no_grad()
+def moments(net, images_iterable):
+    """(mean (c,), std (c,)), float64 on the CPU, over the latent means of batches of images
+    (B, C, H, W): (z − mean)/std is what diffusion learns.
+
+    The noise schedule takes data of variance one for granted. The paper divides by one number for
+    all channels, from the first batch. Here each channel has its own, as channels differ: one of
+    small std would be under the noise for nearly all t, and one of large std hardly ever. The
+    price: a channel that KL has emptied counts as much as any other; kl_weight has to prevent it.
+    """
+    n = total = squares = 0
+    device = next(net.parameters()).device
+    for images in images_iterable:
+        z = net.encode(images.to(device))[0].double().transpose(0, 1).flatten(1)  # (c, B h w)
+        n, total, squares = n + z.shape[1], total + z.sum(1), squares + z.square().sum(1)
+    if not n:
+        raise ValueError("no images to take the moments of the latents from")
+    mean = total / n
+    return mean.cpu(), (squares / n - mean.square()).clamp(min=0).sqrt().cpu()
+
+
+# ---- layers
+
+class ResBlock(nn.Module):
+    """skip(x) + conv2(SiLU(norm2(h))),   h = conv1(SiLU(norm1(x))): unet.py's, without time."""
+
+    def __init__(self, c_in, c_out, norm_groups):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(norm_groups, c_in), conv(c_in, c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(norm_groups, c_out), zero(conv(c_out, c_out))
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """Self-attention of one head over the N = h w positions, added to its input."""
+
+    def __init__(self, width, norm_groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups, width)
+        self.qkv, self.proj = nn.Conv2d(width, 3 * width, 1), zero(nn.Conv2d(width, width, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 1, 3, C, H * W).permute(2, 0, 1, 4, 3)
+        q, k, v = qkv.contiguous()  # each (B, 1, N, C); strided inputs silently take a slow path
+        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ/√C) v
+        return x + self.proj(h.transpose(2, 3).reshape(B, C, H, W))
+
+
+def conv(c_in, c_out):
+    """3x3, the same size out as in."""
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+def zero(layer):
+    """Start a layer at zero, so that the block it ends contributes nothing at first."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer

@@ -1,0 +1,299 @@
+r"""The settings of a training run: flags and a preset's recipe become one flat dict.
+
+    parse(argv) -> argparse.Namespace            None where the user said nothing
+    resolve(args) -> {name: plain value}         the run: config.json and checkpoint.pt hold this
+
+What a flag does not say, the preset's recipe does, so that `--preset cifar10` alone is SA-DPM's own
+run. Nothing is accepted and then ignored: what would have no effect, or contradicts, is a
+ValueError of one line.
+
+What this file does not do: open images, build networks, or train (tasks.py, train.py).
+
+    python -c "import settings; print(settings.RECIPES['cifar10'])"
+    python -c "import settings; print(settings.resolve(settings.parse(['--sa-k', '2'])))"
+
+s the dict of settings; a run is a folder runs/NAME.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import autoencoder
+import denoiser as denoisers
+import etsdm
+import losses
+import runtime
+import schedules
+import unet
+
+# How each preset is trained unless a flag says otherwise. The papers': SA-DPM's configuration files
+# (epochs turned into images seen) and E-TSDM's table A1, which gives no length: 48 M is ours.
+# loss_space None: that of the prediction.
+PAPER = dict(schedule="linear", prediction="eps", loss_space="eps", lr=2e-4, beta2=0.999,
+             ema=0.9999, grad_clip=1.0, warmup=0, flip=False, sample_every=5000, save_every=1000)
+RECIPES = {
+    # Ours, for minutes on a CPU. v-prediction, cosine schedule: eps on the linear one still gives
+    # coloured fog after the same minutes (NOTES.md).
+    "tiny": dict(PAPER, batch_size=32, images=41_600, schedule="cosine", prediction="v",
+                 loss_space=None, lr=2e-3, beta2=0.99, ema=0.995, warmup=100,
+                 sample_every=650, save_every=200),
+    "cifar10": dict(PAPER, batch_size=128, images=60_000_000),
+    "celeba64": dict(PAPER, batch_size=128, images=195_000_000, flip=True),
+    "celebahq256": dict(PAPER, batch_size=24, images=24_000_000, lr=2e-5, ema=0.999, grad_clip=0.0),
+    "ffhq256": dict(PAPER, batch_size=96, images=48_000_000, lr=1e-4, grad_clip=0.0),
+    "ffhq256-large": dict(PAPER, batch_size=64, images=48_000_000, lr=1e-4, grad_clip=0.0),
+    "adm256": dict(PAPER, batch_size=256, images=128_000_000, lr=1e-4, grad_clip=0.0),
+    # Not presets: the first stage of latent diffusion (ours), and a second head, as NPR- and
+    # SN-DPM's programs train it (500,000 steps) or, on a tiny trunk, a few minutes' worth.
+    "autoencoder": dict(PAPER, batch_size=64, images=256_000, lr=2e-3, beta2=0.99, ema=0.995,
+                        warmup=100, sample_every=1000, save_every=500),
+    "head": dict(batch_size=128, images=64_000_000, lr=1e-4, beta2=0.999, ema=0.9999,
+                 grad_clip=0.0, warmup=0, sample_every=5000, save_every=1000),
+    "head of tiny": dict(batch_size=64, images=128_000, lr=1e-3, beta2=0.99, ema=0.995,
+                         grad_clip=0.0, warmup=0, sample_every=1000, save_every=500),
+}
+
+
+def parse(argv=None):
+    """The command line. None means: as the preset's recipe has it."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", usage="torchrun train.py [flags]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a diffusion model on images. The same command again resumes the run.",
+        epilog="""examples
+  torchrun train.py --sa-k 2
+      the built-in shapes: a tiny network, a few minutes on two CPU cores; then: python sample.py
+  torchrun train.py --sa-k 2 --etsdm --data photos/ --image-size 64 --preset celeba64
+      your own pictures (a folder or zip, searched recursively), both papers' methods together
+  torchrun --nproc_per_node 8 train.py --preset cifar10 --data cifar10 --sa-k 2 --steps 400000
+      the SA paper's CIFAR-10 model on 8 GPUs; --batch-size stays the global batch
+
+"preset's" below: python -c "import settings; print(settings.RECIPES)" shows each.""")
+
+    # A flag without a default is decided by the preset's recipe, in resolve().
+    add = parser.add_argument_group("images").add_argument
+    add("--data", help="shapes (built in), cifar10, or a path: folder or zip of images, .npy, "
+        ".npz[:KEY], MNIST-like IDX, CIFAR-10 archive (default: shapes)")
+    add("--image-size", type=int, help="side in pixels, resized and cropped to (preset's)")
+    add("--channels", type=int, choices=(1, 3), help="3 RGB, 1 true gray (default: 3)")
+    add("--flip", action=argparse.BooleanOptionalAction, help="random horizontal flips (preset's)")
+    add("--skip-bad-images", action="store_true", help="go on without files that cannot be read")
+    add("--workers", type=int, default=2, help="processes that read images which do not fit in "
+        "memory (default: 2)")
+
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--task", choices=("sr", "autoencoder"), help="sr: super-resolution; autoencoder: the "
+        "first stage of latent diffusion (default: images from noise)")
+    add("--factor", type=int, help="sr: how many times smaller the known image is (default: 4)")
+    add("--latent", metavar="RUN", help="diffuse the latents of this autoencoder run")
+    add("--halvings", type=int, help="autoencoder: the latents' side is the image's, halved so "
+        "often (default: 2)")
+    add("--latent-channels", type=int, help="autoencoder: numbers per latent position (default: 4)")
+    add("--kl-weight", type=float, help="autoencoder: weight of the latents' distance from "
+        "normal noise (default: 1e-4)")
+    add("--head", choices=("npr", "sn"), help="a second head for the variance of each pixel, on "
+        "the frozen network of --from")
+    add("--from", metavar="RUN", help="head: the finished run to put it on")
+    add("--head-size", choices=("simple", "block"), help="head: a convolution, or a residual "
+        "block before it (default: simple)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--preset", choices=list(unet.PRESETS), help="network and recipe (default: tiny)")
+    add("--schedule", choices=schedules.NAMES, metavar="NAME",
+        help=f"noise schedule: {', '.join(schedules.NAMES)} (preset's)")
+    add("--continuous", action="store_true", help="real-valued t, schedule in closed form")
+    add("--prediction", choices=denoisers.PREDICTIONS, help="what the network predicts (preset's)")
+    add("--etsdm", action="store_true", help="E-TSDM: share the time conditions near t = 0")
+    add("--etsdm-interval", type=float, help="... below this t (default: 100)")
+    add("--etsdm-n", type=int, help="... in this many equal parts (default: 5)")
+    add("--remap", choices=etsdm.REMAPS, help="tell the network an invertible function of t")
+    add("--dropout", type=float, help="(preset's)")
+
+    add = parser.add_argument_group("loss").add_argument
+    add("--sa-k", type=int, default=1, help="SA-DPM: train k consecutive steps together "
+        "(default: 1, the plain loss)")
+    add("--sa-weight", type=float, help="weight of the sequence-aware loss (default: 1)")
+    add("--loss-space", choices=losses.SPACES, help="where the plain loss is measured (preset's)")
+    add("--train-times", choices=losses.TIMES, help="t is drawn uniformly, uniformly in the "
+        "--remap, or log-normally in the noise level (default: uniform; lognormal for edm)")
+    add("--lipschitz-reg", type=float, metavar="WEIGHT", help="DDPM-r: penalise the network's "
+        "slope in t")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--batch-size", type=int, help="global: over all processes (preset's)")
+    add("--microbatch", type=int, help="images per forward pass of a process; gradients add up")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--images", type=int, help="train until this many were seen (preset's)")
+    length.add_argument("--steps", type=int, help="the same as --images STEPS x BATCH_SIZE")
+    add("--lr", type=float, help="Adam's learning rate (preset's)")
+    add("--warmup", type=int, help="steps over which the learning rate rises from 0 (preset's)")
+    add("--ema", type=float, help="decay of the averaged weights (preset's)")
+    add("--grad-clip", type=float, help="largest gradient norm, 0 = no clipping (preset's)")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16"),
+        help="auto: bf16 where the hardware has units for it (default: auto)")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--seed", type=int, default=0, help="of weights, order of images and noise (default: 0)")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--name", help="folder under runs/ (default: made of data, preset and methods)")
+    add("--sample-every", type=int, help="steps between sample grids (preset's)")
+    add("--save-every", type=int, help="steps between checkpoints (preset's)")
+    return parser.parse_args(argv)
+
+
+# Flags that say what a denoiser is; an autoencoder is none, and a head has that of its trunk.
+DENOISER = ("preset", "latent", "factor", "schedule", "continuous", "prediction", "etsdm",
+            "etsdm_interval", "etsdm_n", "remap", "dropout", "sa_k", "sa_weight", "loss_space",
+            "train_times", "lipschitz_reg")
+CODER, HEAD = ("halvings", "latent_channels", "kl_weight"), ("from", "head_size")
+
+
+def resolve(args):
+    """Flags and recipe -> the flat dict of settings that is the run. ValueError: contradictions."""
+    flags = vars(args)
+
+    def refuse(names, why):
+        if used := [n for n in names if flags[n] is not None and flags[n] is not False
+                    and (n, flags[n]) != ("sa_k", 1)]:
+            raise ValueError(f"--{used[0].replace('_', '-')} {why}")
+    if args.task != "autoencoder":
+        refuse(CODER, "is for --task autoencoder")
+    if not args.head:
+        refuse(HEAD, "is for --head npr or sn")
+    if args.task != "sr":
+        refuse(("factor",), "is for --task sr")
+    # What the user said goes over the recipe; --steps and --dropout are folded into others.
+    given = {k: v for k, v in flags.items() if v is not None and k not in ("steps", "dropout")}
+    s = dict(dict.fromkeys(flags), T=1000, data="shapes", channels=3)
+    if args.head:
+        refuse((*DENOISER, "task", "image_size", "channels"), "cannot change with --head: a head "
+               "serves the network that --from names, as it is")
+        s = head_settings(args, s, {k: v for k, v in given.items() if k not in DENOISER})
+    elif args.task == "autoencoder":
+        refuse(DENOISER, "is no part of an autoencoder")
+        s = autoencoder_settings(s, given)
+    else:
+        s = denoiser_settings(args, s, given)
+    s = {k: v for k, v in s.items() if k not in ("steps", "dropout", *CODER[:2], "head_size")}
+    if args.steps is not None:
+        s["images"] = args.steps * s["batch_size"]
+    refuse_contradictions(args, s)
+    s["name"] = args.name or default_name(s)
+    if Path(s["name"]).name != s["name"] or s["name"].startswith("."):
+        raise ValueError(f"--name {s['name']!r} must be a plain name: runs go to "
+                         f"{runtime.RUNS}/NAME")
+    return s
+
+
+def denoiser_settings(args, s, given):
+    """A denoiser of pixels or latents: its network by the preset, the rest by flags and recipe."""
+    s |= dict(preset="tiny", etsdm_interval=100, etsdm_n=5, sa_weight=1.0)
+    s |= RECIPES[args.preset or "tiny"] | given
+    net = dict(unet.PRESETS[s["preset"]])
+    net["image_size"] = s["image_size"] = s["image_size"] or net["image_size"]
+    net["dropout"] = net.get("dropout", 0.0) if args.dropout is None else args.dropout
+    net["in_channels"] = net["out_channels"] = s["channels"]
+    if s["task"] == "sr":
+        s["factor"] = 4 if s["factor"] is None else s["factor"]
+        net["in_channels"] *= 2  # x_t, and the known image beside it
+    if s["latent"]:
+        first = runtime.load_checkpoint(runtime.find_checkpoint(s["latent"]))["settings"]
+        if first.get("task") != "autoencoder":
+            raise ValueError(f"{s['latent']} is no autoencoder: python train.py --task autoencoder "
+                             "trains one")
+        if s["task"] or args.image_size or args.channels:
+            raise ValueError("--latent goes without --task, --image-size and --channels: these are "
+                             f"the autoencoder's, {first['image_size']} and {first['channels']}")
+        s["image_size"], s["channels"] = first["image_size"], first["channels"]
+        c, side, _ = autoencoder.Autoencoder(**first["autoencoder"]).latent_shape
+        net.update(image_size=side, in_channels=c, out_channels=c, patch=1)
+    s["unet"] = net
+    # Predictions and losses that follow from others, unless a flag says otherwise.
+    edm = s["schedule"] == "edm"
+    if args.prediction is None and (edm or s["schedule"] == "zero-terminal-snr"):
+        s["prediction"] = "edm" if edm else "v"  # eps has no x_0 at t = T of zero-terminal-snr
+    if args.loss_space is None:
+        # The papers measure ε, and so do their presets. But ε's residual is a times v's: nothing
+        # would be learnt where a = 0.
+        own = (s["loss_space"] is None or s["prediction"] == "edm"
+               or s["schedule"] == "zero-terminal-snr")
+        s["loss_space"] = s["prediction"] if own else "eps"
+    if s["train_times"] is None and s["prediction"] == "edm":
+        s["train_times"] = "lognormal"
+    return s
+
+
+def autoencoder_settings(s, given):
+    """A first stage for latent diffusion."""
+    s |= dict(image_size=32, kl_weight=1e-4) | RECIPES["autoencoder"] | given
+    halvings = 2 if s["halvings"] is None else s["halvings"]
+    if not 1 <= halvings <= 5:
+        raise ValueError(f"--halvings must be 1 to 5, not {halvings}")
+    s["autoencoder"] = dict(image_size=s["image_size"], channels=s["channels"],
+                            mult=(1,) + (2,) * halvings, latent_channels=s["latent_channels"] or 4)
+    return s
+
+
+def head_settings(args, s, given):
+    """A second head: every setting of the model is that of the run it is put on."""
+    run = vars(args)["from"]  # a word of Python: args.from is no name
+    if run is None:
+        raise ValueError("--head needs --from RUN, the run whose variance it learns")
+    path = runtime.find_checkpoint(run)
+    base = runtime.load_checkpoint(path)["settings"]
+    if base.get("task") == "autoencoder" or base.get("head"):
+        raise ValueError(f"{path.parent} is no denoiser without a head: give one to --from")
+    recipe = RECIPES["head of tiny" if base["preset"] == "tiny" else "head"]
+    net = dict(base["unet"], second_head=args.head_size or "simple", dropout=0.0)
+    return s | base | recipe | dict(microbatch=None) | given | {
+        "unet": net, "from": path.parent.name, "sa_k": 1, "sa_weight": 0.0, "lipschitz_reg": None}
+
+
+def refuse_contradictions(args, s):
+    """Nothing is accepted and then ignored: one line that says which flags do not go together."""
+    if not 1 <= s["sa_k"] <= s["T"]:
+        raise ValueError(f"--sa-k counts the step itself: 1 to {s['T']}, not {s['sa_k']}")
+    if s["sa_k"] == 1 and args.sa_weight is not None:
+        raise ValueError("--sa-weight weighs the loss that --sa-k 2 adds: with k = 1 there is none")
+    if not args.etsdm and (args.etsdm_interval is not None or args.etsdm_n is not None):
+        raise ValueError("--etsdm-interval and --etsdm-n shape what --etsdm does: give that too")
+    for key in ("batch_size", "images", "lr", "sample_every", "save_every", "image_size"):
+        if not 0 < s[key] < math.inf:
+            raise ValueError(f"--{key.replace('_', '-')} must be above 0, not {s[key]}")
+    for key in ("warmup", "workers", "seed", "grad_clip", "sa_weight", "kl_weight"):
+        if not 0 <= (s[key] or 0) < math.inf:
+            raise ValueError(f"--{key.replace('_', '-')} must be 0 or more, not {s[key]}")
+    if args.lipschitz_reg is not None and not 0 < args.lipschitz_reg < math.inf:
+        raise ValueError(f"--lipschitz-reg must be above 0, not {args.lipschitz_reg}")
+    if not 0 <= s["ema"] < 1 or not 0 <= (args.dropout or 0) < 1:
+        raise ValueError("--ema and --dropout must be at least 0 and below 1")
+    if s["microbatch"] is not None and s["microbatch"] < 1:
+        raise ValueError(f"--microbatch must be at least 1, not {s['microbatch']}")
+    if s["images"] < s["batch_size"]:
+        raise ValueError(f"--images {s['images']} is less than one batch of {s['batch_size']}")
+    if s["train_times"] == "remap" and not s["remap"]:
+        raise ValueError("--train-times remap is uniform in what --remap tells: give that too")
+    if s["prediction"] == "edm" and s["remap"]:
+        raise ValueError("edm prediction tells the network ln(σ)/4: it takes no --remap")
+    if s["task"] != "autoencoder":
+        etsdm.make_condition(s["etsdm"], s["etsdm_interval"], s["etsdm_n"], s["remap"], s["T"])
+
+
+def default_name(s):
+    """What distinguishes a run at a glance, so that the same command finds the same run again."""
+    parts = [Path(s["data"].split(":")[0]).stem or "images"]
+    if s["head"]:
+        parts = [s["from"], s["head"]]
+    elif s["task"] == "autoencoder":
+        parts += ["autoencoder"]
+    else:
+        parts += [s["preset"]]
+        parts += [s["latent"] and "latent", s["task"] and f"{s['task']}{s['factor']}"]
+        parts += dict.fromkeys(  # edm is both
+            s[k] for k in ("schedule", "prediction") if s[k] != RECIPES[s["preset"]][k])
+        parts += ["continuous"] * s["continuous"] + [f"sa{s['sa_k']}"] * (s["sa_k"] > 1)
+        parts += ["etsdm"] * s["etsdm"] + [s["remap"]] * bool(s["remap"])
+        parts += ["reg"] * bool(s["lipschitz_reg"])
+        parts += [f"{s['train_times']}-times"] * (s["train_times"] == "remap")
+    return "-".join([p for p in parts if p] + [f"seed{s['seed']}"] * bool(s["seed"]))

@@ -1,0 +1,143 @@
+r"""What is trained: a denoiser, a second head on a frozen one, or an autoencoder.
+
+A task is what the training loop needs to know, and each of the three says it in its own way:
+
+    net                           the module whose parameters are trained and averaged
+    columns                       names of the terms of its loss, as log.csv has them
+    draw(g, device_g, n)          the random numbers of n images: {name: (n, ...)}
+    losses(net, images, numbers)  (loss (b,), {column: (b,)}) of float images (b, C, H, W)
+    pictures(net, images)         a training grid: uint8 (n, C, H, W), and how many belong together
+    extra                         what a checkpoint must hold besides the weights
+
+So a new system is a new value here or in a loss, a schedule, a condition or a space, and the loop
+stays as it is (train.py).
+
+What this file does not do: step, save, or know of processes and precision (train.py).
+
+    python train.py --sa-k 2                            Denoising
+    python train.py --head npr --from RUN               Head
+    python train.py --task autoencoder                  Coding
+
+s the settings of the run; n images of the global batch, b of one forward pass; k consecutive steps.
+"""
+
+import torch
+
+import autoencoder
+import data
+import denoiser as denoisers
+import losses
+import runtime
+import samplers
+import spaces
+import unet
+
+
+class Denoising:
+    """A denoiser of images, of images beside small ones, or of latents: E‖ε − ε_θ‖² and its
+    companions (losses.py)."""
+
+    def __init__(self, s, extra):
+        self.s, self.extra, self.net = s, extra, unet.UNet(**s["unet"])
+        self.denoiser = denoisers.from_settings(s, self.net, extra.get("first_stage"))
+        self.columns = ("simple", "sa") + ("slope",) * bool(s["lipschitz_reg"])
+        schedule = self.denoiser.schedule
+        self.range = losses.time_range(schedule, s["prediction"])
+        self.quantile = losses.time_quantile(s["train_times"], schedule, *self.range, s["remap"])
+        # weight 0 is the plain model: no second term to pay for
+        self.k = s["sa_k"] if s["sa_weight"] else 1
+
+    def draw(self, g, device_g, n):
+        t = losses.draw_timesteps(n, self.denoiser.schedule, *self.range, g, self.quantile)
+        noises = torch.randn(self.k, n, *self.denoiser.space.shape, generator=device_g,
+                             device=device_g.device)
+        return dict(t=t.to(device_g.device), noises=noises.transpose(0, 1))
+
+    def losses(self, net, images, numbers):
+        s, (x0, denoiser) = self.s, self.denoiser.but(net=net).on(images)
+        found = losses.terms(denoiser, x0, numbers["t"], numbers["noises"].transpose(0, 1),
+                             s["loss_space"], slope=bool(s["lipschitz_reg"]))
+        found["sa"] = found["sa"] * (self.k > 1)  # k = 1 is the plain model: no second term
+        loss = found["simple"] + s["sa_weight"] * found["sa"]
+        if "slope" in found:
+            loss = loss + s["lipschitz_reg"] * found["slope"]
+        return loss, found
+
+    def pictures(self, net, images, **how):
+        """Samples by DDIM in 25 calls, always of the same noises, so that grids can be compared."""
+        denoiser = self.denoiser.but(net=net).on(data.to_float(images))[1]
+        x = samplers.from_seeds(denoiser, range(len(images)), denoiser.space.shape, images.device,
+                                **{"nfe": 25, "t_start": samplers.start_time(denoiser), **how})
+        return denoiser.space.show(data.to_uint8(denoiser.space.decode(x)), images)
+
+
+class Head(Denoising):
+    """A second head on the frozen network of a finished run: NPR- and SN-DPM (covariance.py)."""
+
+    def __init__(self, s, extra):
+        super().__init__(s, extra)
+        self.columns = (s["head"],)
+        self.net.requires_grad_(False)
+        self.net.second_head.requires_grad_(True)
+        missing, unknown = self.net.load_state_dict(extra.pop("trunk", {}), strict=False)
+        if unknown:
+            raise ValueError(f"{s['from']} does not fit its own settings: {unknown[0]}")
+
+    def losses(self, net, images, numbers):
+        x0, denoiser = self.denoiser.but(net=net).on(images)
+        loss = losses.head_loss(denoiser, x0, numbers["t"], numbers["noises"][:, 0], self.s["head"])
+        return loss, {self.s["head"]: loss}
+
+    def pictures(self, net, images):
+        """Samples by DDPM in 25 calls, which the variance matters to."""
+        return super().pictures(net, images, sampler="ddpm")
+
+
+class Coding:
+    """An autoencoder, the first stage of latent diffusion."""
+
+    columns = ("reconstruction", "kl")
+
+    def __init__(self, s, extra):
+        self.s, self.extra, self.net = s, extra, autoencoder.Autoencoder(**s["autoencoder"])
+
+    def draw(self, g, device_g, n):
+        return dict(noise=torch.randn(n, *self.net.latent_shape, generator=device_g,
+                                      device=device_g.device))
+
+    def losses(self, net, images, numbers):
+        loss, *parts = autoencoder.loss(net, images, numbers["noise"], self.s["kl_weight"])
+        return loss, dict(zip(self.columns, parts, strict=True))
+
+    @torch.no_grad()
+    def pictures(self, net, images):
+        """Images, each beside its reconstruction."""
+        decoded = net.decode(net.encode(data.to_float(images))[0])
+        return torch.stack([images, data.to_uint8(decoded)], dim=1).flatten(0, 1), 2
+
+
+def choose(s, checkpoint, dataset):
+    """The task that settings s ask for; `extra` from the checkpoint, or made for a new run."""
+    kind = Head if s["head"] else Coding if s["task"] == "autoencoder" else Denoising
+    return kind(s, checkpoint.get("extra", {}) if checkpoint else extra_of(s, dataset))
+
+
+def extra_of(s, dataset):
+    """What a new run with settings s takes from another run, and keeps."""
+    if s["head"]:
+        base = runtime.load_checkpoint(runtime.find_checkpoint(s["from"]))
+        return {**base.get("extra", {}), "trunk": base["ema"]}
+    if s["latent"]:  # the moments of a thousand images or so; of fewer, if there are fewer
+        n = min(1024, len(dataset))
+        some = (torch.stack([dataset[i] for i in range(start, min(start + 64, n))])
+                for start in range(0, n, 64))
+        return dict(first_stage=spaces.first_stage_of(s["latent"], map(data.to_float, some)))
+    return {}
+
+
+def next_command(s):
+    """What to do with the finished run."""
+    if s["task"] == "autoencoder":
+        return f"python train.py --latent {s['name']}"
+    how = " --low-res IMAGES" * (s["task"] == "sr")
+    return f"python sample.py {s['name']}{how}" + (f" --variance {s['head']}" if s["head"] else "")
