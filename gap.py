@@ -77,9 +77,10 @@ def gap_weights(schedule):
     """
     t = torch.arange(2, schedule.T + 1, dtype=torch.float64)
     (a, s), (a1, s1) = schedule.coefficients(t - 1), schedule.coefficients(1.0)
+    a_t, s_t = schedule.coefficients(t)
     beta, _ = schedule.step_variances(t, t - 1)
     through = a * s1**2 / (a1 * s**2)
-    tau = through * beta / ((1 - beta).sqrt() * schedule.coefficients(t)[1])
+    tau = through * beta * a / (a_t * s_t)  # a_t/a_{t−1} is √(1 − β_t), and 1 for edm
     return torch.cat([torch.zeros(2, dtype=torch.float64), tau])
 
 

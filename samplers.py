@@ -52,6 +52,7 @@ def sample(denoiser, x, sampler="ddim", nfe=50, spacing="uniform", eta=0.0, orde
            churn_range=(0.0, math.inf), churn_noise=1.0):
     r"""Noise x (B, ...) at t = T -> x_0 (B, ...), with nfe network calls (heun: at most).
 
+    x              standard normal noise times schedule.prior_std (from_seeds: start_std)
     spacing        uniform | quadratic | logsnr, from T to t_end; or a falling tensor of times,
                    which then stands for nfe, t_end and t_start too
     eta            ddim: share of DDPM's fresh noise, from 0 (none) to 1 (DDPM)

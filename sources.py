@@ -44,8 +44,10 @@ class Generated:
         self.shape = (self.settings["channels"], *[self.settings["image_size"]] * 2)
         refuse_given(self.denoiser, path.parent.name)
         self.arguments = samplers.from_flags(args, self.denoiser)
-        how = f"{args.sampler} " + " ".join(
-            f"--{k} {v}" for k in ("nfe", "spacing", "eta", "order", "variance", "clip")
+        flags = ("spacing", "eta", "order", "variance", "clip", "churn", "churn_min", "churn_max",
+                 "churn_noise")
+        how = f"{args.sampler} --nfe {self.arguments['nfe']} " + " ".join(
+            f"--{k.replace('_', '-')} {v}" for k in flags
             if (v := getattr(args, k)) not in (None, "auto"))
         start = self.arguments["t_start"]  # below T for ε-prediction where ᾱ(T) = 0
         how += f", from t = {start}" if start < self.settings["T"] else ""
@@ -155,7 +157,8 @@ def refuse_unused(args, made, stored):
     unused = [k for k, v in vars(plain.parse_args([])).items() if getattr(args, k) != v]
     unused += ["seed"] * bool(args.seed)
     if not made and unused:
-        raise ValueError(f"--{unused[0]} is for sampling a run, and there is none")
+        flag = unused[0].replace("_", "-")
+        raise ValueError(f"--{flag} is for sampling a run, and there is none")
     if args.num and not made and "shapes" not in stored:
         raise ValueError("--num is for a run or for shapes: sets on disk are used whole")
 

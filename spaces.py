@@ -96,8 +96,8 @@ class Latents:
 
     @torch.no_grad()
     def encode(self, images):
-        """The mean of q(z | image), not a draw from it: its std is a hundredth of what the latents
-        themselves vary by, and a mean needs no random numbers."""
+        """The mean of q(z | image), not a draw from it: its std is a few hundredths of what the
+        latents themselves vary by, and a mean needs no random numbers."""
         net = self.net.to(images.device)
         return (net.encode(images)[0].float() - self.mean.to(images)) / self.std.to(images)
 
@@ -130,4 +130,5 @@ def first_stage_of(run, batches):
     net = autoencoder.Autoencoder(**settings["autoencoder"])
     runtime.load_weights(net, checkpoint["ema"], run)
     mean, std = autoencoder.moments(net.eval(), batches)
+    std = torch.where(std > 0, std, 1.0)  # a channel that says nothing stays 0
     return dict(autoencoder=settings["autoencoder"], weights=checkpoint["ema"], mean=mean, std=std)

@@ -1,6 +1,7 @@
 """The two programs as a user starts them: the README's commands at their smallest, signals,
 errors."""
 
+import json
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ import runtime
 import sample
 import samplers
 import train
+import unet
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--image-size", "8", "--batch-size", "4", "--precision", "fp32"]
@@ -273,3 +275,67 @@ def test_a_stopped_run_resumes_to_the_same_weights(number, tmp_path):
     for key in ("raw", "ema", "optimizer"):
         assert_close(again[key], whole[key], rtol=0, atol=0)
     assert not list((tmp_path / "runs" / "stopped").rglob("*.tmp"))
+
+
+def test_guided_diffusion_weights_through_sample_py(shared, tmp_path, monkeypatch, capsys):
+    """The pictures are those of DDIM written out over the bare network, told t - 1."""
+    monkeypatch.syspath_prepend(str(shared / "golden"))
+    import fill
+
+    gold = json.loads((shared / "golden" / "unet_guided_diffusion.json").read_text())
+    c = gold["config"]
+    size = dict(
+        image_size=c["image_size"],
+        channels=c["C"],
+        channel_mult=c["mult"],
+        res_blocks=c["R"],
+        attention_resolutions=c["attn"],
+        head_channels=c["hc"],
+    )
+    monkeypatch.setitem(unet.PRESETS, "gold", size)
+    state = {k: torch.tensor(v).float() for k, v in fill.state(gold["keys"]).items()}
+    for key in ("out.2.weight", "out.2.bias"):  # a learn_sigma network
+        state[key] = torch.cat([state[key], state[key] + 1])
+    torch.save(state, tmp_path / "weights.pt")
+    monkeypatch.chdir(tmp_path)
+    flags = "--guided-diffusion weights.pt --preset gold --nfe 5 -n 2 --npz --seed 3 --clip on"
+    sample.main(flags.split())
+    out = capsys.readouterr().out
+    assert "weights.pt, as gold" in out and "generated/ddim-5" in out
+    with np.load("generated/ddim-5/images.npz") as archive:
+        images = torch.from_numpy(archive["images"]).permute(0, 3, 1, 2).int()
+
+    net = unet.UNet(**size, out_channels=6).eval()
+    net.load_state_dict(unet.from_guided_diffusion(state))
+    beta = np.linspace(1e-4, 0.02, 1000)
+    alpha_bar = np.concatenate([[1.0], np.cumprod(1 - beta)])
+    x = torch.stack([torch.randn(3, 16, 16, generator=torch.manual_seed(s)) for s in (3, 4)])
+    times = np.linspace(1000, 1, 5)
+    log_ab = np.interp(times, np.arange(1001), np.log(alpha_bar))
+    for i, t in enumerate(times):
+        with torch.no_grad():
+            eps = net(x, torch.full((2,), t - 1))[:, :3].double()
+        ab, ab_next = np.exp(log_ab[i]), np.exp(log_ab[i + 1]) if i < 4 else 1.0
+        x0 = ((x.double() - (1 - ab) ** 0.5 * eps) / ab**0.5).clamp(-1, 1)
+        eps = (x.double() - ab**0.5 * x0) / (1 - ab) ** 0.5
+        x = (ab_next**0.5 * x0 + (1 - ab_next) ** 0.5 * eps).float()
+    expected = ((x.clamp(-1, 1) + 1) * 127.5).round().int()
+    assert_close(images, expected, rtol=0, atol=1)
+    assert 0.1 < ((expected > 0) & (expected < 255)).double().mean()  # not all saturated
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--guided-diffusion", "w.pt"], "goes with --preset"),
+        (["--preset", "adm256"], "--guided-diffusion FILE goes with --preset"),
+        (["run", "--guided-diffusion", "w.pt", "--preset", "adm256"], "and without a run"),
+        (["--schedule", "cosine"], "a run knows its own"),
+        (["--variance", "analytic", "--sampler", "heun"], "--variance"),
+        (["--churn", "3"], "--churn"),
+        (["--variance", "large"], "ddpm"),
+    ],
+)
+def test_flags_of_sample_that_do_not_go_together(flags, words):
+    with pytest.raises(ValueError, match=words):
+        sample.parse(flags)

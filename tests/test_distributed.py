@@ -157,3 +157,36 @@ def test_sigterm_to_torchrun_saves_and_resumes(tmp_path):
     words[words.index("--steps") + 1] = str(step + 2)
     assert f"from step {step}" in torchrun(2, ROOT / "train.py", *words, cwd=tmp_path).stdout
     assert runtime.load_checkpoint(checkpoint)["step"] == step + 2
+
+
+@pytest.mark.slow
+def test_every_task_under_two_processes(runs):
+    """A head (whose trunk is frozen), an autoencoder, its latents, super-resolution: the losses of
+    one process, a Γ bit for bit, and pictures within one grey level."""
+    small = ["--batch-size", "4", "--precision", "fp32", "--steps", "10"]
+    code = ["--task", "autoencoder", "--image-size", "16"]
+    sr = ["--task", "sr", "--factor", "2", "--image-size", "8", "--lipschitz-reg", "2"]
+    tasks = dict(head=["--head", "npr", "--from", "by1"], code=code, sr=sr)
+    tasks["latent"] = ["--latent", "code1"]
+    for name, flags in tasks.items():
+        with contextlib.chdir(runs):
+            train.main([*small, *flags, "--name", f"{name}1"])
+        torchrun(2, ROOT / "train.py", *small, *flags, "--name", f"{name}2", cwd=runs)
+        rows = []
+        for n in (1, 2):
+            with open(runs / "runs" / f"{name}{n}" / "log.csv", newline="") as f:
+                rows.append(next(csv.DictReader(f)))
+        same = [k for k in rows[0] if k not in ("images_per_s", "grad_norm")]
+        numbers = [[float(row[k]) for k in same] for row in rows]
+        assert_close(numbers[0], numbers[1], rtol=2e-3, atol=1e-7, msg=f"{name}: {numbers}")
+    with contextlib.chdir(runs):
+        sample.main("sr1 --low-res shapes -n 3 --nfe 2 --out one-sr".split())
+    words = "sr1 --low-res shapes -n 3 --nfe 2 --out two-sr".split()
+    torchrun(2, ROOT / "sample.py", *words, cwd=runs)
+    one, two = read_pictures(runs / "one-sr"), read_pictures(runs / "two-sr")
+    assert len(one) == 3 and np.abs(one - two).max() <= 1
+    gammas = []
+    for n in (1, 2):
+        torchrun(n, ROOT / "covariance.py", "by1", "-n", "4", cwd=runs)
+        gammas.append(np.load(runs / "runs" / "by1" / "analytic.npz")["gamma"])
+    np.testing.assert_array_equal(*gammas)
