@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import data
 import inception
-import samplers
+import sampling
 from sources import Generated, open_all, own_data, read_statistics
 
 FEW = 10_000  # below so many images a score says more about N than about the images
@@ -409,11 +409,11 @@ def parse(argv=None):
         "else 3)")
     add("--skip-bad-images", action="store_true", help="go on without files that cannot be read")
     add("--batch-size", type=int, default=64, help="images at a time, per process (default: 64)")
-    samplers.add_flags(parser.add_argument_group("sampling, for a run"))
+    sampling.add_flags(parser.add_argument_group("sampling, for a run"))
     parser.add_argument("--seed", type=int, default=0, help="image i has seed + i (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     args = parser.parse_intermixed_args(argv)  # flags between A and B too
-    samplers.check_flags(args)
+    sampling.check_flags(args)
     wanted, words = {"fid": ((1, 2), "A or A B"), "is": ((1,), "A alone"), "psnr": ((2,), "A B"),
                      "stats": ((2,), "A OUT.npz")}[args.metric]
     if len(args.images) not in wanted:

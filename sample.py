@@ -31,6 +31,7 @@ from tqdm import tqdm
 import data
 import denoiser as denoisers
 import samplers
+import sampling
 import unet
 
 
@@ -58,7 +59,7 @@ def parse(argv=None):
     add = parser.add_argument
     add("run", nargs="?", metavar="RUN", help="a name under runs/, a run folder, or a checkpoint "
         "(default: the newest run)")
-    samplers.add_flags(parser)
+    sampling.add_flags(parser)
     # -n too, since torchrun, given --num, takes it for the beginning of its own --numa-binding
     add("-n", "--num", type=int, default=64, help="number of images; under torchrun write -n "
         "(default: 64)")
@@ -73,7 +74,7 @@ def parse(argv=None):
     add("--preset", choices=list(unet.PRESETS), help="... and their size")
     add("--schedule", choices=("linear", "cosine"), help="... and noise schedule (default: linear)")
     args = parser.parse_args(argv)
-    samplers.check_flags(args)
+    sampling.check_flags(args)
     if bool(args.guided_diffusion) != bool(args.preset) or args.run and args.guided_diffusion:
         raise ValueError("--guided-diffusion FILE goes with --preset, and without a run")
     if args.schedule and not args.guided_diffusion:
@@ -184,8 +185,8 @@ def main(argv=None):
         denoiser, words = process.first_then_all(lambda: open_denoiser(args))
         denoiser.net.to(process.device)
         process.say(words)
-        arguments = samplers.from_flags(args, denoiser)
-        for note in samplers.notes(args, denoiser):
+        arguments = sampling.from_flags(args, denoiser)
+        for note in sampling.notes(args, denoiser):
             process.say(note)
         T, start = denoiser.schedule.T, arguments["t_start"]
         if start < T:

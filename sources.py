@@ -27,6 +27,7 @@ import data
 import denoiser as denoisers
 import runtime
 import samplers
+import sampling
 
 NUM = 10_000  # images of a run, or of a set without end, unless --num says otherwise
 SETS = ("shapes", "cifar10")  # names that data.load knows
@@ -43,7 +44,7 @@ class Generated:
         self.n, self.seed, self.paths = args.num or NUM, args.seed, []
         self.shape = (self.settings["channels"], *[self.settings["image_size"]] * 2)
         refuse_given(self.denoiser, path.parent.name)
-        self.arguments = samplers.from_flags(args, self.denoiser)
+        self.arguments = sampling.from_flags(args, self.denoiser)
         flags = ("spacing", "eta", "order", "variance", "clip", "churn", "churn_min", "churn_max",
                  "churn_noise")
         how = f"{args.sampler} --nfe {self.arguments['nfe']} " + " ".join(
@@ -120,7 +121,7 @@ def find_run(source):
 def open_all(sources, args, process, may_be_statistics=False):
     """One Generated, Stored or dict of statistics for each source; all images of one shape.
 
-    args: num, seed, image_size, channels, skip_bad_images, and samplers.add_flags'. ValueError,
+    args: num, seed, image_size, channels, skip_bad_images, and sampling.add_flags'. ValueError,
     OSError: one line.
     """
     sides = [read_statistics(s) if may_be_statistics else None for s in sources]
@@ -153,7 +154,7 @@ def open_all(sources, args, process, may_be_statistics=False):
 def refuse_unused(args, made, stored):
     """ValueError for flags about sampling where nothing is sampled."""
     plain = argparse.ArgumentParser()
-    samplers.add_flags(plain)
+    sampling.add_flags(plain)
     unused = [k for k, v in vars(plain.parse_args([])).items() if getattr(args, k) != v]
     unused += ["seed"] * bool(args.seed)
     if not made and unused:

@@ -23,7 +23,7 @@ import lipschitz
 import metrics
 import runtime
 import sample
-import samplers
+import sampling
 import train
 import unet
 
@@ -165,7 +165,7 @@ def test_stochastic_samplers_are_clipped_by_default(inside):
         (["--sampler", "ddpm", "--clip", "off"], None),
         (["--clip", "on"], (-1, 1)),
     ):
-        assert samplers.from_flags(sample.parse(flags), d)["clip"] == clip
+        assert sampling.from_flags(sample.parse(flags), d)["clip"] == clip
 
 
 def test_load_run_gives_what_the_run_describes(inside):

@@ -35,6 +35,7 @@ ROWS = [
     {"denoiser"},
     {"covariance"},
     {"losses", "samplers"},
+    {"sampling"},
     {"sources", "tasks", "settings"},
     {"gap", "lipschitz", "metrics", "classifier"},
     {"train", "sample"},

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import denoiser as D
 import etsdm
 import samplers
+import sampling
 import schedules
 import toy
 
@@ -642,9 +643,9 @@ def test_starting_noise_is_as_wide_as_the_schedule_says():
 def flags(*words):
     """The parsed command line; refused as a program would."""
     parser = argparse.ArgumentParser()
-    samplers.add_flags(parser)
+    sampling.add_flags(parser)
     args = parser.parse_args(words)
-    samplers.check_flags(args)
+    sampling.check_flags(args)
     return args
 
 
@@ -665,15 +666,15 @@ def test_flags_become_arguments_that_sample_takes():
             dict(nfe=49, churn=9.0, churn_range=(0.05, math.inf), churn_noise=1.003),
         ),
     ):
-        arguments = samplers.from_flags(flags(*words), denoiser)
+        arguments = sampling.from_flags(flags(*words), denoiser)
         assert expected.items() <= arguments.items()
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # what heun cannot spend is said once, by notes()
             samplers.from_seeds(denoiser, [0], (1,), **arguments)
-    (line,) = samplers.notes(flags("--sampler", "heun", "--nfe", "20"), denoiser)
+    (line,) = sampling.notes(flags("--sampler", "heun", "--nfe", "20"), denoiser)
     assert line.startswith("note: heun's steps cost two calls each: it makes 19 of the 20")
-    assert samplers.notes(flags("--sampler", "heun", "--nfe", "19"), denoiser) == []
-    assert samplers.notes(flags("--nfe", "20"), denoiser) == []
+    assert sampling.notes(flags("--sampler", "heun", "--nfe", "19"), denoiser) == []
+    assert sampling.notes(flags("--nfe", "20"), denoiser) == []
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm-solver", "heun"])
@@ -681,7 +682,7 @@ def test_flags_become_arguments_that_sample_takes():
 def test_remap_spacing_is_even_in_what_the_network_is_told(name, sampler):
     denoiser = run_of(remap=name)
     words = ["--sampler", sampler, "--spacing", "remap", "--nfe", "20"]
-    arguments = samplers.from_flags(flags(*words), denoiser)
+    arguments = sampling.from_flags(flags(*words), denoiser)
     grid = arguments["spacing"]
     assert grid.dtype == torch.float64 and len(grid) == (10 if sampler == "heun" else 20)
     assert grid[0] == 1000 and grid[-1] == 1
@@ -690,12 +691,12 @@ def test_remap_spacing_is_even_in_what_the_network_is_told(name, sampler):
     if name == "sqrt":
         same = schedules.time_grid(LINEAR, len(grid), "quadratic")
         assert_close(grid, same, rtol=1e-12, atol=0)
-    assert len(samplers.notes(flags(*words), denoiser)) == (sampler == "heun")
+    assert len(sampling.notes(flags(*words), denoiser)) == (sampler == "heun")
     denoiser, calls = counted(denoiser)
     samplers.from_seeds(denoiser, [0], (1,), **arguments)
     assert len(calls) == arguments["nfe"]
     with pytest.raises(ValueError, match="--spacing remap is for runs trained with --remap"):
-        samplers.from_flags(flags(*words), run_of())
+        sampling.from_flags(flags(*words), run_of())
 
 
 @pytest.mark.parametrize("kind", covariance.KINDS)
@@ -708,7 +709,7 @@ def test_learnt_variances_come_from_the_run(kind, monkeypatch):
 
     monkeypatch.setattr(covariance, "from_run", from_run)
     for words in (["--sampler", "ddpm"], [], ["--eta", "0.5"]):
-        arguments = samplers.from_flags(flags(*words, "--nfe", "3", "--variance", kind), run_of())
+        arguments = sampling.from_flags(flags(*words, "--nfe", "3", "--variance", kind), run_of())
         assert arguments["clip"] == (-1.0, 1.0), "they add noise"
         samplers.from_seeds(run_of(), [0], (1,), **arguments)
     assert asked == [(kind, True, 0.0), (kind, False, 0.0), (kind, False, 0.5)]
@@ -719,9 +720,9 @@ def test_clipping_knows_the_bounds_of_the_space():
     for bounds, auto in (((-1.0, 1.0), (-1.0, 1.0)), ((0.0, 2.0), (0.0, 2.0)), (None, None)):
         denoiser.space = argparse.Namespace(bounds=bounds)
         for words, clip in ((["--sampler", "ddpm"], auto), (["--eta", "1"], auto), ([], None)):
-            assert samplers.from_flags(flags(*words), denoiser)["clip"] == clip
+            assert sampling.from_flags(flags(*words), denoiser)["clip"] == clip
     with pytest.raises(ValueError, match="--clip on: latents have no bounds"):
-        samplers.from_flags(flags("--clip", "on"), denoiser)
+        sampling.from_flags(flags("--clip", "on"), denoiser)
 
 
 @pytest.mark.parametrize(

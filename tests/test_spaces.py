@@ -18,6 +18,7 @@ import metrics
 import runtime
 import sample
 import samplers
+import sampling
 import sources
 import spaces
 import train
@@ -200,7 +201,7 @@ def test_a_latent_run_needs_nothing_but_its_checkpoint(latent_run, capsys):
     assert picture.shape == (16, 16, 3)
     # by hand: noise of seed 1 -> latent -> decoder; latents are never clipped
     args = sample.parse(["--nfe", "2", "--sampler", "ddpm"])
-    arguments = samplers.from_flags(args, d)
+    arguments = sampling.from_flags(args, d)
     assert arguments["clip"] is None
     z = samplers.from_seeds(d, [0, 1], d.space.shape, **arguments)
     assert_close(
