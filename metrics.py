@@ -40,7 +40,8 @@ from tqdm import tqdm
 import data
 import inception
 import sampling
-from sources import Generated, open_all, own_data, read_statistics
+from sources import (Generated, Reconstructed, find_autoencoder, open_all, own_data,
+                     read_statistics)
 
 FEW = 10_000  # below so many images a score says more about N than about the images
 INCEPTION = "Inception 2015-12-05"
@@ -388,6 +389,8 @@ def parse(argv=None):
   python metrics.py is samples/
   python metrics.py psnr enlarged/ originals/
       pairs of images, matched by file name
+  python metrics.py psnr fashion-autoencoder test-images/ --image-size 32 --channels 1
+      images that an autoencoder has not seen, against what it makes of them
   python metrics.py fid my-run --features classifier.pt2
       a distance in the features of your own network: float32 (N, 3, H, W) in [-1, 1] ->
       (N, D), saved by torch.export.save or torch.jit.save; never called FID""")
@@ -434,6 +437,17 @@ def parse(argv=None):
     return args
 
 
+def open_sides(names, args, process):
+    """What is to be measured; for psnr, an autoencoder run is its reconstructions of the other."""
+    code = find_autoencoder(names[0]) if args.metric == "psnr" else None
+    if code is None:
+        return open_all(names, args, process, may_be_statistics=args.metric == "fid")
+    weights, args.weights = args.weights, "ema"  # a flag about sampling, which here has a use
+    images = open_all(names[1:], args, process)[0]
+    args.weights = weights
+    return [Reconstructed(code, images, args, process.device), images]
+
+
 def main(argv=None):
     args = parse(argv)
     # tf32=False: rounding to 10 bits moves FID by hundredths
@@ -442,8 +456,7 @@ def main(argv=None):
         names = list(args.images)
         if args.metric == "fid" and len(names) == 1:
             names.append(process.first_does(lambda: own_data(names[0])))
-        sides = process.first_then_all(
-            lambda: open_all(names, args, process, may_be_statistics=args.metric == "fid"))
+        sides = process.first_then_all(lambda: open_sides(names, args, process))
         what = {"fid": fid, "is": score, "psnr": compare, "stats": save_statistics}[args.metric]
         result = what(names, sides, args, process)
         if process.first and args.json:

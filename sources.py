@@ -11,6 +11,7 @@ What this file does not do: features, scores (metrics.py), or reading of files (
 
     python metrics.py fid RUN cifar10 -n 50000
     python metrics.py fid samples.zip statistics.npz
+    python metrics.py psnr AUTOENCODER_RUN cifar10
 
 C channels, H = W the side in pixels; images uint8 (b, C, H, W).
 """
@@ -23,6 +24,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+import autoencoder
 import data
 import denoiser as denoisers
 import runtime
@@ -79,6 +81,38 @@ class Stored:
             return self.set.images[indices]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding takes time
             return torch.stack(list(pool.map(self.set.__getitem__, indices)))
+
+
+class Reconstructed:
+    """Images of another side, there and back through the autoencoder of a run."""
+
+    def __init__(self, path, side, args, device):
+        checkpoint = runtime.load_checkpoint(path)
+        size = checkpoint["settings"]["autoencoder"]
+        if side.shape != (size["channels"], *[size["image_size"]] * 2):
+            raise ValueError(f"{path.parent.name} encodes images of {size['image_size']} pixels in "
+                             f"{size['channels']} channels, and these are "
+                             + "x".join(map(str, side.shape)) + ": give --image-size, --channels")
+        self.net = autoencoder.Autoencoder(**size)
+        runtime.load_weights(self.net, checkpoint[args.weights], path)
+        self.net.to(device).eval()
+        self.side, self.device = side, device
+        self.n, self.shape, self.paths = side.n, side.shape, []
+        self.summary = (f"reconstructions by {path.parent.name} at step {checkpoint['step']}, from "
+                        + "x".join(map(str, self.net.latent_shape)) + " latents")
+
+    @torch.no_grad()
+    def batch(self, indices):
+        """-> uint8 (b, C, H, W)."""
+        images = data.to_float(self.side.batch(indices).to(self.device))
+        return data.to_uint8(self.net.decode(self.net.encode(images)[0]))
+
+
+def find_autoencoder(source):
+    """The checkpoint of the autoencoder run that `source` names, or None."""
+    path = find_run(source)
+    task = runtime.load_checkpoint(path)["settings"].get("task") if path else None
+    return path if task == "autoencoder" else None
 
 
 def read_statistics(source):

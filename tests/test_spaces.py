@@ -244,3 +244,21 @@ def test_an_autoencoder_draws_nothing_by_itself(runs):
         train.main([*SMALL, "--latent", "plain"])
     with pytest.raises(ValueError, match="without --task, --image-size and --channels"):
         train.main([*SMALL, "--latent", "code", "--image-size", "16"])
+
+
+def test_reconstructions_have_a_psnr(runs, capsys):
+    """psnr AUTOENCODER_RUN IMAGES: against encoding and decoding by hand."""
+    metrics.main("psnr code shapes -n 5 --image-size 16 --batch-size 2".split())
+    out = capsys.readouterr().out
+    assert "reconstructions by code at step 2, from 4x4x4 latents" in out
+    state = runtime.load_checkpoint("runs/code/checkpoint.pt")
+    net = autoencoder.Autoencoder(**state["settings"]["autoencoder"])
+    net.load_state_dict(state["ema"])
+    originals = images(5, 16)
+    back = data.to_uint8(net.eval().decode(net.encode(data.to_float(originals))[0]).detach())
+    expected = metrics.psnr(back, originals).mean()
+    assert float(out.split("PSNR ")[1].split(" dB")[0]) == pytest.approx(expected.item(), abs=0.01)
+    with pytest.raises(ValueError, match="encodes images of 16 pixels in 3 channels.*3x8x8"):
+        metrics.main("psnr code shapes -n 5 --image-size 8".split())
+    with pytest.raises(ValueError, match="code is an autoencoder"):
+        metrics.main(["fid", "code", "shapes", "--features", __file__])
