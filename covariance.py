@@ -20,6 +20,8 @@ real one is. Then the papers clip. Data in [low, high] have Cov0 <= ((high − l
 near T, where (s/a)² magnifies an error of Γ 25,000 times. And the noise of the last step that adds
 any, onto t = 1, must not show: on average E|σz| = σ √(2/π) <= 2 grey levels (DDPM) or 1 (DDIM).
 
+Where x̂_0 is clipped, our samplers re-derive ε from it; the papers' DDIM keeps the network's ε.
+
 What this file does not do: train the heads (losses.py, train.py --head), or take the step.
 
     python covariance.py RUN            # estimate Γ, once per checkpoint: analytic.npz, .csv, .png
@@ -43,9 +45,9 @@ from tqdm import tqdm
 import data
 import denoiser as denoisers
 import schedules
+from spaces import Pixels
 
 KINDS = ("analytic", "npr", "sn")
-PIXELS = (-1.0, 1.0)  # the range of images
 
 
 # ------------------------------------------------------------------ the variance of a step
@@ -60,18 +62,19 @@ def reverse_variance(schedule, t, t_next, var_eps, eta=1.0):
     return fresh + torch.where(var_eps == 0, 0.0, (A * ratio) ** 2 * var_eps)
 
 
-def bounded(schedule, t, t_next, var_eps, eta=1.0, bounds=PIXELS, levels=None):
+def bounded(schedule, t, t_next, var_eps, eta=1.0, bounds=Pixels.bounds, levels=None):
     r"""The same with the papers' clips, element by element: 0 <= Cov0 <= ((high − low)/2)², and
     where t_next <= 1 no more noise than `levels` grey levels on average. t, t_next: numbers.
 
-    bounds  (low, high) of the data, 255 grey levels apart; None: latents, which have neither
+    bounds  (low, high) of the data, 255 grey levels apart; None: latents, which have no levels, and
+            whose variance is 1 per channel: their Cov0 <= 1 too
     levels  None: 2 for η = 1, DDPM, and 1 below; 0 switches this clip off
     """
     fresh, A, ratio = parts(schedule, t, t_next, eta)
-    width = math.inf if bounds is None else bounds[1] - bounds[0]
+    width = 2.0 if bounds is None else bounds[1] - bounds[0]
     cov0 = ratio**2 * torch.as_tensor(var_eps, dtype=torch.float64)
-    if math.isinf(ratio):  # ᾱ = 0: all that it can be; latents are scaled to variance 1
-        cov0 = torch.full_like(cov0, 1.0 if bounds is None else math.inf)
+    if math.isinf(ratio):  # ᾱ = 0: all that it can be
+        cov0 = torch.full_like(cov0, math.inf)
     var = fresh + A**2 * cov0.clamp(0, (width / 2) ** 2)
     levels = 1 + (eta == 1) if levels is None else levels
     if bounds is not None and levels and t_next <= 1:
@@ -175,23 +178,32 @@ def from_run(denoiser, kind, ddpm, eta=0.0, levels=None):
     if kind not in KINDS or getattr(denoiser, "folder", None) is None:
         raise ValueError(f"variance {kind!r} must be one of {' '.join(KINDS)}, and the denoiser "
                          "a run's, opened by load_run")
+    eta = 1.0 if ddpm else eta
     if kind == "analytic":
-        var_eps = of_gamma(read_gamma(denoiser))
-    else:
-        s, run = denoiser.settings, denoiser.folder
-        if s.get("head") != kind:  # of another kind: put the new one on the same network
-            has, base = (f"an {s['head']}", s["from"]) if s.get("head") else ("no second", run)
-            raise ValueError(f"{run} has {has} head: train one with  python train.py --head {kind} "
-                             f"--from {base}")
-        var_eps = of_second_head(denoiser, kind)
-    eta, bounds = 1.0 if ddpm else eta, bounds_of(denoiser)
+        return of_step(denoiser, of_gamma(read_gamma(denoiser)), eta, levels)
+    s, run = denoiser.settings, denoiser.folder
+    if s.get("head") != kind:  # of another kind: put the new one on the same network
+        has, base = (f"an {s['head']}", s["from"]) if s.get("head") else ("no second", run)
+        raise ValueError(f"{run} has {has} head: train one with  python train.py --head {kind} "
+                         f"--from {base}")
+    return of_head(denoiser, kind, eta, levels)
+
+
+def of_head(denoiser, kind, eta, levels=None):
+    """variance(x, t, t_next) by a network's second head; from here on denoiser.net remembers."""
+    return of_step(denoiser, of_second_head(denoiser, kind), eta, levels)
+
+
+def of_step(denoiser, var_eps, eta, levels=None):
+    """variance(x, t, t_next), clipped, of an estimate var_eps(x, t)."""
+    bounds = bounds_of(denoiser)
     return lambda x, t, t_next: bounded(denoiser.schedule, t, t_next, var_eps(x, t), eta, bounds,
                                         levels)
 
 
 def bounds_of(denoiser):
     """(low, high) of what is diffused, or None."""
-    return PIXELS if denoiser.space is None else denoiser.space.bounds
+    return (denoiser.space or Pixels).bounds
 
 
 def read_gamma(denoiser):
@@ -205,8 +217,8 @@ def read_gamma(denoiser):
         with np.load(path, allow_pickle=False) as archive:
             values = torch.from_numpy(archive["gamma"]).double()
             step, weights = archive["step"].item(), archive["weights"].item()
-        if values.shape != (denoiser.schedule.T + 1,):
-            raise ValueError(f"{len(values)} numbers")
+        if values.shape != (denoiser.schedule.T + 1,) or not values.isfinite().all():
+            raise ValueError("another T, or a network that had gone wrong")
     except Exception as error:  # of zip, NumPy, or an entry that is not there
         raise ValueError(f"{path} is no Γ of this run: run  {command}  again") from error
     if (step, weights) != (denoiser.step, denoiser.weights):

@@ -8,10 +8,11 @@ r"""The Denoiser: given x_t and t, what are x_0 and ε? The only place that conv
     v                       a x_t − s v          s x_t + a v
     F  (edm)                a d²/r² x_t + s d/r F        s/r² x_t − a d/r F
 
-The last is EDM's preconditioning (Karras et al. 2022, table 1), d = 0.5 the std of the data and
-r = √(s² + a² d²) that of x_t: the network is shown x_t/r and told ln(σ)/4, σ = s/a, and both its
-input and what it has to say have unit variance at every t. In EDM's own coordinates, a = 1, s = σ,
-these are its c_in, c_skip, c_out and c_noise; in (a, s) they serve every schedule.
+The last is EDM's preconditioning (Karras et al. 2022, table 1), d the std of the data (0.5 for
+pixels, 1 for latents) and r = √(s² + a² d²) that of x_t: the network is shown x_t/r and told
+ln(σ)/4, σ = s/a, and both its input and what it has to say have unit variance at every t. In EDM's
+own coordinates, a = 1, s = σ, these are its c_in, c_skip, c_out and c_noise; in (a, s) they serve
+every schedule.
 
 A Denoiser is four things: a network, a schedule, a prediction type and a time condition. Losses,
 samplers, metrics and analysis see only `predict`, so each works with any combination of the four:
@@ -36,10 +37,9 @@ import runtime
 import schedules
 import spaces
 import unet
-from schedules import match
+from schedules import match, noise_in
 
 PREDICTIONS = ("eps", "v", "x0", "edm")
-SIGMA_DATA = 0.5  # d above: EDM's figure for pixels in [-1, 1]
 
 
 class Denoiser:
@@ -53,6 +53,7 @@ class Denoiser:
         self.net, self.schedule, self.space = net, schedule, space
         self.prediction, self.condition = prediction, condition
         self.given = None  # (B, ...): what the network sees beside x, as further channels
+        self.data_std = (spaces.Pixels if space is None else space).data_std  # d above
 
     def but(self, **changes):
         """This denoiser with some of its parts replaced, e.g. .but(net=another)."""
@@ -67,18 +68,20 @@ class Denoiser:
             return images, self
         return self.space.encode(images), self.but(given=self.space.given(images))
 
-    def outputs(self, x, t):
+    def outputs(self, x, t, told=None):
         """All that the network says of x_t, told f(t): (B, C or more, ...), in x's precision
-        whatever autocast made of it."""
-        t = torch.as_tensor(t, dtype=torch.float64) if not isinstance(t, torch.Tensor) else t
-        c = t if self.condition is None else self.condition(t)
+        whatever autocast made of it. told: another time, whose f it is told instead; x_t is shown
+        as at t."""
+        told = t if told is None else told
+        told = torch.as_tensor(told, dtype=None if torch.is_tensor(told) else torch.float64)
+        c = told if self.condition is None else self.condition(told)
         seen = x
         if self.prediction == "edm":
             # What is shared is t, the coordinate of EDM's own grid of noise levels. ln 0 is no
             # number: a part that begins at t = 0 is told the level of t = 1, the grid's last.
-            lam = self.schedule.lam(c.double().clamp(min=1.0))
+            lam = self.schedule.lam(torch.where(c > 0, c.double(), 1.0))
             c = -lam.clamp(min=-10.0) / 4  # ln(σ)/4; the bound is for ᾱ = 0, where σ = ∞
-            seen = x / self._std(x, t)
+            seen = x / match(self.spread(t), x)
         if self.given is not None:  # in the same order, as often as x_0 was repeated (SA-k)
             repeats = len(x) // len(self.given)
             beside = self.given.repeat(repeats, *[1] * (self.given.dim() - 1))
@@ -87,14 +90,14 @@ class Denoiser:
         dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         return self.net(seen, c.to(x.device, dtype).expand(len(x))).to(x.dtype)
 
-    def _std(self, x, t):
-        """r = √(s² + a² d²), made to multiply x."""
+    def spread(self, t):
+        """r = √(s² + a² d²), the std of x_t: float64, of t's shape."""
         a, s = self.schedule.coefficients(t)
-        return match((s**2 + a**2 * SIGMA_DATA**2).sqrt(), x)
+        return (s**2 + a**2 * self.data_std**2).sqrt()
 
-    def output(self, x, t):
-        """The network's prediction at x_t, told f(t): like x (B, C, ...)."""
-        return self.outputs(x, t)[:, :x.shape[1]]
+    def output(self, x, t, told=None):
+        """The network's prediction at x_t, told f(t), or f(told): like x (B, C, ...)."""
+        return self.outputs(x, t, told)[:, :x.shape[1]]
 
     def explain(self, x, t, out):
         """x_t and the prediction `out` -> (x0, ε), all of one shape: the table above."""
@@ -102,11 +105,11 @@ class Denoiser:
         if self.prediction == "eps":
             return (x - s * out) / a, out
         if self.prediction == "x0":
-            return out, (x - a * out) / s
+            return out, noise_in(self.schedule, x, t, out)
         if self.prediction == "v":
             power = a**2 + s**2  # 1, but for the edm schedule
             return (a * x - s * out) / power, (s * x + a * out) / power
-        d, r = SIGMA_DATA, self._std(x, t)
+        d, r = self.data_std, match(self.spread(t), x)
         return a * d**2 / r**2 * x + s * d / r * out, s / r**2 * x - a * d / r * out
 
     def predict(self, x, t):
@@ -165,17 +168,25 @@ def load_guided_diffusion(path, preset, schedule="linear"):
     Those that learnt a variance too (learn_sigma) have twice the outputs: `output` leaves theirs
     out. ValueError, OSError: one line.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # as in runtime.load_checkpoint
         raise ValueError(f"{path} holds no weights ({runtime.what_is(path)})") from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if isinstance(state, dict) and state.get("format") == runtime.FORMAT:
+        raise ValueError(f"{path} is a run of train.py: give it as RUN")
+    tensors = isinstance(state, dict) and all(torch.is_tensor(v) for v in state.values())
+    if not tensors or not state:
         raise ValueError(f"{path} is no state dict of a network: it holds "
                          f"{runtime.describe(state)}")
     state = unet.from_guided_diffusion(state)
     channels, outputs = len(state["input_blocks.0.0.weight"][0]), len(state["out_conv.weight"])
+    if channels not in (1, 3) or outputs not in (channels, 2 * channels):
+        raise ValueError(f"{path} has {channels} channels in and {outputs} out: only networks that "
+                         "draw images from noise can be loaded, no upsamplers")
     size = dict(unet.PRESETS[preset], in_channels=channels, out_channels=outputs)
     net = unet.UNet(**size)
     runtime.load_weights(net, state, path, f"the preset {preset}")

@@ -177,7 +177,7 @@ def measure(denoiser, x0, args, name):
     times = schedules.time_grid(denoiser.schedule, args.steps or start, t_start=start)
     ideal = None
     if args.ideal:
-        whole = ideal_set(denoiser.settings, args, name).to(x0.device)
+        whole = ideal_set(denoiser, args, name).to(x0.device)
         ideal = ideal_of_images(whole, denoiser.schedule)
     which = "x".join(map(str, (args.data or denoiser.settings["data"], *x0.shape[1:])))
     drawn, rows, boot = resamples(len(x0)), [], None
@@ -195,15 +195,17 @@ def measure(denoiser, x0, args, name):
     return rows, boot
 
 
-def ideal_set(s, args, name):
-    """The whole set that a run of settings s was trained on, float32 (N, C, H, W). ValueError: it
-    has no end."""
+def ideal_set(denoiser, args, name):
+    """The whole set that a run was trained on, as what is diffused: float32 (N, *space.shape).
+    ValueError: it has no end."""
+    s = denoiser.settings
     source = args.data or sources.here(s["data"], name)
     whole = sources.images_of(source, s["image_size"], s["channels"], args.seed)
     if not isinstance(whole, data.Array):
         raise ValueError(f"--ideal takes a set that fits into memory, not {source}")
     images = data.to_float(whole.images)
-    return torch.cat([images, images.flip(-1)]) if s["flip"] else images
+    images = torch.cat([images, images.flip(-1)]) if s["flip"] else images
+    return torch.cat([denoiser.space.encode(part) for part in images.split(256)])
 
 
 def draw(path, runs, weights):

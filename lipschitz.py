@@ -56,7 +56,7 @@ def slopes(denoiser, x0, ts, dt=1, seed=0, batch_size=64, label=None):
         # Two calls also where f(t) = f(t'): the 0 is measured, not assumed. Of one shape, which is
         # what makes it exact: in one batch of 2 B, kernels may round rows j and B + j differently.
         xt = diffuse(denoiser.schedule, x0, t, eps)
-        return denoiser.output(xt, t), denoiser.output(xt, t + dt)
+        return denoiser.output(xt, t), denoiser.output(xt, t, told=t + dt)
     return distances(answers, denoiser.net, x0, ts, seed, batch_size, label) / dt  # eq. 8
 
 

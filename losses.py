@@ -31,7 +31,7 @@ Two choices the code shows and the paper leaves open:
 What this file does not do: average over the batch, or know of precision, processes and EMA
 (train.py).
 
-    python train.py --sa-k 2 --sa-weight 1.0              python train.py --lipschitz-reg 10
+    python train.py --sa-k 2 --sa-weight 1.0              python train.py --lipschitz-reg 1000
 
 B images, k consecutive steps; x0 in [-1, 1]; t (B,) in (0, T]; noises (k, B, ...); a loss is (B,),
 the mean over C, H, W.
@@ -40,7 +40,6 @@ the mean over C, H, W.
 import torch
 
 import etsdm
-from denoiser import SIGMA_DATA
 from schedules import diffuse, match
 
 SPACES = ("eps", "x0", "v", "edm")
@@ -75,7 +74,8 @@ def terms(denoiser, x0, t, noises, space="eps", slope=False):
     repeated = x0.repeat(k, *[1] * (x0.dim() - 1))  # (k B, ...)
     xt = diffuse(denoiser.schedule, repeated, ts, noises.flatten(0, 1))
     said = neighbour(t, denoiser.schedule.T)[:B * slope]  # times that x_t is said to have, too
-    out = denoiser.output(torch.cat([xt, xt[:len(said)]]), torch.cat([ts, said]))
+    out = denoiser.output(torch.cat([xt, xt[:len(said)]]), torch.cat([ts, t[:len(said)]]),
+                          told=torch.cat([ts, said]))
     x0_hat, eps_hat = (p.unflatten(0, (k, B))
                        for p in denoiser.explain(xt, ts, out[:k * B]))  # (k, B, ...)
 
@@ -96,7 +96,7 @@ def residual(denoiser, eps, x0, t, space):
     if space == "v":  # v = a ε − s x_0, and so is its residual
         return match(a, x0) * eps - match(s, x0) * x0
     if space == "edm":  # F's: x_0's times r/(s d), whose square is EDM's weight (σ² + d²)/(σ d)²
-        return match((s**2 + a**2 * SIGMA_DATA**2).sqrt() / (s * SIGMA_DATA), x0) * x0
+        return match(denoiser.spread(t) / (s * denoiser.data_std), x0) * x0
     raise ValueError(f"unknown loss space {space!r}: choose from {' '.join(SPACES)}")
 
 

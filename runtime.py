@@ -307,7 +307,7 @@ def describe(thing):
     if {"state", "param_groups"} <= thing.keys():
         return "the state of an optimizer"
     some = ", ".join(map(str, list(thing)[:3]))
-    return f"{len(thing)} entries: {some}" + (", ..." if len(thing) > 3 else "")
+    return f"{len(thing)} entries" + f": {some}" * bool(some) + ", ..." * (len(thing) > 3)
 
 
 def find_checkpoint(run=None):

@@ -19,6 +19,7 @@ C, H, W as the run was trained; pixels are written as uint8 = round((x + 1) 127.
 import runtime  # isort: skip  (before torch: it sets OpenMP's spinning)
 
 import argparse
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -28,6 +29,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import covariance
 import data
 import denoiser as denoisers
 import samplers
@@ -61,8 +63,8 @@ def parse(argv=None):
         "(default: the newest run)")
     sampling.add_flags(parser)
     # -n too, since torchrun, given --num, takes it for the beginning of its own --numa-binding
-    add("-n", "--num", type=int, default=64, help="number of images; under torchrun write -n "
-        "(default: 64)")
+    add("-n", "--num", type=int, help="number of images; under torchrun write -n (default: 64; all "
+        "of --low-res)")
     add("--batch-size", type=int, default=64, help="images at a time, per process (default: 64)")
     add("--seed", type=int, default=0, help="image i has seed + i (default: 0)")
     add("--out", type=Path, help="folder to write to (default: generated/SAMPLER-NFE in the run)")
@@ -79,9 +81,13 @@ def parse(argv=None):
         raise ValueError("--guided-diffusion FILE goes with --preset, and without a run")
     if args.schedule and not args.guided_diffusion:
         raise ValueError("--schedule is for --guided-diffusion: a run knows its own")
-    if args.low_res and args.npz:
-        raise ValueError("--low-res writes PNGs, to be compared with: leave out --npz")
-    if args.num < 1 or args.batch_size < 1:
+    if args.low_res and (args.npz or args.guided_diffusion):
+        raise ValueError("--low-res takes a run of train.py --task sr, and writes PNGs, to be "
+                         "compared with: leave out --npz and --guided-diffusion")
+    if args.guided_diffusion and (args.weights == "raw" or args.variance in covariance.KINDS):
+        raise ValueError("--guided-diffusion has one set of weights, no Γ and no second head: "
+                         "leave out --weights and --variance")
+    if args.num is not None and args.num < 1 or args.batch_size < 1:
         raise ValueError("--num and --batch-size must be at least 1")
     if args.seed < 0:
         raise ValueError(f"--seed must not be negative, and is {args.seed}")
@@ -93,7 +99,15 @@ def grid_path(out):
     return out.with_name(out.name + ".png")
 
 
-def prepare_folder(args, denoiser, arguments):
+def digest(*tensors):
+    """A short hash of numbers."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def prepare_folder(args, denoiser, arguments, known):
     """The output folder. Pictures of ours that were made differently are removed, others never."""
     # settings.json says how the pictures beside it were made. If that has changed, a longer run
     # or another seed, the old ones would mix with the new: a set for an FID must be of one kind.
@@ -101,8 +115,10 @@ def prepare_folder(args, denoiser, arguments):
     out = (args.out or denoiser.folder / "generated" / tag).resolve()
     made = dict(source=denoiser.source, step=denoiser.step, weights=denoiser.weights,
                 seed=args.seed, **{**arguments, "variance": args.variance})
-    if args.low_res:
-        made["low_res"] = str(Path(args.low_res).resolve())
+    if args.variance == "analytic":  # estimated anew, it is another
+        made["gamma"] = digest(covariance.read_gamma(denoiser))
+    if known:
+        made["low_res"] = digest(*(known.set[i] for i in range(min(args.num, 4096))))
     made = json.loads(json.dumps(made, default=torch.Tensor.tolist))  # as it will be read back
     note = out / "settings.json"
     if out.exists() and not out.is_dir():
@@ -112,6 +128,10 @@ def prepare_folder(args, denoiser, arguments):
     if not mine and strange.exists():
         raise ValueError(f"{out} would mix with what sample.py did not write, {strange}: "
                          "give an empty or new folder with --out")
+    for folder in beside(out, known):  # what is in them is replaced: it must be ours
+        if folder.exists() and any(folder.iterdir()) and not (folder / "settings.json").exists():
+            raise ValueError(f"what the pictures are compared with goes to {folder}, which holds "
+                             "something else: give another --out")
     out.mkdir(parents=True, exist_ok=True)
     runtime.remove_leftovers(out)
     try:
@@ -131,8 +151,9 @@ def open_denoiser(args):
     if args.guided_diffusion:
         denoiser = denoisers.load_guided_diffusion(args.guided_diffusion, args.preset,
                                                    args.schedule or "linear")
-        denoiser.source = str(args.guided_diffusion.resolve())
-        return denoiser, f"weights: {denoiser.source}, as {args.preset}"
+        file = args.guided_diffusion.resolve()
+        denoiser.source = [str(file), file.stat().st_size, args.preset, args.schedule or "linear"]
+        return denoiser, f"weights: {file}, as {args.preset}"
     path = runtime.find_checkpoint(args.run).resolve()
     denoiser, name = denoisers.load_run(path, args.weights), path.parent.name
     denoiser.source = str(path)
@@ -161,7 +182,10 @@ class Known:
             self.set = None
         self.shrunk = self.set is None or self.set[0].shape[-1] != small
         if self.shrunk:
-            self.set = data.load(source, s["image_size"], s["channels"])
+            try:
+                self.set = data.load(source, s["image_size"], s["channels"])
+            except ValueError as error:  # its advice is train.py's
+                raise ValueError(str(error).split("; --skip-bad-images")[0]) from error
         self.summary = self.set.summary + f", shrunk to {small}x{small}" * self.shrunk
 
     def given(self, indices, device="cpu"):
@@ -170,11 +194,10 @@ class Known:
         return self.space.given(images) if self.shrunk else self.space.enlarge(images)
 
     def columns(self, indices):
-        """What the results are to be seen beside: {name: uint8 (b, C, H, W)}."""
-        shown = {"bicubic": data.to_uint8(self.given(indices))}
-        if self.shrunk:
-            shown["original"] = torch.stack([self.set[i] for i in indices])
-        return shown
+        """What the results are to be seen beside, each uint8 (b, C, H, W): bicubic and, where it
+        is known, original."""
+        originals = [torch.stack([self.set[i] for i in indices])] if self.shrunk else []
+        return [data.to_uint8(self.given(indices)), *originals]
 
 
 def main(argv=None):
@@ -195,9 +218,11 @@ def main(argv=None):
         known = None
         if args.low_res:
             known = process.first_then_all(lambda: Known(args.low_res, denoiser))
-            args.num = min(args.num, len(known.set))
-            process.say(f"{args.num} of {known.summary}")
-        out = process.first_does(lambda: prepare_folder(args, denoiser, arguments))
+            n = len(known.set)
+            args.num = min(args.num or (64 if n >= data.ENDLESS else n), n)
+            process.say(f"to be enlarged: {args.num} of {known.summary}")
+        args.num = args.num or 64
+        out = process.first_does(lambda: prepare_folder(args, denoiser, arguments, known))
         made = generate(args, process, denoiser, arguments, out, known)
         process.barrier()
         finish(args, process, out, made, known)
@@ -230,20 +255,24 @@ def generate(args, process, denoiser, arguments, out, known):
     return made
 
 
+def beside(out, known):
+    """The folders of what enlarged images are to be compared with."""
+    names = ("bicubic", "original") if known and known.shrunk else ("bicubic",) * bool(known)
+    return [out.with_name(f"{out.name}-{name}") for name in names]
+
+
 def write_beside(out, known, num):
-    """What the enlarged images are to be compared with, in folders beside theirs, pair by pair."""
-    folders = {name: out.with_name(f"{out.name}-{name}") for name in known.columns([0])}
-    for folder in folders.values():
+    """Fill them, pair by pair."""
+    for folder in beside(out, known):
         folder.mkdir(exist_ok=True)
+        runtime.write_text(folder / "settings.json", (out / "settings.json").read_text())
         for old in folder.glob("[0-9]*.png"):  # partners of pictures that are gone
             if not (out / old.name).exists():
                 old.unlink()
     for i in range(num):
-        for name, images in known.columns([i]).items():
-            folder = folders[name]
+        for folder, images in zip(beside(out, known), known.columns([i]), strict=True):
             with runtime.atomic_write(folder / f"{i:06d}.png") as temporary:
                 data.grid(images, 1).save(temporary, format="png")
-    return folders
 
 
 def finish(args, process, out, made, known):
@@ -266,8 +295,8 @@ def finish(args, process, out, made, known):
     grid = shown = torch.from_numpy(pixels[:first]).permute(0, 3, 1, 2)
     columns = max(1, round(first**0.5))
     if known:  # bicubic, result, original, if there is one
-        others = known.columns(range(first))
-        parts = [others["bicubic"], grid, *[v for k, v in others.items() if k != "bicubic"]]
+        bicubic, *originals = known.columns(range(first))
+        parts = [bicubic, grid, *originals]
         shown, columns = torch.stack(parts, dim=1).flatten(0, 1), len(parts) * -(-columns // 2)
     with runtime.atomic_write(grid_path(out)) as temporary:
         data.grid(shown, columns).save(temporary, format="png")
@@ -280,10 +309,11 @@ def finish(args, process, out, made, known):
     print(f"images: {(out / 'images.npz' if args.npz else out).resolve()}")
     print(f"grid: {grid_path(out).resolve()}")
     if known:
-        folders = write_beside(out, known, args.num)
-        print("for comparison: " + ", ".join(str(folder) for folder in folders.values()))
-        if "original" in folders:
-            print(f"next: python metrics.py psnr {out} {folders['original']}")
+        write_beside(out, known, args.num)
+        folders = beside(out, known)
+        print("for comparison: " + ", ".join(map(str, folders)))
+        if known.shrunk:
+            print(f"next: python metrics.py psnr {out} {folders[-1]}")
 
 
 if __name__ == "__main__":

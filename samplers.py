@@ -39,7 +39,7 @@ from itertools import pairwise
 
 import torch
 
-from schedules import match, time_grid
+from schedules import match, noise_in, time_grid
 
 SAMPLERS = ("ddpm", "ddim", "dpm-solver", "dpm-solver++", "heun")
 
@@ -162,13 +162,13 @@ def falling(times, T):
 
 def predict(denoiser, x, t, clip):
     """denoiser.predict, with x̂_0 kept within clip. ε is then re-derived from the clipped x̂_0, so
-    that the pair still explains x_t: for DDPM this is the posterior mean μ̃(x_t, clipped x̂_0)."""
+    that the pair still explains x_t: for DDPM this is the posterior mean μ̃(x_t, clipped x̂_0).
+    (Analytic-DPM's program keeps the network's ε in DDIM; its numbers differ a little.)"""
     x0, eps = denoiser.predict(x, t)
     if clip is None:
         return x0, eps
     x0 = x0.clamp(*clip)
-    a, s = map(float, denoiser.schedule.coefficients(t))
-    return x0, (x - a * x0) / s
+    return x0, noise_in(denoiser.schedule, x, t, x0)
 
 
 # ------------------------------------------------------------------ DDPM and DDIM

@@ -18,6 +18,7 @@ import covariance
 import etsdm
 import samplers
 from schedules import SPACINGS, time_grid
+from spaces import Pixels
 
 
 def add_flags(parser):
@@ -114,8 +115,7 @@ def remap_grid(denoiser, points, t_start, t_end=1.0):
 
 def clip_from_flags(args, denoiser):
     """The range that --clip keeps x̂_0 within, or None."""
-    space = getattr(denoiser, "space", None)
-    bounds = (-1.0, 1.0) if space is None else space.bounds  # None: latents
+    bounds = (getattr(denoiser, "space", None) or Pixels).bounds  # None: latents
     if args.clip == "on" and bounds is None:
         raise ValueError("--clip on: latents have no bounds")
     # Fresh noise at every step also spreads what lies outside the data's range: without the clip

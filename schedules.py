@@ -303,6 +303,12 @@ def diffuse(schedule, x0, t, eps):
     return match(a, x0) * x0 + match(s, x0) * eps
 
 
+def noise_in(schedule, xt, t, x0):
+    """The ε that x_t (B, ...) must hold if its image is x0: (x_t − a x_0)/s."""
+    a, s = (match(c, xt) for c in schedule.coefficients(t))
+    return (xt - a * x0) / s
+
+
 def time_grid(schedule, points, spacing="uniform", t_end=1.0, t_start=None):
     r"""`points` strictly falling times, float64: from t_start (T unless given) to t_end. A single
     point is t_start.

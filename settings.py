@@ -25,6 +25,7 @@ import etsdm
 import losses
 import runtime
 import schedules
+import spaces
 import unet
 
 # How each preset is trained unless a flag says otherwise. The papers': SA-DPM's configuration files
@@ -46,8 +47,8 @@ RECIPES = {
     "adm256": dict(PAPER, batch_size=256, images=128_000_000, lr=1e-4, grad_clip=0.0),
     # Not presets: the first stage of latent diffusion (ours), and a second head, as NPR- and
     # SN-DPM's programs train it (500,000 steps) or, on a tiny trunk, a few minutes' worth.
-    "autoencoder": dict(PAPER, batch_size=64, images=256_000, lr=2e-3, beta2=0.99, ema=0.995,
-                        warmup=100, sample_every=1000, save_every=500),
+    "autoencoder": dict(batch_size=64, images=256_000, lr=2e-3, beta2=0.99, ema=0.995,
+                        grad_clip=1.0, warmup=100, flip=False, sample_every=1000, save_every=500),
     "head": dict(batch_size=128, images=64_000_000, lr=1e-4, beta2=0.999, ema=0.9999,
                  grad_clip=0.0, warmup=0, sample_every=5000, save_every=1000),
     "head of tiny": dict(batch_size=64, images=128_000, lr=1e-3, beta2=0.99, ema=0.995,
@@ -116,9 +117,10 @@ def parse(argv=None):
     add("--sa-weight", type=float, help="weight of the sequence-aware loss (default: 1)")
     add("--loss-space", choices=losses.SPACES, help="where the plain loss is measured (preset's)")
     add("--train-times", choices=losses.TIMES, help="t is drawn uniformly, uniformly in the "
-        "--remap, or log-normally in the noise level (default: uniform; lognormal for edm)")
+        "--remap, or log-normally in the noise level (default: uniform; lognormal for --schedule "
+        "edm)")
     add("--lipschitz-reg", type=float, metavar="WEIGHT", help="DDPM-r: penalise the network's "
-        "slope in t")
+        "slope in t, squared and averaged over pixels, by e.g. 1000; costs another forward pass")
 
     add = parser.add_argument_group("training").add_argument
     add("--batch-size", type=int, help="global: over all processes (preset's)")
@@ -188,6 +190,7 @@ def resolve(args):
 
 def denoiser_settings(args, s, given):
     """A denoiser of pixels or latents: its network by the preset, the rest by flags and recipe."""
+    first = first_stage(args, s, given) if args.latent else None
     s |= dict(preset="tiny", etsdm_interval=100, etsdm_n=5, sa_weight=1.0)
     s |= RECIPES[args.preset or "tiny"] | given
     net = dict(unet.PRESETS[s["preset"]])
@@ -197,17 +200,15 @@ def denoiser_settings(args, s, given):
     if s["task"] == "sr":
         s["factor"] = 4 if s["factor"] is None else s["factor"]
         net["in_channels"] *= 2  # x_t, and the known image beside it
-    if s["latent"]:
-        first = runtime.load_checkpoint(runtime.find_checkpoint(s["latent"]))["settings"]
-        if first.get("task") != "autoencoder":
-            raise ValueError(f"{s['latent']} is no autoencoder: python train.py --task autoencoder "
-                             "trains one")
-        if s["task"] or args.image_size or args.channels:
-            raise ValueError("--latent goes without --task, --image-size and --channels: these are "
-                             f"the autoencoder's, {first['image_size']} and {first['channels']}")
-        s["image_size"], s["channels"] = first["image_size"], first["channels"]
+        spaces.LowRes(s["channels"], s["image_size"], s["factor"])  # what cannot be, fails here
+    if first:
         c, side, _ = autoencoder.Autoencoder(**first["autoencoder"]).latent_shape
         net.update(image_size=side, in_channels=c, out_channels=c, patch=1)
+        unit = 2 ** (len(net["channel_mult"]) - 1)
+        if side % unit:
+            raise ValueError(f"latents of {side}x{side} cannot be halved as often as the preset "
+                             f"{s['preset']} does, to 1/{unit}: train an autoencoder of larger "
+                             "images, or with fewer --halvings")
     s["unet"] = net
     # Predictions and losses that follow from others, unless a flag says otherwise.
     edm = s["schedule"] == "edm"
@@ -219,9 +220,26 @@ def denoiser_settings(args, s, given):
         own = (s["loss_space"] is None or s["prediction"] == "edm"
                or s["schedule"] == "zero-terminal-snr")
         s["loss_space"] = s["prediction"] if own else "eps"
-    if s["train_times"] is None and s["prediction"] == "edm":
+    if s["train_times"] is None and edm:
         s["train_times"] = "lognormal"
+    elif s["train_times"] == "uniform" and not edm:
+        s["train_times"] = None
     return s
+
+
+def first_stage(args, s, given):
+    """The settings of the autoencoder run that --latent names; s takes its images over."""
+    path = runtime.find_checkpoint(args.latent)
+    first = runtime.load_checkpoint(path)["settings"]
+    if first.get("task") != "autoencoder":
+        raise ValueError(f"{args.latent} is no autoencoder: python train.py --task autoencoder "
+                         "trains one")
+    if args.task or args.image_size or args.channels:
+        raise ValueError("--latent goes without --task, --image-size and --channels: these are "
+                         f"the autoencoder's, {first['image_size']} and {first['channels']}")
+    given.update({k: first[k] for k in ("data", "image_size", "channels")
+                  if k not in given})
+    return first
 
 
 def autoencoder_settings(s, given):
@@ -230,8 +248,12 @@ def autoencoder_settings(s, given):
     halvings = 2 if s["halvings"] is None else s["halvings"]
     if not 1 <= halvings <= 5:
         raise ValueError(f"--halvings must be 1 to 5, not {halvings}")
-    s["autoencoder"] = dict(image_size=s["image_size"], channels=s["channels"],
-                            mult=(1,) + (2,) * halvings, latent_channels=s["latent_channels"] or 4)
+    size = dict(image_size=s["image_size"], channels=s["channels"], mult=(1,) + (2,) * halvings,
+                latent_channels=4 if s["latent_channels"] is None else s["latent_channels"])
+    if size["latent_channels"] < 1:
+        raise ValueError(f"--latent-channels must be at least 1, not {size['latent_channels']}")
+    autoencoder.Autoencoder(**size)  # what cannot be halved so often, fails here
+    s["autoencoder"] = size
     return s
 
 
@@ -246,8 +268,9 @@ def head_settings(args, s, given):
         raise ValueError(f"{path.parent} is no denoiser without a head: give one to --from")
     recipe = RECIPES["head of tiny" if base["preset"] == "tiny" else "head"]
     net = dict(base["unet"], second_head=args.head_size or "simple", dropout=0.0)
-    return s | base | recipe | dict(microbatch=None) | given | {
-        "unet": net, "from": path.parent.name, "sa_k": 1, "sa_weight": 0.0, "lipschitz_reg": None}
+    # Its own loss has one term, over all t alike (facts of both papers' programs).
+    plain = dict(sa_k=1, sa_weight=0.0, lipschitz_reg=None, train_times=None, microbatch=None)
+    return s | base | recipe | plain | given | {"unet": net}
 
 
 def refuse_contradictions(args, s):
@@ -274,6 +297,11 @@ def refuse_contradictions(args, s):
         raise ValueError(f"--images {s['images']} is less than one batch of {s['batch_size']}")
     if s["train_times"] == "remap" and not s["remap"]:
         raise ValueError("--train-times remap is uniform in what --remap tells: give that too")
+    if s["schedule"] == "edm" and s["prediction"] != "edm":
+        raise ValueError("--schedule edm goes with --prediction edm, which scales x_t for the "
+                         "network: bare, it is up to 80 wide")
+    if s["schedule"] == "edm" and args.continuous:
+        raise ValueError("--schedule edm is continuous already: leave out --continuous")
     if s["prediction"] == "edm" and s["remap"]:
         raise ValueError("edm prediction tells the network ln(σ)/4: it takes no --remap")
     if s["task"] != "autoencoder":
@@ -284,16 +312,22 @@ def default_name(s):
     """What distinguishes a run at a glance, so that the same command finds the same run again."""
     parts = [Path(s["data"].split(":")[0]).stem or "images"]
     if s["head"]:
-        parts = [s["from"], s["head"]]
+        parts = [Path(s["from"]).name, s["head"]]
+        parts += ["block"] * (s["unet"]["second_head"] == "block")
     elif s["task"] == "autoencoder":
-        parts += ["autoencoder"]
+        halvings = len(s["autoencoder"]["mult"]) - 1
+        parts += ["autoencoder"] + [f"{halvings}-halvings"] * (halvings != 2)
     else:
-        parts += [s["preset"]]
-        parts += [s["latent"] and "latent", s["task"] and f"{s['task']}{s['factor']}"]
+        if s["latent"]:  # of an autoencoder with a name of its own: that; else of the data
+            name = Path(s["latent"]).name
+            parts = parts if name == f"{parts[0]}-autoencoder" else [name]
+        parts += [s["preset"], s["latent"] and "latent"]
+        parts += [s["task"] and f"{s['task']}{s['factor']}"]
         parts += dict.fromkeys(  # edm is both
             s[k] for k in ("schedule", "prediction") if s[k] != RECIPES[s["preset"]][k])
         parts += ["continuous"] * s["continuous"] + [f"sa{s['sa_k']}"] * (s["sa_k"] > 1)
         parts += ["etsdm"] * s["etsdm"] + [s["remap"]] * bool(s["remap"])
         parts += ["reg"] * bool(s["lipschitz_reg"])
-        parts += [f"{s['train_times']}-times"] * (s["train_times"] == "remap")
+        usual = "lognormal" if s["schedule"] == "edm" else None
+        parts += [f"{s['train_times']}-times"] * (s["train_times"] != usual)
     return "-".join([p for p in parts if p] + [f"seed{s['seed']}"] * bool(s["seed"]))

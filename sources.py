@@ -229,13 +229,13 @@ def opened(args, device):
             name += "'"
         names.add(name)
         s = denoiser.settings
+        refuse_given(denoiser, name)
         dataset = images_of(args.data or here(s["data"], name), s["image_size"], s["channels"],
                             args.seed)
         num = min(args.num, len(dataset))
         x0 = data.to_float(next(data.batches(dataset, num, 0, args.seed)))
         print(f"{name}: {num} of {dataset.summary}", flush=True)
         denoiser.net.to(device)
-        refuse_given(denoiser, name)
         yield name, denoiser, denoiser.space.encode(x0.to(device))
 
 

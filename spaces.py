@@ -5,10 +5,11 @@ r"""What x_0 is to the user: an image, an image that a small one is known of, or
     Latents    x_0 is what an autoencoder makes of the image, shifted and scaled to mean 0 and
                variance 1 per channel (latent diffusion, Rombach et al. 2022)
 
-Each has the same four parts, so neither the trainer nor a sampler asks which it is:
+Each has the same parts, so neither the trainer nor a sampler asks which it is:
 
     shape               (C, H, W) of x_0              bounds       its range, or None if it has none
     encode, decode      images <-> x_0                given        what the network sees besides x_t
+    data_std            its std, about (EDM)          show         what a training grid shows
 
 E-TSDM is tried on all three (its super-resolution is from 64 to 256 pixels, its latent diffusion
 LDM-4 on FFHQ): noise, time and sharing know nothing of spaces, and the other way round.
@@ -32,7 +33,7 @@ import runtime
 class Pixels:
     """x_0 is the image: shape (C, H, W), in [-1, 1]."""
 
-    bounds = (-1.0, 1.0)
+    bounds, data_std = (-1.0, 1.0), 0.5  # EDM's figure for images
 
     def __init__(self, channels, side):
         self.shape = (channels, side, side)
@@ -85,7 +86,7 @@ class LowRes(Pixels):
 class Latents:
     """x_0 is an autoencoder's mean, less its mean over the data, over its std, per channel."""
 
-    bounds = None  # a latent has no range: neither clip nor variance bound applies
+    bounds, data_std = None, 1.0  # a latent has no range to clip to
 
     def __init__(self, first_stage):
         self.net = autoencoder.Autoencoder(**first_stage["autoencoder"])

@@ -24,6 +24,7 @@ s the settings of the run; n images of the global batch, b of one forward pass; 
 import torch
 
 import autoencoder
+import covariance
 import data
 import denoiser as denoisers
 import losses
@@ -54,7 +55,8 @@ class Denoising:
         return dict(t=t.to(device_g.device), noises=noises.transpose(0, 1))
 
     def losses(self, net, images, numbers):
-        s, (x0, denoiser) = self.s, self.denoiser.but(net=net).on(images)
+        s = self.s
+        x0, denoiser = self.denoiser.but(net=net).on(images)
         found = losses.terms(denoiser, x0, numbers["t"], numbers["noises"].transpose(0, 1),
                              s["loss_space"], slope=bool(s["lipschitz_reg"]))
         found["sa"] = found["sa"] * (self.k > 1)  # k = 1 is the plain model: no second term
@@ -79,9 +81,9 @@ class Head(Denoising):
         self.columns = (s["head"],)
         self.net.requires_grad_(False)
         self.net.second_head.requires_grad_(True)
-        missing, unknown = self.net.load_state_dict(extra.pop("trunk", {}), strict=False)
-        if unknown:
-            raise ValueError(f"{s['from']} does not fit its own settings: {unknown[0]}")
+        if trunk := extra.pop("trunk", None):  # of a new run; else all comes from the checkpoint
+            own = {f"second_head.{k}": v for k, v in self.net.second_head.state_dict().items()}
+            runtime.load_weights(self.net, trunk | own, s["from"])
 
     def losses(self, net, images, numbers):
         x0, denoiser = self.denoiser.but(net=net).on(images)
@@ -89,8 +91,11 @@ class Head(Denoising):
         return loss, {self.s["head"]: loss}
 
     def pictures(self, net, images):
-        """Samples by DDPM in 25 calls, which the variance matters to."""
-        return super().pictures(net, images, sampler="ddpm")
+        """Samples by DDPM in 25 calls, each step as wide as the head says."""
+        denoiser = self.denoiser.but(net=net)
+        variance = covariance.of_head(denoiser, self.s["head"], eta=1.0)
+        return super().pictures(denoiser.net, images, sampler="ddpm", variance=variance,
+                                clip=denoiser.space.bounds)
 
 
 class Coding:
@@ -125,7 +130,7 @@ def choose(s, checkpoint, dataset):
 def extra_of(s, dataset):
     """What a new run with settings s takes from another run, and keeps."""
     if s["head"]:
-        base = runtime.load_checkpoint(runtime.find_checkpoint(s["from"]))
+        base = runtime.load_checkpoint(runtime.find_checkpoint(s["from"]))  # as settings.py did
         return {**base.get("extra", {}), "trunk": base["ema"]}
     if s["latent"]:  # the moments of a thousand images or so; of fewer, if there are fewer
         n = min(1024, len(dataset))

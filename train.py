@@ -319,11 +319,11 @@ def main(argv=None):
         if checkpoint and checkpoint["dataset"] != len(dataset):
             process.say(f"note: {checkpoint['dataset']:,} images before, {len(dataset):,} now: "
                         "their order changes from here on")
-        if process.first:
-            make_folder(folder, s, process)
         # ---- the network, and training
         model = Model(s, process.device, checkpoint, dataset)
         checkpoint = None  # on large networks it is gigabytes
+        if process.first:
+            make_folder(folder, s, process)
         loop(s, process, folder, dataset, model, stop)
         if model.step < total:
             process.say(f"stopped by {stop.asked or 'another process'} at step {model.step} of "

@@ -331,6 +331,12 @@ def test_guided_diffusion_weights_through_sample_py(shared, tmp_path, monkeypatc
         (["--preset", "adm256"], "--guided-diffusion FILE goes with --preset"),
         (["run", "--guided-diffusion", "w.pt", "--preset", "adm256"], "and without a run"),
         (["--schedule", "cosine"], "a run knows its own"),
+        (
+            ["--guided-diffusion", "w", "--preset", "adm256", "--low-res", "x"],
+            "leave out --npz and",
+        ),
+        (["--guided-diffusion", "w", "--preset", "adm256", "--weights", "raw"], "one set of weig"),
+        (["--guided-diffusion", "w", "--preset", "adm256", "--variance", "sn"], "no second head"),
         (["--variance", "analytic", "--sampler", "heun"], "--variance"),
         (["--churn", "3"], "--churn"),
         (["--variance", "large"], "ddpm"),

@@ -218,8 +218,8 @@ def test_cov0_is_clipped_pixel_by_pixel():
         assert_close(got.flatten(), expected, rtol=1e-12, atol=0)
         fresh, A, _ = covariance.parts(LINEAR, 700, 600, eta)
         assert_close(got.flatten()[-1], fresh + A**2, rtol=1e-12, atol=0)
+        # latents: their variance is 1, and so is the most that x_t can leave open of it
         latents = covariance.bounded(LINEAR, 700, 600, var, eta, None)
-        expected = covariance.reverse_variance(LINEAR, 700, 600, var.clamp(min=0), eta)
         assert_close(latents, expected, rtol=1e-12, atol=0)
 
 
@@ -261,26 +261,31 @@ def test_without_signal_cov0_is_all_that_it_can_be():
 def test_gamma_of_a_gaussian():
     """Γ_t = β̄/(0.25 ᾱ + β̄), within 5 standard errors: ε* is Gaussian of that variance."""
     n, d, ts = 2000, 8, [1, 20, 200, 500, 900, 1000]
-    x0 = toy.one_gaussian((d,)).sample(n, torch.Generator().manual_seed(0))
     for prediction in ("eps", "v", "edm"):
-        schedule = LINEAR if prediction != "edm" else schedules.make_schedule("edm")
-        net = (
-            toy.oracle(toy.one_gaussian((d,)), schedule, prediction)
-            if prediction != "edm"
-            else edm_oracle(schedule)
-        )
+        schedule, std = LINEAR, 0.5
+        net = toy.oracle(toy.one_gaussian((d,)), schedule, prediction) if prediction != "edm" else 0
+        if prediction == "edm":  # a std that is not EDM's own: there is something left to say
+            schedule, std = schedules.make_schedule("edm"), 0.8
+            net = edm_oracle(schedule, std**2)
+        x0 = toy.one_gaussian((d,), std).sample(n, torch.Generator().manual_seed(0))
         got = covariance.gamma(D.Denoiser(net, schedule, prediction), x0, ts=ts, batch=1000)
-        expected = 1 - var_eps_of_gaussian(schedule, torch.tensor(ts))
+        expected = 1 - var_eps_of_gaussian(schedule, torch.tensor(ts), std**2)
         assert got.shape == (1001,) and got.dtype == torch.float64
         assert (got[ts] - expected).abs().max() < 5 * math.sqrt(2 / (n * d))
         assert_close(got[ts], expected, rtol=5 * math.sqrt(2 / (n * d)), atol=0)
         assert got.count_nonzero() == len(ts)
 
 
-def edm_oracle(schedule, var=0.25):
-    """F of the ideal network of N(0, var) where var is EDM's own d²: nothing is left to say."""
-    assert var == D.SIGMA_DATA**2
-    return lambda x, c: torch.zeros_like(x)
+def edm_oracle(schedule, var):
+    """F of the ideal network of N(0, var), from what it is shown, x/r, and told, ln(sigma)/4."""
+
+    def net(seen, c):
+        sigma = torch.exp(4 * c.double())[:, None]
+        r = (sigma**2 + 0.25).sqrt()
+        x0 = var / (var + sigma**2) * seen.double() * r
+        return ((x0 - 0.25 / r * seen.double()) * r / (sigma * 0.5)).to(seen.dtype)
+
+    return net
 
 
 @pytest.mark.parametrize("t", [5, 60, 300, 800])
@@ -322,9 +327,16 @@ def test_gamma_is_a_function_of_the_seed_and_not_of_the_batch():
     assert (covariance.gamma(denoiser, x0, seed=1)[1:] != whole[1:]).all()
     parts = [covariance.gamma(denoiser, x0, ts=range(1 + i, 41, 3)) for i in range(3)]
     assert_close(sum(parts), whole, rtol=1e-6, atol=1e-6)
-    # an image has its noise by its place: the first six are what they would be alone
-    six, rest = covariance.gamma(denoiser, x0[:6]), x0[6:]
-    assert (covariance.gamma(denoiser, x0[:6]) == six).all() and len(rest) == 5
+    # an image has its noise by its place: six of them add to the sum what they would alone
+    six = covariance.gamma(denoiser, x0[:6])
+    moved = covariance.gamma(denoiser, torch.cat([x0[:6], x0[6:].flip(0)]))
+    assert (moved != whole)[1:].all()
+    same = torch.cat([x0[:6], x0[:1].expand(5, -1, -1, -1)])
+    rest = 11 * covariance.gamma(denoiser, same) - 6 * six
+    g = runtime.generator(0, 9)
+    noise = torch.stack([torch.randn(2, 4, 4, generator=g) for _ in range(11)])[6:]
+    eps = denoiser.predict(schedules.diffuse(denoiser.schedule, same[6:], 9, noise), 9)[1]
+    assert_close(rest[9], eps.double().square().flatten(1).mean(1).sum(), rtol=1e-5, atol=1e-6)
     # written out for one t: one generator for (seed, t), image by image
     g = runtime.generator(0, 17)
     noise = torch.stack([torch.randn(2, 4, 4, generator=g) for _ in x0])

@@ -233,8 +233,10 @@ def test_a_run_named_twice_is_measured_twice(runs, monkeypatch, capsys):
 def test_flips_belong_to_the_ideal_of_a_run_that_flips(runs, monkeypatch):
     monkeypatch.chdir(runs)
     args = gap.parse(["base"])
-    s = denoisers.load_run("base").settings
-    plain, flipped = (gap.ideal_set({**s, "flip": f}, args, "base") for f in (False, True))
+    d = denoisers.load_run("base")
+    plain, flipped = (
+        gap.ideal_set(d.but(settings={**d.settings, "flip": f}), args, "base") for f in (0, 1)
+    )
     assert len(plain) == 40 and len(flipped) == 80
     assert_close(flipped[40:], plain.flip(-1), rtol=0, atol=0)
 

@@ -160,6 +160,21 @@ def test_zero_inside_sub_intervals_and_nowhere_else_discrete():
     assert_close(plain[-3:], rows[-3:], rtol=1e-6, atol=0)  # from 100 on they are told the same
 
 
+def test_zero_inside_sub_intervals_of_an_edm_run_too():
+    """x_t is shown scaled as at t while the network is told of t + dt: nothing moves inside."""
+    schedule = schedules.make_schedule("edm")
+    net = torch.nn.Conv2d(1, 1, 3, padding=1)
+    d = Denoiser(
+        lambda x, c: net(x) * c[:, None, None, None],
+        schedule,
+        "edm",
+        etsdm.make_condition(etsdm=True),
+    )
+    x0 = torch.randn(3, 1, 4, 4)
+    K = lipschitz.lipschitz_constants(d, x0, [1.5, 18.9, 19.5, 60, 90.25], dt=1)
+    assert (K[[0, 1, 3, 4]] == 0).all() and K[2] > 0
+
+
 def test_zero_inside_sub_intervals_and_nowhere_else_continuous():
     d = Denoiser(real_net(), CONTINUOUS, condition=lambda t: etsdm.share_timesteps(t, 50, 4))
     ts = [0.3, 5.71, 12.24, 12.3, 12.49, 24.9, 37.6, 49.8, 49.99, 50.01, 73.33]

@@ -58,10 +58,10 @@ def edm_oracle(mixture, schedule, prediction, times):
         answers = []
         for time in [t] if times is None else times(t):
             a, s = (toy.like(k, seen) for k in schedule.coefficients(time))
-            r = (s**2 + a**2 * D.SIGMA_DATA**2).sqrt()
+            r = (s**2 + a**2 * 0.5**2).sqrt()
             x0 = mixture.posterior(seen * r, a, s)[0]
-            skip = a * D.SIGMA_DATA**2 / r
-            answers.append((x0 - skip * seen) * r / (s * D.SIGMA_DATA))
+            skip = a * 0.5**2 / r
+            answers.append((x0 - skip * seen) * r / (s * 0.5))
         return torch.stack(answers).mean(0)
 
     return net

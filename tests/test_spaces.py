@@ -12,6 +12,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import autoencoder
+import covariance
 import data
 import denoiser as denoisers
 import metrics
@@ -19,6 +20,7 @@ import runtime
 import sample
 import samplers
 import sampling
+import schedules
 import sources
 import spaces
 import train
@@ -164,6 +166,10 @@ def test_small_images_are_enlarged_as_they_are(tmp_path, monkeypatch, capsys):
     assert_close(torch.from_numpy(one), torch.from_numpy(two), rtol=0, atol=0)
     # the network has looked at it: with another image beside x_t, another picture
     assert (np.array(Image.open("two/000000.png")) != two).any()
+    # other contents under the same name: nothing old stays
+    Image.fromarray(255 - gray[1, 0].numpy()).save("small/1.png")
+    sample.main(["sr", "--low-res", "small", "--out", "two", *flags])
+    assert (np.array(Image.open("two/000001.png")) != two).any()
     # a folder that held more: partners of pictures that are gone do not stay
     Image.fromarray(gray[0, 0].numpy()).save("two-bicubic/000009.png")
     sample.main(["sr", "--low-res", "small", "--out", "two", *flags])
@@ -171,14 +177,19 @@ def test_small_images_are_enlarged_as_they_are(tmp_path, monkeypatch, capsys):
 
 
 def test_whom_low_res_is_for(runs):
+    Path("photos-original").mkdir()  # where comparisons would go, were they not the user's own
+    for i in range(3):
+        Image.new("RGB", (20, 20)).save(f"photos-original/{i}.png")
     for words, flags in (
         ("say which, with --low-res IMAGES", ["sr"]),
         ("was not trained to enlarge images", ["plain", "--low-res", "shapes"]),
         ("leave out --npz", ["sr", "--low-res", "shapes", "--npz"]),
+        ("holds something else", ["sr", "--low-res", "photos-original", "--out", "photos"]),
     ):
         with pytest.raises(ValueError, match=words) as caught:
             sample.main(flags)
         assert "\n" not in str(caught.value)
+    assert sorted(os.listdir("photos-original")) == ["0.png", "1.png", "2.png"]
     with pytest.raises(ValueError, match="sr enlarges images: python sample.py sr --low-res"):
         metrics.main(["fid", "sr", "shapes", "-n", "4", "--features", __file__])
 
@@ -212,6 +223,33 @@ def test_a_latent_run_needs_nothing_but_its_checkpoint(latent_run, capsys):
     )
     with pytest.raises(ValueError, match="latents have no bounds"):
         sample.main(["latent", "--clip", "on"])
+
+
+def test_latents_are_of_the_autoencoders_own_data(runs):
+    np.save("pictures.npy", np.random.default_rng(0).integers(0, 255, (9, 16, 16, 3), np.uint8))
+    flags = ["--task", "autoencoder", "--image-size", "16", "--name", "mine", "--data"]
+    train.main([*SMALL, *flags, "pictures.npy"])
+    s = train.resolve(train.parse(["--latent", "mine"]))
+    assert s["data"] == "pictures.npy" and s["name"] == "mine-tiny-latent"
+    s = train.resolve(train.parse(["--latent", "code", "--data", "pictures.npy"]))
+    assert s["data"] == "pictures.npy"
+
+
+def test_the_noise_of_a_latent_step_stays_within_unit_variance(latent_run):
+    """A Γ that is off by a hundredth, times (s/a)^2 = 4e8 at T of the cosine schedule."""
+    gamma = torch.full((1001,), 0.99, dtype=torch.float64)
+    for eta in (0.0, 1.0):
+        variance = covariance.of_step(latent_run, covariance.of_gamma(gamma), eta)
+        assert 0 < float(variance(torch.zeros(1), 1000, 889)) < 1.01
+
+
+def test_edms_unit_variance_holds_for_latents_too(latent_run):
+    schedule, x0 = schedules.make_schedule("edm"), torch.randn(2000, 4, 4, 4, dtype=torch.float64)
+    for space, scale in ((latent_run.space, 1.0), (spaces.Pixels(4, 4), 0.5)):
+        d = denoisers.Denoiser(lambda x, c: x, schedule, "edm", space=space)  # says what it sees
+        for t in (1.0, 300.0, 1000.0):
+            seen = d.output(schedules.diffuse(schedule, scale * x0, t, torch.randn_like(x0)), t)
+            assert_close(seen.std().item(), 1.0, rtol=0, atol=0.02)
 
 
 def test_latents_have_unit_variance_over_the_data(latent_run):

@@ -130,6 +130,10 @@ def test_a_head_serves_sampling_in_the_same_calls(runs, monkeypatch):
         (["--lipschitz-reg", "0"], "--lipschitz-reg must be above 0"),
         (["--train-times", "remap"], "--remap tells: give that too"),
         (["--prediction", "edm", "--remap", "sqrt"], "it takes no --remap"),
+        (["--schedule", "edm", "--prediction", "v"], "goes with --prediction edm"),
+        (["--schedule", "edm", "--continuous"], "continuous already"),
+        (["--task", "autoencoder", "--latent-channels", "0"], "--latent-channels must be at least"),
+        (["--latent", "code", "--preset", "celeba64"], "latents of 4x4 cannot be halved.*halvings"),
     ],
 )
 def test_what_does_not_go_together(runs, flags, words):
@@ -198,12 +202,14 @@ def test_edm_runs_follow_edm_unless_told_otherwise():
     s = train.resolve(train.parse(["--schedule", "edm", "--etsdm"]))
     assert (s["prediction"], s["loss_space"], s["train_times"]) == ("edm", "edm", "lognormal")
     assert s["name"] == "shapes-tiny-edm-etsdm"
+    # on other schedules its times would leave out the noise that sampling starts from
     s = train.resolve(train.parse(["--preset", "cifar10", "--prediction", "edm"]))
-    assert (s["schedule"], s["loss_space"], s["train_times"]) == ("linear", "edm", "lognormal")
+    assert (s["schedule"], s["loss_space"], s["train_times"]) == ("linear", "edm", None)
     s = train.resolve(train.parse(["--schedule", "edm", "--train-times", "uniform"]))
     task = tasks.choose(s, {"extra": {}}, None)
     assert task.quantile is None and task.denoiser.schedule.continuous
-    assert train.resolve(train.parse([]))["train_times"] is None
+    for flags in ([], ["--train-times", "uniform"]):
+        assert train.resolve(train.parse(flags))["train_times"] is None
 
 
 def test_names_say_which_system():
@@ -217,6 +223,8 @@ def test_names_say_which_system():
         ["--remap", "sqrt"],
         ["--remap", "sqrt", "--train-times", "remap"],
         ["--schedule", "linear-mns"],
+        ["--train-times", "lognormal"],
+        ["--task", "autoencoder", "--halvings", "3"],
     ]
     names = [train.resolve(train.parse(f))["name"] for f in flags]
     assert len(set(names)) == len(names) and names[2] == "shapes-tiny-sr4"
@@ -232,3 +240,37 @@ def test_runs_of_before_these_flags_still_resume(runs):
     assert denoisers.load_run("base").space.shape == (3, 8, 8)
     train.main([*SHARED, "--steps", "3"])
     assert checkpoint("base")["step"] == 3
+
+
+def test_the_trunk_is_that_of_the_folder_that_was_named(runs):
+    """Of two runs of one name, elsewhere/base and runs/base, the one that --from says."""
+    shutil.copytree("runs", "elsewhere")
+    other = checkpoint("base")
+    other["ema"] = {k: v + 1 for k, v in other["ema"].items()}
+    runtime.save_checkpoint("elsewhere/base/checkpoint.pt", other)
+    flags = [*SMALL, "--head", "npr", "--from", "elsewhere/base", "--steps", "1"]
+    train.main(flags)
+    head = checkpoint("base-npr")["ema"]
+    assert_close({k: head[k] for k in other["ema"]}, other["ema"], rtol=0, atol=0)
+
+
+def test_the_grids_of_a_head_show_the_head(runs):
+    """They change as it learns, though the trunk does not."""
+    flags = ["--head", "npr", "--from", "base", "--lr", "0.05", "--sample-every", "4"]
+    train.main([*SMALL, *flags, "--steps", "8", "--name", "head"])
+    grids = [open(f"runs/head/samples/{i:07d}.png", "rb").read() for i in (4, 8)]
+    assert grids[0] != grids[1]
+
+
+def test_a_wrong_size_leaves_no_folder(runs):
+    for flags in (["--task", "sr", "--factor", "3"], ["--image-size", "30"]):
+        with pytest.raises(ValueError):
+            train.main([*SMALL, "--steps", "1", "--name", "wrong", *flags])
+        assert not os.path.exists("runs/wrong")
+
+
+def test_a_second_head_never_looks_at_few_noise_levels_alone(runs):
+    train.main([*BASE, "--schedule", "edm", "--name", "edm"])
+    s = train.resolve(train.parse(["--head", "sn", "--from", "edm"]))
+    assert checkpoint("edm")["settings"]["train_times"] == "lognormal" and s["train_times"] is None
+    assert s["name"] == "edm-sn" and s["prediction"] == "edm"
