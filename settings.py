@@ -69,6 +69,15 @@ def parse(argv=None):
       your own pictures (a folder or zip, searched recursively), both papers' methods together
   torchrun --nproc_per_node 8 train.py --preset cifar10 --data cifar10 --sa-k 2 --steps 400000
       the SA paper's CIFAR-10 model on 8 GPUs; --batch-size stays the global batch
+  python train.py --schedule edm --etsdm
+      EDM: its schedule, preconditioning, loss and noise levels; sample with --sampler heun
+  python train.py --task sr --factor 4 --data photos/ --image-size 64 --preset celeba64
+      super-resolution from 16 to 64 pixels; then: python sample.py RUN --low-res small/
+  python train.py --task autoencoder --data photos/ --image-size 64
+  python train.py --latent photos-autoencoder
+      latent diffusion: the first stage, then a denoiser of its latents
+  python train.py --head npr --from shapes-tiny-sa2
+      NPR-DPM: learn how wide each reverse step should be, on a run that is finished
 
 "preset's" below: python -c "import settings; print(settings.RECIPES)" shows each.""")
 

@@ -74,6 +74,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_losses_are_the_same(runs):
     rows = []
     for n in (1, 2):
@@ -83,6 +84,7 @@ def test_losses_are_the_same(runs):
         assert_close(float(rows[0][key]), float(rows[1][key]), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_resuming_with_two_processes_changes_nothing(runs):
     whole, parts = (
         runtime.load_checkpoint(runs / "runs" / name / "checkpoint.pt")
@@ -106,7 +108,8 @@ def read_pictures(folder):
     return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob("0*.png"))])
 
 
-@pytest.mark.parametrize("kind", ["", pytest.param("--npz", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["", "--npz"])
 def test_pictures_are_the_same(runs, kind, monkeypatch):
     # -n, because torchrun takes --num for an abbreviation of its own --numa-binding
     words = f"by1 -n 5 --nfe 4 --sampler ddpm --batch-size 2 {kind}".split()

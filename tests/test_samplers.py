@@ -356,34 +356,26 @@ def test_x_keeps_its_precision_and_is_not_changed():
 
 # ------------------------------------------------------------------ the whole product
 
+QUICK, CHURNED = dict(sampler="ddim"), dict(churn=10.0, churn_range=(0.01, 50.0))
+FAST = [dict(sampler=s, spacing="logsnr") for s in ("dpm-solver", "dpm-solver++", "heun")]
 PRODUCT = [
     pytest.param(
-        *(name, continuous, prediction, shared),
-        marks=[pytest.mark.slow] * (prediction == "edm" and name not in ("linear", "edm")),
+        *(name, continuous, prediction, shared, kwargs),
+        marks=[pytest.mark.slow]
+        * (kwargs != QUICK or (prediction == "edm" and name not in ("linear", "edm"))),
+        id=f"{kwargs['sampler']}{'-churned' * ('churn' in kwargs)}-{name}-"
+        f"{'continuous' if continuous else 'discrete'}-{prediction}{'-shared' * shared}",
     )
+    for kwargs in (QUICK, *FAST, dict(FAST[2], **CHURNED), dict(sampler="ddpm"))
     for name in schedules.NAMES
     for continuous in ((True,) if name == "edm" else (False, True))
     for prediction in D.PREDICTIONS
     for shared in (False, True)
+    if "churn" not in kwargs or name in ("linear", "edm")  # the others add noise the same way
 ]
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        dict(sampler="ddim"),
-        pytest.param(dict(sampler="dpm-solver", spacing="logsnr"), marks=pytest.mark.slow),
-        pytest.param(dict(sampler="dpm-solver++", spacing="logsnr"), marks=pytest.mark.slow),
-        pytest.param(dict(sampler="heun", spacing="logsnr"), marks=pytest.mark.slow),
-        pytest.param(
-            dict(sampler="heun", spacing="logsnr", churn=10.0, churn_range=(0.01, 50.0)),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(dict(sampler="ddpm"), marks=pytest.mark.slow),
-    ],
-    ids=lambda kwargs: kwargs["sampler"] + "-churned" * ("churn" in kwargs),
-)
-@pytest.mark.parametrize("name, continuous, prediction, shared", PRODUCT)
+@pytest.mark.parametrize("name, continuous, prediction, shared, kwargs", PRODUCT)
 def test_moments_over_the_whole_product(name, continuous, prediction, shared, kwargs):
     """Any schedule x prediction x sharing (x sampler): the sampled mean and variance are right."""
     schedule = schedules.make_schedule(name, continuous=continuous)
