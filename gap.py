@@ -55,6 +55,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import covariance
 import data
 import denoiser as denoisers
 import samplers
@@ -86,10 +87,10 @@ def gap_weights(schedule):
 
 def step(schedule, t, t_next, eta=1.0):
     """(A, c, std) of x_next = A x_0 + c x_t + std z, as floats; η = 1 is DDPM, 0 DDIM."""
-    (a, s), (a_next, s_next) = schedule.coefficients(t), schedule.coefficients(t_next)
-    std = eta * schedule.step_variances(*torch.tensor([t, t_next], dtype=torch.float64))[1].sqrt()
-    c = (s_next**2 - std**2).clamp(min=0).sqrt() / s
-    return float(a_next - c * a), float(c), float(std)
+    fresh, A, _ = covariance.parts(schedule, t, t_next, eta)
+    s, s_next = schedule.coefficients(t)[1], schedule.coefficients(t_next)[1]
+    c = (s_next**2 - fresh).clamp(min=0).sqrt() / s
+    return float(A), float(c), float(fresh.sqrt())
 
 
 @torch.no_grad()
