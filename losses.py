@@ -31,7 +31,7 @@ Two choices the code shows and the paper leaves open:
 What this file does not do: average over the batch, or know of precision, processes and EMA
 (train.py).
 
-    python train.py --sa-k 2 --sa-weight 1.0              python train.py --lipschitz-reg 1000
+    python train.py --sa-k 2 --sa-weight 1.0              python train.py --lipschitz-reg 30
 
 B images, k consecutive steps; x0 in [-1, 1]; t (B,) in (0, T]; noises (k, B, ...); a loss is (B,),
 the mean over C, H, W.

@@ -129,7 +129,7 @@ def parse(argv=None):
         "--remap, or log-normally in the noise level (default: uniform; lognormal for --schedule "
         "edm)")
     add("--lipschitz-reg", type=float, metavar="WEIGHT", help="DDPM-r: penalise the network's "
-        "slope in t, squared and averaged over pixels, by e.g. 1000; costs another forward pass")
+        "slope in t, squared and averaged over pixels, by e.g. 30; costs another forward pass")
 
     add = parser.add_argument_group("training").add_argument
     add("--batch-size", type=int, help="global: over all processes (preset's)")
