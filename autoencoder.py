@@ -32,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from unet import Attention, zero
+
 
 class Autoencoder(nn.Module):
     r"""forward(images (B, C, H, W), noise (B, c, h, w)) -> (reconstruction, mean, logvar).
@@ -63,7 +65,7 @@ class Autoencoder(nn.Module):
             return ResBlock(c_in, c_out, norm_groups)
 
         def middle(w):  # attention where the map is smallest: whole pictures at the least price
-            return [res(w, w), Attention(w, norm_groups), res(w, w)]
+            return [res(w, w), Attention(w, None, norm_groups), res(w, w)]
 
         def last(w, c_out):
             return [nn.GroupNorm(norm_groups, w), nn.SiLU(), conv(w, c_out)]
@@ -157,29 +159,6 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 
-class Attention(nn.Module):
-    """Self-attention of one head over the N = h w positions, added to its input."""
-
-    def __init__(self, width, norm_groups):
-        super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, width)
-        self.qkv, self.proj = nn.Conv2d(width, 3 * width, 1), zero(nn.Conv2d(width, width, 1))
-
-    def forward(self, x):
-        B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, 1, 3, C, H * W).permute(2, 0, 1, 4, 3)
-        q, k, v = qkv.contiguous()  # each (B, 1, N, C); strided inputs silently take a slow path
-        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ/√C) v
-        return x + self.proj(h.transpose(2, 3).reshape(B, C, H, W))
-
-
 def conv(c_in, c_out):
     """3x3, the same size out as in."""
     return nn.Conv2d(c_in, c_out, 3, padding=1)
-
-
-def zero(layer):
-    """Start a layer at zero, so that the block it ends contributes nothing at first."""
-    for p in layer.parameters():
-        nn.init.zeros_(p)
-    return layer

@@ -277,7 +277,7 @@ def head_settings(args, s, given):
         raise ValueError(f"{path.parent} is no denoiser without a head: give one to --from")
     recipe = RECIPES["head of tiny" if base["preset"] == "tiny" else "head"]
     net = dict(base["unet"], second_head=args.head_size or "simple", dropout=0.0)
-    # Its own loss has one term, over all t alike (facts of both papers' programs).
+    # Its own loss has one term, over all t alike, as in both papers' programs.
     plain = dict(sa_k=1, sa_weight=0.0, lipschitz_reg=None, train_times=None, microbatch=None)
     return s | base | recipe | plain | given | {"unet": net}
 

@@ -1,10 +1,13 @@
 """Shared by the tests: where reference material may lie, and two shorthands."""
 
+import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 # Programs under test run beside each other on few cores: no busy waiting, one thread each.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -20,3 +23,26 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"no reference material at {SHARED}")
     return SHARED
+
+
+@pytest.fixture
+def gold(shared, monkeypatch):
+    """guided-diffusion's small reference network: numbers (what it gave), size (arguments of
+    unet.UNet), state (its weights, under its own names) and x (what it was shown)."""
+    monkeypatch.syspath_prepend(str(shared / "golden"))
+    import fill
+
+    numbers = json.loads((shared / "golden" / "unet_guided_diffusion.json").read_text())
+    names = dict(
+        C="channels",
+        mult="channel_mult",
+        R="res_blocks",
+        attn="attention_resolutions",
+        hc="head_channels",
+        ss="scale_shift",
+        ud="resblock_updown",
+    )
+    size = {names.get(k, k): v for k, v in numbers["config"].items()}
+    state = {k: torch.tensor(v).float() for k, v in fill.state(numbers["keys"]).items()}
+    x = torch.tensor(4 * fill.fill("unet-dev", (2, 3, 16, 16)) - 2).float()
+    return SimpleNamespace(numbers=numbers, size=size, state=state, x=x)

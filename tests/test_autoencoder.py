@@ -191,7 +191,7 @@ def test_images_do_not_see_their_batch_mates():
 
 def test_attention_is_softmax_of_products():
     torch.manual_seed(0)
-    layer = autoencoder.Attention(8, 4).double()
+    layer = autoencoder.Attention(8, None, 4).double()
     nn.init.normal_(layer.proj.weight)
     x = torch.randn(2, 8, 3, 3).double()
     flat = layer.qkv(layer.norm(x)).flatten(2)  # (B, 3 C, N)

@@ -1,7 +1,6 @@
 """The two programs as a user starts them: the README's commands at their smallest, signals,
 errors."""
 
-import json
 import os
 import re
 import signal
@@ -277,23 +276,10 @@ def test_a_stopped_run_resumes_to_the_same_weights(number, tmp_path):
     assert not list((tmp_path / "runs" / "stopped").rglob("*.tmp"))
 
 
-def test_guided_diffusion_weights_through_sample_py(shared, tmp_path, monkeypatch, capsys):
+def test_guided_diffusion_weights_through_sample_py(gold, tmp_path, monkeypatch, capsys):
     """The pictures are those of DDIM written out over the bare network, told t - 1."""
-    monkeypatch.syspath_prepend(str(shared / "golden"))
-    import fill
-
-    gold = json.loads((shared / "golden" / "unet_guided_diffusion.json").read_text())
-    c = gold["config"]
-    size = dict(
-        image_size=c["image_size"],
-        channels=c["C"],
-        channel_mult=c["mult"],
-        res_blocks=c["R"],
-        attention_resolutions=c["attn"],
-        head_channels=c["hc"],
-    )
+    size, state = gold.size, gold.state
     monkeypatch.setitem(unet.PRESETS, "gold", size)
-    state = {k: torch.tensor(v).float() for k, v in fill.state(gold["keys"]).items()}
     for key in ("out.2.weight", "out.2.bias"):  # a learn_sigma network
         state[key] = torch.cat([state[key], state[key] + 1])
     torch.save(state, tmp_path / "weights.pt")

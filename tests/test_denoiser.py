@@ -1,7 +1,5 @@
 """denoiser.py: the conversions between eps, v and x0, and what the network is told."""
 
-import json
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -163,37 +161,21 @@ def test_what_is_given_is_seen_beside_x_as_often_as_x_repeats():
     assert bare.on(x) == (x, bare)
 
 
-def test_imported_weights_through_the_path_of_sample_py(shared, tmp_path, monkeypatch):
+def test_imported_weights_through_the_path_of_sample_py(gold, tmp_path, monkeypatch):
     """guided-diffusion's numbers, by load_guided_diffusion: told t - 1, and with a learned variance
     left out."""
-    monkeypatch.syspath_prepend(str(shared / "golden"))
-    import fill
-
-    gold = json.loads((shared / "golden" / "unet_guided_diffusion.json").read_text())
-    c = gold["config"]
-    size = dict(
-        image_size=c["image_size"],
-        channels=c["C"],
-        channel_mult=c["mult"],
-        res_blocks=c["R"],
-        attention_resolutions=c["attn"],
-        head_channels=c["hc"],
-        scale_shift=c["ss"],
-        resblock_updown=c["ud"],
-    )
-    monkeypatch.setitem(unet.PRESETS, "gold", size)
-    state = {k: torch.tensor(v).float() for k, v in fill.state(gold["keys"]).items()}
+    monkeypatch.setitem(unet.PRESETS, "gold", gold.size)
+    state, x, numbers = gold.state, gold.x, gold.numbers
     torch.save(state, tmp_path / "plain.pt")
     for key in ("out.2.weight", "out.2.bias"):  # learn_sigma: three more outputs, behind
         state[key] = torch.cat([state[key], torch.randn_like(state[key])])
     torch.save(state, tmp_path / "learn_sigma.pt")
-    x = torch.tensor(4 * fill.fill("unet-dev", (2, 3, 16, 16)) - 2).float()
     for name in ("plain.pt", "learn_sigma.pt"):
         d = D.load_guided_diffusion(tmp_path / name, "gold")
         assert not d.net.training and d.space.shape == (3, 16, 16) and d.prediction == "eps"
-        x0, eps = d.predict(x, torch.tensor(gold["timesteps"]) + 1)
+        x0, eps = d.predict(x, torch.tensor(numbers["timesteps"]) + 1)
         flat = eps.flatten()
-        for got, expected in ((flat[:8], gold["first8"]), (flat[-8:], gold["last8"])):
+        for got, expected in ((flat[:8], numbers["first8"]), (flat[-8:], numbers["last8"])):
             assert_close(got, torch.tensor(expected), rtol=1e-4, atol=1e-5)
         a, s = (k[:, None, None, None] for k in LINEAR.coefficients(torch.tensor([11, 501])))
         assert_close(a * x0 + s * eps, x.double(), rtol=1e-4, atol=1e-4)

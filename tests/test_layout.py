@@ -45,6 +45,7 @@ ALLOWED = {
     "readers": set(),
     "data": {"readers"},
     "inception": {"readers"},
+    "autoencoder": {"unet"},
     "spaces": {"autoencoder", "data", "runtime"},
     "denoiser": (ROWS[0] - {"inception"}) | ROWS[1],
 }

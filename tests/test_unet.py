@@ -1,8 +1,5 @@
 """unet.py against published parameter counts, reference outputs and a plainly written attention."""
 
-import json
-import sys
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -64,31 +61,15 @@ def test_parameter_counts_of_variants(kwargs, count):
     assert sum(p.numel() for p in net.parameters()) == count
 
 
-def test_guided_diffusion_weights_give_its_output(shared):
-    sys.path.insert(0, str(shared / "golden"))
-    import fill
-
-    gold = json.loads((shared / "golden" / "unet_guided_diffusion.json").read_text())
-    c = gold["config"]
-    net = unet.UNet(
-        c["image_size"],
-        channels=c["C"],
-        channel_mult=c["mult"],
-        res_blocks=c["R"],
-        attention_resolutions=c["attn"],
-        head_channels=c["hc"],
-        scale_shift=c["ss"],
-        resblock_updown=c["ud"],
-    )
-    assert sum(p.numel() for p in net.parameters()) == gold["params"]
-    state = {k: torch.tensor(v).float() for k, v in fill.state(gold["keys"]).items()}
-    net.load_state_dict(unet.from_guided_diffusion(state), strict=True)
-    x = torch.tensor(4 * fill.fill("unet-dev", (2, 3, 16, 16)) - 2).float()
-    out = net.eval()(x, torch.tensor(gold["timesteps"])).detach().flatten()
-    for got, expected in ((out[:8], gold["first8"]), (out[-8:], gold["last8"])):
+def test_guided_diffusion_weights_give_its_output(gold):
+    net, numbers = unet.UNet(**gold.size), gold.numbers
+    assert sum(p.numel() for p in net.parameters()) == numbers["params"]
+    net.load_state_dict(unet.from_guided_diffusion(gold.state), strict=True)
+    out = net.eval()(gold.x, torch.tensor(numbers["timesteps"])).detach().flatten()
+    for got, expected in ((out[:8], numbers["first8"]), (out[-8:], numbers["last8"])):
         assert_close(got, torch.tensor(expected), rtol=1e-4, atol=1e-5)
-    assert_close(out.mean().item(), gold["mean"], rtol=1e-4, atol=1e-6)
-    assert_close(out.std(correction=0).item(), gold["std"], rtol=1e-3, atol=0)
+    assert_close(out.mean().item(), numbers["mean"], rtol=1e-4, atol=1e-6)
+    assert_close(out.std(correction=0).item(), numbers["std"], rtol=1e-3, atol=0)
 
 
 def to_guided_diffusion(state):
