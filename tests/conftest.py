@@ -7,9 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-# Programs under test run beside each other on few cores: no busy waiting, one thread each.
+# Programs under test run beside each other on few cores: no busy waiting, one thread each. OpenMP
+# reads this once, when torch is first imported: nothing above may do that.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +31,7 @@ def gold(shared, monkeypatch):
     unet.UNet), state (its weights, under its own names) and x (what it was shown)."""
     monkeypatch.syspath_prepend(str(shared / "golden"))
     import fill
+    import torch
 
     numbers = json.loads((shared / "golden" / "unet_guided_diffusion.json").read_text())
     names = dict(
