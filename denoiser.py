@@ -28,6 +28,7 @@ x (B, C, H, W), where data are in [-1, 1]; t in [0, T], a number or (B,); net(x,
 """
 
 import copy
+import functools
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ import runtime
 import schedules
 import spaces
 import unet
-from schedules import match, noise_in
+from schedules import at, combine, match, noise_in, scales, solve
 
 PREDICTIONS = ("eps", "v", "x0", "edm")
 
@@ -73,49 +74,67 @@ class Denoiser:
         whatever autocast made of it. told: another time, whose f it is told instead; x_t is shown
         as at t."""
         told = t if told is None else told
-        told = torch.as_tensor(told, dtype=None if torch.is_tensor(told) else torch.float64)
-        c = told if self.condition is None else self.condition(told)
-        seen = x
-        if self.prediction == "edm":
-            # What is shared is t, the coordinate of EDM's own grid of noise levels. ln 0 is no
-            # number: a part that begins at t = 0 is told the level of t = 1, the grid's last.
-            lam = self.schedule.lam(torch.where(c > 0, c.double(), 1.0))
-            c = -lam.clamp(min=-10.0) / 4  # ln(σ)/4; the bound is for ᾱ = 0, where σ = ∞
-            seen = x / match(self.spread(t), x)
+        seen = x / match(self.spread(t), x) if self.prediction == "edm" else x
         if self.given is not None:  # in the same order, as often as x_0 was repeated (SA-k)
             repeats = len(x) // len(self.given)
             beside = self.given.repeat(repeats, *[1] * (self.given.dim() - 1))
             seen = torch.cat([seen, beside.to(x.dtype)], dim=1)
         # x's precision, but never half: bf16 has no 999.
         dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-        return self.net(seen, c.to(x.device, dtype).expand(len(x))).to(x.dtype)
+        how = self.condition, self.schedule, self.prediction
+        if type(told) is float:
+            c = torch.full(x.shape[:1], number_told(told, *how), dtype=dtype, device=x.device)
+        else:
+            c = what_is_told(told, *how).to(x.device, dtype).expand(len(x))
+        out = self.net(seen, c)
+        return out if out.dtype is x.dtype else out.to(x.dtype)
 
     def spread(self, t):
-        """r = √(s² + a² d²), the std of x_t: float64, of t's shape."""
-        a, s = self.schedule.coefficients(t)
-        return (s**2 + a**2 * self.data_std**2).sqrt()
+        """r = √(s² + a² d²), the std of x_t: a number, or float64 of t's shape."""
+        a, s = at(self.schedule, t) if type(t) is float else self.schedule.coefficients(t)
+        return (s**2 + a**2 * self.data_std**2) ** 0.5
 
     def output(self, x, t, told=None):
         """The network's prediction at x_t, told f(t), or f(told): like x (B, C, ...)."""
-        return self.outputs(x, t, told)[:, :x.shape[1]]
+        out = self.outputs(x, t, told)
+        return out if out.shape == x.shape else out[:, :x.shape[1]]
 
     def explain(self, x, t, out):
         """x_t and the prediction `out` -> (x0, ε), all of one shape: the table above."""
-        a, s = (match(k, x) for k in self.schedule.coefficients(t))
+        a, s = scales(self.schedule, t, x)
         if self.prediction == "eps":
-            return (x - s * out) / a, out
+            return solve(x, s, out, a), out
         if self.prediction == "x0":
             return out, noise_in(self.schedule, x, t, out)
         if self.prediction == "v":
             power = a**2 + s**2  # 1, but for the edm schedule
-            return (a * x - s * out) / power, (s * x + a * out) / power
+            return combine(a / power, x, -s / power, out), combine(s / power, x, a / power, out)
         d, r = self.data_std, match(self.spread(t), x)
-        return a * d**2 / r**2 * x + s * d / r * out, s / r**2 * x - a * d / r * out
+        return (combine(a * d**2 / r**2, x, s * d / r, out),
+                combine(s / r**2, x, -a * d / r, out))
 
     def predict(self, x, t):
         """x_t (B, ...), t a number or (B,) -> (x0, ε), both like x. From ε-prediction x0 is not to
         be had where ᾱ = 0: it comes out infinite or NaN."""
         return self.explain(x, t, self.output(x, t))
+
+
+def what_is_told(t, condition, schedule, prediction):
+    """f(t) of a network with this condition: t a number or (B,) -> a tensor of its shape."""
+    t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float64)
+    c = t if condition is None else condition(t)
+    if prediction == "edm":
+        # What is shared is t, the coordinate of EDM's own grid of noise levels. ln 0 is no number:
+        # a part that begins at t = 0 is told the level of t = 1, the grid's last.
+        lam = schedule.lam(torch.where(c > 0, c.double(), 1.0))
+        c = -lam.clamp(min=-10.0) / 4  # ln(σ)/4; the bound is for ᾱ = 0, where σ = ∞
+    return c
+
+
+@functools.lru_cache(maxsize=8192)
+def number_told(t, condition, schedule, prediction):
+    """The same for a number, as a number, and kept, as schedules.at keeps coefficients."""
+    return float(what_is_told(t, condition, schedule, prediction))
 
 
 def zero_based(t):

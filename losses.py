@@ -58,12 +58,13 @@ def sa_loss(denoiser, x0, t, noises, space="eps"):
     return both["simple"], both["sa"]
 
 
-def terms(denoiser, x0, t, noises, space="eps", slope=False):
+def terms(denoiser, x0, t, noises, space="eps", slope=False, reuse=False):
     r"""{"simple", "sa" and, if asked for, "slope"}, each (B,), from ONE forward pass: the k noise
     levels lie on the batch axis, and behind them, for the slope, x_t once more at another time.
 
     With k = 1, L_SA is L_simple in ε. Terms with t − i < 1 are left out of the sum; its divisor
-    stays k.
+    stays k. reuse: L_simple is the mean over all k noise levels, which have been computed anyhow,
+    instead of the first alone: k times the noise levels from one image, at no cost.
     """
     k, B = noises.shape[:2]
     steps = torch.arange(k, device=t.device)[:, None]
@@ -81,11 +82,20 @@ def terms(denoiser, x0, t, noises, space="eps", slope=False):
 
     r = noises - eps_hat
     counts = match(exists.flatten(), repeated).unflatten(0, (k, B))  # (k, B, 1, 1, 1)
-    found = {"simple": residual(denoiser, r[0], x0 - x0_hat[0], t, space),
-             "sa": (r * counts).sum(0) / k}
+    found = {"sa": mean_square((r * counts).sum(0) / k)}
     if slope:  # (t − t')² = 1
-        found["slope"] = out[:B] - out[k * B:]
-    return {name: r.square().flatten(1).mean(1) for name, r in found.items()}
+        found["slope"] = mean_square(out[:B] - out[k * B:])
+
+    n = k if reuse else 1  # noise levels that L_simple counts
+    simple = residual(denoiser, r[:n].flatten(0, 1), (x0 - x0_hat[:n]).flatten(0, 1), ts[:n * B],
+                      space)
+    simple = mean_square(simple).unflatten(0, (n, B)) * exists[:n]
+    return {"simple": simple.sum(0) / exists[:n].sum(0), **found}
+
+
+def mean_square(r):
+    """(B, ...) -> (B,): the mean of the squares over C, H, W."""
+    return r.square().flatten(1).mean(1)
 
 
 def residual(denoiser, eps, x0, t, space):

@@ -39,7 +39,7 @@ from itertools import pairwise
 
 import torch
 
-from schedules import match, noise_in, time_grid
+from schedules import along, at, combine, match, noise_in, time_grid
 
 SAMPLERS = ("ddpm", "ddim", "dpm-solver", "dpm-solver++", "heun")
 
@@ -179,28 +179,27 @@ def ancestral(denoiser, x, times, eta, variance, clip, noise):
     `times` are those of the calls and, last, where to arrive: 0, or t_end. The step onto 0 is x_0
     itself, without noise.
     """
-    grid = torch.tensor(times, dtype=torch.float64)
-    a, s = (k.tolist() for k in denoiser.schedule.coefficients(grid))
-    betas, betas_tilde = (
-        k.tolist() for k in denoiser.schedule.step_variances(grid[:-1], grid[1:]))
+    a, s, _, betas, betas_tilde = along(denoiser.schedule, tuple(times))
     for i, (t, t_next) in enumerate(pairwise(times)):
         x0, eps = predict(denoiser, x, t, clip)
         replaced = eta**2 * betas_tilde[i]  # so much of ε's variance makes room for fresh noise
-        mean = a[i + 1] * x0 + math.sqrt(max(s[i + 1] ** 2 - replaced, 0.0)) * eps
+        mean = combine(a[i + 1], x0, math.sqrt(max(s[i + 1] ** 2 - replaced, 0.0)), eps)
         if t_next == 0:
             return mean  # = x0
         var = betas[i] if variance == "large" else replaced
         if callable(variance):
             var = variance(x, t, t_next)
         if isinstance(var, torch.Tensor) or var > 0:
-            mean = mean + _std(var, x) * noise(x.shape)
+            mean += root(var, x) * noise(x.shape)
         x = mean
     return x
 
 
-def _std(var, x):
+def root(var, x):
     """√var, made to multiply x: var is a number or a tensor, 0-d, per image or per pixel."""
-    std = torch.as_tensor(var, dtype=torch.float64).sqrt()
+    if not isinstance(var, torch.Tensor):
+        return math.sqrt(var)
+    std = var.double().sqrt()
     return match(std, x) if std.dim() <= 1 else std.to(x)
 
 
@@ -237,8 +236,8 @@ def split_into_orders(steps, order):
 
 def dpm_solver(denoiser, x, times, orders, clip):
     """Singlestep DPM-Solver from times[0] to times[-1] (Lu et al. 2022, algorithms 1 and 2)."""
-    a, s = (k.tolist() for k in denoiser.schedule.coefficients(times))
-    lam, t, i = denoiser.schedule.lam(times).tolist(), times.tolist(), 0
+    t, i = times.tolist(), 0
+    a, s, lam, *_ = along(denoiser.schedule, tuple(t))
     for order in orders:
         inside = slice(i, i + order + 1)
         points = list(zip(t[inside], a[inside], s[inside], lam[inside], strict=True))
@@ -263,18 +262,19 @@ def singlestep(denoiser, x, points, clip):
     """
     times, a, s, lam = zip(*points, strict=True)
     x0, eps = predict(denoiser, x, times[0], clip)
-    u = a[1] * x0 + s[1] * eps  # order 1: to the first inner point, or all the way
+    u = combine(a[1], x0, s[1], eps)  # order 1: to the first inner point, or all the way
     if len(points) == 2:
         return u
     h = lam[-1] - lam[0]
     r1 = (lam[1] - lam[0]) / h
     d1 = predict(denoiser, u, times[1], clip)[1] - eps
     if len(points) == 3:
-        return a[2] * x0 + s[2] * eps - s[2] * math.expm1(h) / (2 * r1) * d1
+        return combine(a[2], x0, s[2], eps).sub_(d1, alpha=s[2] * math.expm1(h) / (2 * r1))
     r2 = (lam[2] - lam[0]) / h
-    u = a[2] * x0 + s[2] * eps - s[2] * r2 / r1 * (math.expm1(r2 * h) / (r2 * h) - 1) * d1
+    u = combine(a[2], x0, s[2], eps).sub_(
+        d1, alpha=s[2] * r2 / r1 * (math.expm1(r2 * h) / (r2 * h) - 1))
     d2 = predict(denoiser, u, times[2], clip)[1] - eps
-    return a[3] * x0 + s[3] * eps - s[3] / r2 * (math.expm1(h) / h - 1) * d2
+    return combine(a[3], x0, s[3], eps).sub_(d2, alpha=s[3] / r2 * (math.expm1(h) / h - 1))
 
 
 def dpm_solver_2m(denoiser, x, times, clip):
@@ -285,16 +285,16 @@ def dpm_solver_2m(denoiser, x, times, clip):
     The first step has none before it and is order 1. So is the last of fewer than 10 steps, where
     extrapolating so far does more harm than good.
     """
-    a, s = (k.tolist() for k in denoiser.schedule.coefficients(times))
-    lam, t = denoiser.schedule.lam(times).tolist(), times.tolist()
+    t = times.tolist()
+    a, s, lam, *_ = along(denoiser.schedule, tuple(t))
     steps, before, h_before = len(t) - 1, None, 0.0
     for i in range(steps):
         x0, eps = predict(denoiser, x, t[i], clip)
         h = lam[i + 1] - lam[i]
-        x = a[i + 1] * x0 + s[i + 1] * eps
+        x = combine(a[i + 1], x0, s[i + 1], eps)
         # No slope from a step of no length, or of infinite length (from ᾱ = 0).
         if 0 < h_before < math.inf and not (i == steps - 1 and steps < 10):
-            x = x - a[i + 1] * math.expm1(-h) / 2 * h / h_before * (x0 - before)
+            x.sub_(x0 - before, alpha=a[i + 1] * math.expm1(-h) / 2 * h / h_before)
         before, h_before = x0, h
     return x
 
@@ -323,12 +323,11 @@ def heun(denoiser, x, times, final_denoise, clip, stirred):
         x0, eps = predict(denoiser, x, t, clip)
         if t_next is None:
             return x0
-        (a, s), (a_next, s_next) = (
-            map(float, denoiser.schedule.coefficients(k)) for k in (t, t_next))
-        x = a_next * x0 + s_next * eps
+        (a, s), (a_next, s_next) = (at(denoiser.schedule, k) for k in (t, t_next))
+        x = combine(a_next, x0, s_next, eps)
         if a > 0:
             slope = predict(denoiser, x, t_next, clip)[1] - eps
-            x = x + (s_next - a_next * s / a) / 2 * slope
+            x.add_(slope, alpha=(s_next - a_next * s / a) / 2)
 
 
 def stir(schedule, x, t, gamma, within, scale, noise):
@@ -338,11 +337,11 @@ def stir(schedule, x, t, gamma, within, scale, noise):
     has the last word on: those that end at T (all but edm) add nothing there. Noise is drawn where
     some is added, alone: EDM's own loop draws it at every step, so seeds do not compare.
     """
-    a, s = map(float, schedule.coefficients(t))
+    a, s = at(schedule, t)
     if gamma == 0 or a == 0 or not within[0] <= s / a <= within[1]:
         return x, t
     higher = float(schedule.t_of_lam(-math.log(s / a * (1 + gamma))))
-    a_hat, s_hat = map(float, schedule.coefficients(higher))
+    a_hat, s_hat = at(schedule, higher)
     if s_hat / a_hat <= s / a:
         return x, t
     added = math.sqrt((s_hat / a_hat) ** 2 - (s / a) ** 2)
@@ -393,4 +392,4 @@ def start_time(denoiser):
     """Where sampling can start: T, or T − 1 for ε-prediction with ᾱ(T) = 0, since it has no x_0."""
     T = denoiser.schedule.T
     needs_signal = getattr(denoiser, "prediction", None) == "eps"
-    return T - 1 if needs_signal and float(denoiser.schedule.alpha_bar(T)) == 0 else T
+    return T - 1 if needs_signal and at(denoiser.schedule, float(T))[0] == 0 else T

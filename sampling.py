@@ -42,6 +42,9 @@ def add_flags(parser):
     add("--churn-noise", type=float, help="... times this, EDM's S_noise (default: 1)")
     add("--clip", default="auto", choices=("auto", "on", "off"), help="keep the predicted x_0 in "
         "the data's range (auto: for ddpm, and ddim with fresh noise)")
+    add("--precision", default="fp32", choices=("fp32", "bf16"), help="of the networks: bf16 is "
+        "faster where the hardware has units for it, and rounds (default: fp32)")
+    add("--compile", action="store_true", help="torch.compile the networks: a minute at the start")
     add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last weights")
 
 

@@ -30,6 +30,7 @@ is float64 until it meets x.
 """
 
 import argparse
+import functools
 import math
 import os
 
@@ -291,22 +292,56 @@ def edm_form(T, rho=7):
 # ------------------------------------------------------------------ using a schedule
 
 def match(coefficient, x):
-    """A float64 coefficient, 0-d or (B,), made to multiply x (B, ...) in x's own dtype."""
-    if coefficient.dim() == 0:
-        return coefficient  # a 0-d tensor never changes the dtype of x, wherever it lives
+    """A coefficient, a number, 0-d or (B,), made to multiply x (B, ...) in x's own dtype."""
+    if type(coefficient) is float or coefficient.dim() == 0:
+        return coefficient  # neither changes the dtype of x, wherever it lives
     return coefficient.to(x).reshape(-1, *[1] * (x.dim() - 1))
+
+
+@functools.lru_cache(maxsize=8192)
+def at(schedule, t):
+    """(a, s) at the number t, as numbers. They are kept: samplers come to the same few times with
+    every batch, and one entry of a table takes longer to look up than a step of DDIM."""
+    return tuple(map(float, schedule.coefficients(t)))
+
+
+@functools.lru_cache(maxsize=64)
+def along(schedule, times):
+    """Over a falling tuple of times -> tuples: a, s and λ at each, β and β̃ of each step. Kept, too:
+    a sampler walks one grid with every batch."""
+    grid = torch.tensor(times, dtype=torch.float64)
+    columns = (*schedule.coefficients(grid), schedule.lam(grid),
+               *schedule.step_variances(grid[:-1], grid[1:]))
+    return tuple(tuple(column.tolist()) for column in columns)
+
+
+def scales(schedule, t, x):
+    """(a, s) at t, a number or (B,), made to multiply x (B, ...)."""
+    if type(t) is float:
+        return at(schedule, t)
+    return tuple(match(k, x) for k in schedule.coefficients(t))
+
+
+def combine(a, x, s, y):
+    """a x + s y; with numbers, in two passes over memory instead of three, and one new tensor."""
+    return (a * x).add_(y, alpha=s) if type(s) is float else a * x + s * y
+
+
+def solve(x, s, y, a):
+    """The z of x = a z + s y: (x − s y)/a."""
+    return torch.sub(x, y, alpha=s).div_(a) if type(s) is float else (x - s * y) / a
 
 
 def diffuse(schedule, x0, t, eps):
     """x_t ~ q(x_t | x_0): x0 (B, ...), t a number or (B,), noise eps like x0 -> x_t like x0."""
-    a, s = schedule.coefficients(t)
-    return match(a, x0) * x0 + match(s, x0) * eps
+    a, s = scales(schedule, t, x0)
+    return combine(a, x0, s, eps)
 
 
 def noise_in(schedule, xt, t, x0):
     """The ε that x_t (B, ...) must hold if its image is x0: (x_t − a x_0)/s."""
-    a, s = (match(c, xt) for c in schedule.coefficients(t))
-    return (xt - a * x0) / s
+    a, s = scales(schedule, t, xt)
+    return solve(xt, a, x0, s)
 
 
 def time_grid(schedule, points, spacing="uniform", t_end=1.0, t_start=None):

@@ -124,6 +124,8 @@ def parse(argv=None):
     add("--sa-k", type=int, default=1, help="SA-DPM: train k consecutive steps together "
         "(default: 1, the plain loss)")
     add("--sa-weight", type=float, help="weight of the sequence-aware loss (default: 1)")
+    add("--sa-reuse", action="store_true", default=None, help="... and let the plain loss use all "
+        "k noise levels of an image: with a k-th of the batch a step costs what a plain one does")
     add("--loss-space", choices=losses.SPACES, help="where the plain loss is measured (preset's)")
     add("--train-times", choices=losses.TIMES, help="t is drawn uniformly, uniformly in the "
         "--remap, or log-normally in the noise level (default: uniform; lognormal for --schedule "
@@ -134,6 +136,8 @@ def parse(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--batch-size", type=int, help="global: over all processes (preset's)")
     add("--microbatch", type=int, help="images per forward pass of a process; gradients add up")
+    add("--recompute", action="store_true", default=None, help="activation checkpointing: a "
+        "fraction of the memory, a third more time, the same gradients")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--images", type=int, help="train until this many were seen (preset's)")
     length.add_argument("--steps", type=int, help="the same as --images STEPS x BATCH_SIZE")
@@ -155,8 +159,8 @@ def parse(argv=None):
 
 # Flags that say what a denoiser is; an autoencoder is none, and a head has that of its trunk.
 DENOISER = ("preset", "latent", "factor", "schedule", "continuous", "prediction", "etsdm",
-            "etsdm_interval", "etsdm_n", "remap", "dropout", "sa_k", "sa_weight", "loss_space",
-            "train_times", "lipschitz_reg")
+            "etsdm_interval", "etsdm_n", "remap", "dropout", "sa_k", "sa_weight", "sa_reuse",
+            "loss_space", "train_times", "lipschitz_reg", "recompute")
 CODER, HEAD = ("halvings", "latent_channels", "kl_weight"), ("from", "head_size")
 
 
@@ -278,7 +282,8 @@ def head_settings(args, s, given):
     recipe = RECIPES["head of tiny" if base["preset"] == "tiny" else "head"]
     net = dict(base["unet"], second_head=args.head_size or "simple", dropout=0.0)
     # Its own loss has one term, over all t alike, as in both papers' programs.
-    plain = dict(sa_k=1, sa_weight=0.0, lipschitz_reg=None, train_times=None, microbatch=None)
+    plain = dict(sa_k=1, sa_weight=0.0, sa_reuse=None, lipschitz_reg=None, train_times=None,
+                 microbatch=None, recompute=None)
     return s | base | recipe | plain | given | {"unet": net}
 
 
@@ -288,6 +293,9 @@ def refuse_contradictions(args, s):
         raise ValueError(f"--sa-k counts the step itself: 1 to {s['T']}, not {s['sa_k']}")
     if s["sa_k"] == 1 and args.sa_weight is not None:
         raise ValueError("--sa-weight weighs the loss that --sa-k 2 adds: with k = 1 there is none")
+    if s["sa_reuse"] and (s["sa_k"] == 1 or not s["sa_weight"]):
+        raise ValueError("--sa-reuse uses the k noise levels of --sa-k 2: with k = 1, or "
+                         "--sa-weight 0, there is one")
     if not args.etsdm and (args.etsdm_interval is not None or args.etsdm_n is not None):
         raise ValueError("--etsdm-interval and --etsdm-n shape what --etsdm does: give that too")
     for key in ("batch_size", "images", "lr", "sample_every", "save_every", "image_size"):
@@ -335,6 +343,7 @@ def default_name(s):
         parts += dict.fromkeys(  # edm is both
             s[k] for k in ("schedule", "prediction") if s[k] != RECIPES[s["preset"]][k])
         parts += ["continuous"] * s["continuous"] + [f"sa{s['sa_k']}"] * (s["sa_k"] > 1)
+        parts += ["reuse"] * bool(s["sa_reuse"])
         parts += ["etsdm"] * s["etsdm"] + [s["remap"]] * bool(s["remap"])
         parts += ["reg"] * bool(s["lipschitz_reg"])
         usual = "lognormal" if s["schedule"] == "edm" else None

@@ -40,6 +40,7 @@ class Denoising:
 
     def __init__(self, s, extra):
         self.s, self.extra, self.net = s, extra, unet.UNet(**s["unet"])
+        self.net.recompute = bool(s["recompute"])
         self.denoiser = denoisers.from_settings(s, self.net, extra.get("first_stage"))
         self.columns = ("simple", "sa") + ("slope",) * bool(s["lipschitz_reg"])
         schedule = self.denoiser.schedule
@@ -58,7 +59,7 @@ class Denoising:
         s = self.s
         x0, denoiser = self.denoiser.but(net=net).on(images)
         found = losses.terms(denoiser, x0, numbers["t"], numbers["noises"].transpose(0, 1),
-                             s["loss_space"], slope=bool(s["lipschitz_reg"]))
+                             s["loss_space"], bool(s["lipschitz_reg"]), bool(s["sa_reuse"]))
         found["sa"] = found["sa"] * (self.k > 1)  # k = 1 is the plain model: no second term
         loss = found["simple"] + s["sa_weight"] * found["sa"]
         if "slope" in found:

@@ -42,8 +42,8 @@ import tasks
 from settings import parse, resolve
 
 # What may change when a run goes on. Any other difference would make it another run.
-MAY_CHANGE = ("images", "lr", "grad_clip", "microbatch", "workers", "compile", "precision",
-              "sample_every", "save_every", "skip_bad_images")
+MAY_CHANGE = ("images", "lr", "grad_clip", "microbatch", "recompute", "workers", "compile",
+              "precision", "sample_every", "save_every", "skip_bad_images")
 BAD_STEPS = 25  # this many non-finite steps in a row end the run
 
 

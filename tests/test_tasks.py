@@ -194,8 +194,8 @@ def test_a_plain_run_pays_for_nothing_it_does_not_use(monkeypatch):
     model = train.Model(s, torch.device("cpu"))
     _, numbers = train.draw(s, model.task, 0, torch.device("cpu"))
     train.gradients(model.net, model.task, s, torch.zeros(4, 3, 8, 8), numbers, None)
-    ((_, x0, t, noises, space), how) = seen[0]
-    assert noises.shape == (1, 4, 3, 8, 8) and space == "v" and how == {"slope": False}
+    _, x0, t, noises, space, slope, reuse = seen[0][0]
+    assert noises.shape == (1, 4, 3, 8, 8) and space == "v" and not slope and not reuse
 
 
 def test_edm_runs_follow_edm_unless_told_otherwise():
