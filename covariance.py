@@ -37,7 +37,6 @@ import argparse
 import math
 from itertools import pairwise
 
-import matplotlib.figure
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -262,7 +261,7 @@ def draw(path, denoiser, values, points=50):
     """Γ_t, and the std that it gives the steps of a coarse grid; t falls to the right, as in
     sampling."""
     schedule, var_eps, bounds = denoiser.schedule, of_gamma(values), bounds_of(denoiser)
-    figure = matplotlib.figure.Figure(figsize=(9.5, 3.8), layout="constrained")
+    figure = runtime.figure(figsize=(9.5, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.axhline(1, color="0.7", lw=0.8)
     left.plot(range(1, len(values)), values[1:], "k", lw=1.2)

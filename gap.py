@@ -50,7 +50,6 @@ import argparse
 from itertools import cycle, pairwise
 from pathlib import Path
 
-import matplotlib.figure
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -217,7 +216,7 @@ def draw(path, runs, weights):
     if any("reducible_norm" in rows[0] for rows in runs.values()):
         panels += [("reducible_systematic", "reducible: systematic"),
                    ("reducible_norm", "reducible: mean of norms")]
-    figure = matplotlib.figure.Figure(figsize=(3.6 * (len(panels) + 1), 3.8), layout="constrained")
+    figure = runtime.figure(figsize=(3.6 * (len(panels) + 1), 3.8), layout="constrained")
     axes = figure.subplots(1, len(panels) + 1)
     for ax, (key, title) in zip(axes, panels, strict=False):
         for (name, rows), style in zip(runs.items(), cycle(STYLES), strict=False):
@@ -266,7 +265,7 @@ def illustrate(path, nfe=50, size=0.15):
     always to the same side, one by turns."""
     schedule, mixture = schedules.make_schedule("linear"), toy.two_bumps()
     exact, x_T = toy.oracle(mixture, schedule), torch.tensor([[0.4]], dtype=torch.float64)
-    figure = matplotlib.figure.Figure(figsize=(10, 3.8), layout="constrained")
+    figure = runtime.figure(figsize=(10, 3.8), layout="constrained")
     (left, right), rows, right_path = figure.subplots(1, 2), [], None
     for (name, sign), style in zip({"ideal network": lambda i: 0, "errors add up": lambda i: 1,
                                     "errors cancel": lambda i: (-1) ** i}.items(), STYLES,

@@ -55,6 +55,16 @@ class Conv(nn.Module):
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
+    def fold(self):
+        """In eval mode normalisation is a factor and an offset per channel: both go into the
+        convolution, w ← w γ/√(var + eps), b = β − mean γ/√(var + eps), and bn does nothing."""
+        kind, bn = self.conv.weight.dtype, self.bn.double()
+        scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+        weight = self.conv.weight.double() * scale[:, None, None, None]
+        self.conv.weight.data = weight.to(kind, memory_format=torch.channels_last)
+        bias = (bn.bias - bn.running_mean * scale).to(kind)
+        self.conv.bias, self.bn = nn.Parameter(bias, requires_grad=False), nn.Identity()
+
 
 def mean_inside(x):
     """3x3 mean of the positions inside the map: in a corner of 4, not of 4 and 5 zeros."""
@@ -169,6 +179,13 @@ class Inception(nn.Module):
         self.eval().requires_grad_(False)  # in train mode an image would depend on its batch
         self.to(memory_format=torch.channels_last)  # the same numbers, 1.5 times as fast on a CPU
 
+    def fold(self):
+        """The same function with a quarter of the passes over memory -> self. The names of the
+        weights are then no longer those of the file."""
+        for layer in [m for m in self.modules() if isinstance(m, Conv)]:
+            layer.fold()
+        return self
+
     def forward(self, images):
         x = preprocess(images, self.fc.weight.dtype)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (N, 64, 147, 147)
@@ -176,10 +193,11 @@ class Inception(nn.Module):
         x = max_halve(x)  # (N, 192, 35, 35)
         for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"):
             x = getattr(self, f"Mixed_{name}")(x)  # at last (N, 2048, 8, 8)
-        pool3 = x.mean(dim=(2, 3))
-        # IS was first computed from the product in front of the bias, and has been ever since:
-        # fc.bias is here because it is in the file.
-        return pool3, F.linear(pool3, self.fc.weight)
+        with torch.autocast(x.device.type, enabled=False):  # what is compared is never bf16
+            pool3 = x.mean(dim=(2, 3), dtype=self.fc.weight.dtype)
+            # IS was first computed from the product in front of the bias, and has been ever since:
+            # fc.bias is here because it is in the file.
+            return pool3, F.linear(pool3, self.fc.weight)
 
 
 def preprocess(images, dtype=torch.float32):

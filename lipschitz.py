@@ -20,7 +20,6 @@ import runtime  # isort: skip  (before torch: it sets OpenMP's spinning)
 import argparse
 from pathlib import Path
 
-import matplotlib.figure
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -161,7 +160,7 @@ def measure(args, name, d, x0):
 
 def write(args, curves):
     """The .csv, and the picture: means as lines, the middle 80 % of the images as shades."""
-    axes = matplotlib.figure.Figure(figsize=(7.5, 4.5), layout="constrained").add_subplot()
+    axes = runtime.figure(figsize=(7.5, 4.5), layout="constrained").add_subplot()
     rows = []
     for i, (name, (xs, k, edges, _)) in enumerate(curves.items()):
         mean, (p10, p50, p90) = k.mean(1), np.percentile(k, (10, 50, 90), axis=1)

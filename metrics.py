@@ -34,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.linalg.lapack import dpotrf, dpstrf
 from torch.export.passes import move_to_device_pass
 from tqdm import tqdm
 
@@ -56,10 +57,6 @@ def inception_outputs(net, images):
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     r"""‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½), from NumPy arrays (D,), (D, D) -> float, 0 or more.
-
-    With Σ = RᵀR, the eigenvalues of Σ₁Σ₂ are the squared singular values of R₁R₂ᵀ, so the last
-    trace is the sum of those. That stays real and accurate for covariances without full rank
-    (N <= D), where a matrix square root of the non-symmetric Σ₁Σ₂ becomes complex or infinite.
     ValueError: shapes that do not fit, or a matrix that is no covariance.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(v, np.float64) for v in (mu1, sigma1, mu2, sigma2))
@@ -68,24 +65,41 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
                          f"covariances {sigma1.shape} and {sigma2.shape}")
     if not (np.isfinite(mu1).all() and np.isfinite(mu2).all()):
         raise ValueError("a mean with values that are not finite")
-    # tr (Σ₁Σ₂)^½
-    overlap = np.linalg.svd(root(sigma1) @ root(sigma2).T, compute_uv=False).sum()
-    spread = np.trace(sigma1) + np.trace(sigma2) - 2 * overlap
+    return distance_of_roots(mu1, root(sigma1), mu2, root(sigma2))
+
+
+def distance_of_roots(mu1, R1, mu2, R2):
+    r"""The same from R (r, D), Σ = RᵀR: a Cholesky factor, or r centred feature vectors/√(n − 1).
+
+    The eigenvalues of Σ₁Σ₂ are the squared singular values of R₁R₂ᵀ, so tr (Σ₁Σ₂)^½ is the sum of
+    those. That stays real and accurate for covariances without full rank (N <= D), where a matrix
+    square root of the non-symmetric Σ₁Σ₂ becomes complex or infinite, and is r₁ x r₂ small.
+    """
+    product = R1 @ R2.T
+    if min(product.shape) == len(mu1):  # full rank: by squares, a third of the time; error < 1e-9
+        overlap = np.sqrt(np.linalg.eigvalsh(product @ product.T).clip(min=0)).sum()
+    else:
+        overlap = np.linalg.svd(product, compute_uv=False).sum()
+    spread = (R1**2).sum() + (R2**2).sum() - 2 * overlap
     return max(float(((mu1 - mu2) ** 2).sum() + spread), 0.0)  # rounding can give −1e-13
 
 
 def root(sigma):
-    """R (rank, D) with Σ = RᵀR, by the eigendecomposition of the symmetric Σ (D, D)."""
+    """R (rank, D) with Σ = RᵀR, by Cholesky; with pivots where the rank is not full."""
     if sigma.ndim != 2 or sigma.shape[0] != sigma.shape[1] or not np.isfinite(sigma).all():
         raise ValueError(f"no covariance: an array {sigma.shape} with values that are not finite, "
                          "or not square")
-    values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
-    top = max(abs(values).max(), 1e-300)
-    if values.min() < -1e-3 * top or abs(sigma - sigma.T).max() > 1e-3 * top:
-        raise ValueError("no covariance: it is not symmetric with eigenvalues of 0 or more")
+    top, symmetric = max(abs(sigma).max(), 1e-300), (sigma + sigma.T) / 2
     # What rounding left of the zero eigenvalues would count with its square root: 1e-16 as 1e-8.
-    real = values > len(values) * np.finfo(float).eps * top
-    return np.sqrt(values[real])[:, None] * vectors[:, real].T
+    nothing = len(sigma) * np.finfo(float).eps * top
+    R, failed = dpotrf(symmetric, clean=1)
+    if failed or R.diagonal().min() ** 2 <= nothing:
+        factor, order, rank, _ = dpstrf(symmetric, tol=nothing)
+        R = np.empty((rank, len(sigma)))
+        R[:, order - 1] = np.triu(factor[:rank])
+    if max(abs(symmetric - R.T @ R).max(), abs(sigma - symmetric).max()) > 5e-4 * top:
+        raise ValueError("no covariance: it is not symmetric with eigenvalues of 0 or more")
+    return R
 
 
 def inception_score(logits, splits=10):
@@ -115,11 +129,15 @@ def psnr(a, b):
 
 
 class Moments:
-    """n, Σ f and Σ f fᵀ of feature vectors, in float64: sums do not care for batches or order."""
+    """n, Σ f and Σ f fᵀ of feature vectors, in float64: sums do not care for batches or order.
 
-    def __init__(self, features):
+    few: no more vectors than features will come. Then they are kept, too: they are a root of the
+    covariance, far smaller than it, and their distance takes milliseconds."""
+
+    def __init__(self, features, few=False):
         self.n, self.sum = 0, torch.zeros(features, dtype=torch.float64)
         self.outer = torch.zeros(features, features, dtype=torch.float64)
+        self.rows = [self.sum[None, :][:0]] if few else None
 
     def add(self, f):
         """f (b, D), of any dtype and device."""
@@ -127,6 +145,8 @@ class Moments:
         self.n += len(f)
         self.sum += f.sum(0)
         self.outer += f.T @ f
+        if self.rows is not None:
+            self.rows.append(f)
 
     def result(self, process):
         """(μ, Σ) over all processes, NumPy float64."""
@@ -142,6 +162,14 @@ class Moments:
         sigma[still] = sigma[:, still] = 0
         return mean.numpy(), sigma.numpy()
 
+    def root(self, process):
+        """R (n, D), NumPy, with Σ = RᵀR, on rank 0; None elsewhere, and where n is not small."""
+        parts = process.gather(torch.cat(self.rows)) if self.rows is not None else None
+        if parts is None:
+            return None
+        rows = torch.cat(parts)
+        return ((rows - rows.mean(0)) / math.sqrt(len(rows) - 1)).numpy()
+
 
 # ------------------------------------------------------------------ feature networks
 
@@ -151,7 +179,8 @@ def open_features(args, process):
     if args.features is None:
         net, digest = process.first_then_all(
             lambda: inception.load(args.inception, process.device))
-        return net, dict(name="FID", network=INCEPTION, sha256=digest,
+        net = runtime.for_inference(net.fold(), process.device, args.precision, args.compile)
+        return net, dict(name="FID", network=INCEPTION, sha256=digest, precision=args.precision,
                          resize="bilinear to 299x299 without antialiasing")
     digest = process.first_does(lambda: hashlib.sha256(args.features.read_bytes()).hexdigest())
     net = process.first_then_all(lambda: open_exported(args.features, process.device))
@@ -165,7 +194,7 @@ def open_features(args, process):
         return out.flatten(1), None
 
     return call, dict(name=f"FD({args.features.name})", network=args.features.name, sha256=digest,
-                      resize="none")
+                      resize="none", precision="fp32")
 
 
 def open_exported(path, device):
@@ -234,13 +263,25 @@ def statistics(side, net, about, args, process, name):
     moments = None
     for _, images in batches(side, args, process, name):
         features = net(images)[0]
-        moments = moments or Moments(features.shape[1])
+        moments = moments or Moments(features.shape[1], side.n <= features.shape[1])
         moments.add(features)
     # A process without an image takes part in the sums all the same, and must know their length.
     width = process.share(moments and len(moments.sum))
-    mu, sigma = (moments or Moments(width)).result(process)
-    return dict(mu=mu, sigma=sigma, n=side.n, size=side.shape[1], network=about["network"],
-                sha256=about["sha256"])
+    moments = moments or Moments(width, side.n <= width)
+    mu, sigma = moments.result(process)
+    return dict(mu=mu, sigma=sigma, root=moments.root(process), n=side.n, size=side.shape[1],
+                network=about["network"], sha256=about["sha256"], precision=about["precision"])
+
+
+def distance(one, other):
+    """The Fréchet distance of two dicts of statistics; by their roots where images were few."""
+    if one.get("root") is None and other.get("root") is None:
+        return frechet_distance(one["mu"], one["sigma"], other["mu"], other["sigma"])
+    if one["mu"].shape != other["mu"].shape:
+        raise ValueError(f"statistics of different sizes: means {one['mu'].shape} and "
+                         f"{other['mu'].shape}")
+    roots = [root(s["sigma"]) if s.get("root") is None else s["root"] for s in (one, other)]
+    return distance_of_roots(one["mu"], roots[0], other["mu"], roots[1])
 
 
 def fid(sources, sides, args, process):
@@ -254,11 +295,10 @@ def fid(sources, sides, args, process):
         net, about = open_features(args, process)
     both = [statistics(side, net, about, args, process, name)
             for side, name in zip(sides, sources, strict=True)]
-    value = process.first_does(lambda: frechet_distance(
-        both[0]["mu"], both[0]["sigma"], both[1]["mu"], both[1]["sigma"]))
+    value = process.first_does(lambda: distance(*both))
     features = len(both[0]["mu"])
     counts = [int(s["n"]) if "n" in s else None for s in both]
-    warnings = other_weights(about)
+    warnings = other_weights(about) + rounded([s.get("precision", "fp32") for s in both])
     for source, n in zip(sources, counts, strict=True):
         if n is None:
             warnings.append(f"{source} does not say of how many images it is, nor by which network")
@@ -288,7 +328,7 @@ def score(sources, sides, args, process):
         logits = torch.cat([rows for part in parts for _, rows in part])
         value = inception_score(logits[torch.tensor(order).argsort()])
     mean, std = process.share(value)
-    warnings = other_weights(about)
+    warnings = other_weights(about) + rounded([about["precision"]])
     if sides[0].n < FEW:
         warnings.append(f"{sides[0].n:,} images: under {FEW:,} the value is too low")
     return report({**about, "name": "IS"}, mean, f"{mean:.4f} ± {std:.4f}", sources, sides,
@@ -323,6 +363,14 @@ def other_weights(about):
         return []
     return [f"these weights are not the published file ({inception.SHA256[:12]}...): compare "
             "only with scores by the same ones"]
+
+
+def rounded(kinds):
+    """A warning, as a list, if features were computed in bf16."""
+    if all(str(kind) == "fp32" for kind in kinds):
+        return []
+    return ["features in bf16" + " on one side alone" * (len(set(map(str, kinds))) > 1)
+            + ": compare only with scores of the same precision (README: how far apart they are)"]
 
 
 def report(about, value, text, sources, sides, counts, warnings, **more):
@@ -364,7 +412,7 @@ def save_statistics(sources, sides, args, process):
 
     def save():
         with runtime.atomic_write(args.out) as temporary, open(temporary, "wb") as f:
-            np.savez(f, **found)
+            np.savez(f, **{k: v for k, v in found.items() if k != "root"})
 
     process.first_does(save)
     return report({**about, "name": "statistics"}, None, f"in {args.out.resolve()}", sources, sides,

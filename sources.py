@@ -41,17 +41,18 @@ class Generated:
     def __init__(self, run, args, device):
         path = runtime.find_checkpoint(run)
         self.denoiser, self.device = denoisers.load_run(path, args.weights), device
-        self.denoiser.net.to(device)
+        self.denoiser.net = runtime.for_inference(self.denoiser.net, device, args.precision,
+                                                  args.compile)
         self.settings = self.denoiser.settings
         self.n, self.seed, self.paths = args.num or NUM, args.seed, []
         self.shape = (self.settings["channels"], *[self.settings["image_size"]] * 2)
         refuse_given(self.denoiser, path.parent.name)
         self.arguments = sampling.from_flags(args, self.denoiser)
         flags = ("spacing", "eta", "order", "variance", "clip", "churn", "churn_min", "churn_max",
-                 "churn_noise")
+                 "churn_noise", "precision")
         how = f"{args.sampler} --nfe {self.arguments['nfe']} " + " ".join(
             f"--{k.replace('_', '-')} {v}" for k in flags
-            if (v := getattr(args, k)) not in (None, "auto"))
+            if (v := getattr(args, k)) not in (None, "auto", "fp32"))
         start = self.arguments["t_start"]  # below T for ε-prediction where ᾱ(T) = 0
         how += f", from t = {start}" if start < self.settings["T"] else ""
         self.summary = (f"{self.n:,} images by {path.parent.name} at step {self.denoiser.step}, "
@@ -124,7 +125,7 @@ def read_statistics(source):
         with np.load(source, allow_pickle=False) as archive:
             if not {"mu", "sigma"} <= set(archive.files):
                 return None
-            wanted = ("mu", "sigma", "n", "network", "sha256", "size")
+            wanted = ("mu", "sigma", "n", "network", "sha256", "size", "precision")
             found = {k: archive[k] for k in archive.files if k in wanted}
     except Exception as error:  # of zip, zlib, NumPy
         raise ValueError(f"{source} is no readable .npz file ({runtime.what_is(source)})"
@@ -190,6 +191,8 @@ def refuse_unused(args, made, stored):
     plain = argparse.ArgumentParser()
     sampling.add_flags(plain)
     unused = [k for k, v in vars(plain.parse_args([])).items() if getattr(args, k) != v]
+    if args.metric != "psnr" and not args.features:  # Inception is a network, too
+        unused = [k for k in unused if k not in ("precision", "compile")]
     unused += ["seed"] * bool(args.seed)
     if not made and unused:
         flag = unused[0].replace("_", "-")

@@ -31,7 +31,6 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib.figure
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -120,7 +119,7 @@ class Log:
         table = np.atleast_1d(np.genfromtxt(self.path, delimiter=",", names=True))
         if len(table) < 2:
             return
-        figure = matplotlib.figure.Figure(figsize=(7, 4))  # no pyplot: no display, no global state
+        figure = runtime.figure(figsize=(7, 4))
         axes = figure.add_subplot()
         for term, style in zip(self.terms, ("k-", "k:", "k--"), strict=False):
             if table[term].any():

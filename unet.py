@@ -148,11 +148,7 @@ class UNet(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.time_embed[0].weight.dtype
             emb = self.time_embed(timestep_embedding(c, self.channels, dtype))  # (B, E)
-        h, skips = F.pixel_unshuffle(x, self.patch), []
-        if not (x.is_cuda or torch.is_autocast_enabled("cpu")):
-            # Channels last in memory suits a CPU's float32 convolutions (the layers keep it up),
-            # but not the normalisations of bf16.
-            h = h.contiguous(memory_format=torch.channels_last)
+        h, skips = lay_out(F.pixel_unshuffle(x, self.patch)), []
         for stage in self.input_blocks:
             h = self.run(stage, emb, h)
             skips.append(h)
@@ -171,6 +167,14 @@ class UNet(nn.Module):
             return stage(torch.cat(maps, dim=1) if len(maps) > 1 else maps[0], emb)
         return checkpoint(lambda *maps: stage(torch.cat(maps, dim=1), emb), *maps,
                           use_reentrant=False)
+
+
+def lay_out(h):
+    """Channels last in memory, where that is faster: a CPU's float32 convolutions like it, and the
+    layers keep it up. The normalisation of bf16 does not."""
+    if h.is_cuda or torch.is_autocast_enabled("cpu"):
+        return h
+    return h.contiguous(memory_format=torch.channels_last)
 
 
 class Stage(nn.ModuleList):
@@ -234,13 +238,16 @@ class Attention(nn.Module):
         # on strided inputs scaled_dot_product_attention silently takes a slow path.
         qkv = self.qkv(self.norm(x)).reshape(B, self.heads, 3, C // self.heads, H * W)
         q, k, v = qkv.permute(2, 0, 1, 4, 3).contiguous()  # each (B, heads, N, d)
-        # softmax(q kᵀ/√d) v. The fused kernel never holds the N x N products; but on CPUs its bf16
-        # form is 2 to 3 times slower than the two products themselves.
-        if q.dtype == torch.bfloat16 and not q.is_cuda:
-            h = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3) @ v
-        else:
-            h = F.scaled_dot_product_attention(q, k, v)
+        # The fused kernel never holds the N x N products; but on CPUs its bf16 form is 2 to 3 times
+        # slower than the two products themselves.
+        plain = q.dtype == torch.bfloat16 and not q.is_cuda
+        h = (attend if plain else F.scaled_dot_product_attention)(q, k, v)
         return x + self.proj(h.transpose(2, 3).reshape(B, C, H, W))
+
+
+def attend(q, k, v):
+    """softmax(q kᵀ/√d) v, each (B, heads, N, d)."""
+    return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3) @ v
 
 
 class Downsample(nn.Module):

@@ -117,6 +117,15 @@ def test_an_image_is_the_same_for_any_batch_size(inside, flags):
     assert np.abs(whole[0] - whole[1]).max() > 10, "different seeds are different pictures"
 
 
+def test_bf16_pictures_are_near_the_float32_ones(inside):
+    whole = pngs(samples(inside / "a", "--num", "6", "--nfe", "5"))
+    half = pngs(samples(inside / "b", "--num", "6", "--nfe", "5", "--precision", "bf16"))
+    assert np.abs(whole - half).mean() < 2
+    assert '"bf16"' in (inside / "b" / "out" / "settings.json").read_text()
+    samples(inside / "b", "--num", "2", "--nfe", "5")  # in float32 again: not to be mixed
+    assert len(pngs(inside / "b" / "out")) == 2
+
+
 def test_npz_holds_the_same_pictures(inside):
     pictures = pngs(samples(inside / "a", "--num", "3", "--nfe", "3"))
     archive = np.load(samples(inside / "b", "--num", "3", "--nfe", "3", "--npz") / "images.npz")[

@@ -203,3 +203,33 @@ def test_files_that_are_no_such_weights(tmp_path, content, words):
     with pytest.raises(ValueError, match=words) as caught:
         D.load_guided_diffusion(path, "cifar10")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("prediction", D.PREDICTIONS)
+@pytest.mark.parametrize("remap", [None, "sqrt", "etsdm"])
+def test_a_number_is_what_a_tensor_of_it_is(prediction, remap):
+    """Numbers are looked up, tensors computed: sampling and training must agree on both."""
+    if prediction == "edm" and remap == "sqrt":
+        pytest.skip("edm tells noise levels")
+    condition = etsdm.make_condition(
+        remap == "etsdm", remap_name=remap if remap == "sqrt" else None
+    )
+    told = []
+
+    def net(x, c):
+        told.append(c)
+        return x.sin() + c[:, None]
+
+    x = f64(3, 4)
+    for schedule in (LINEAR, schedules.make_schedule("edm")):
+        denoiser = D.Denoiser(net, schedule, prediction, condition)
+        for t in (73.25, 999.0):
+            for one, many in zip(
+                denoiser.predict(x, t), denoiser.predict(x, torch.full((3,), t)), strict=True
+            ):
+                assert_close(one, many)
+            assert_close(told[-2], told[-1].contiguous())
+    # another condition on the same network is another answer, whatever is kept
+    before = told[-1]
+    denoiser.but(condition=lambda t: t * 0 + 5).predict(x, 999.0)
+    assert prediction == "edm" or not torch.equal(told[-1], before)

@@ -405,3 +405,14 @@ def test_a_given_path_that_is_no_file(path, weights, cache, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError):
         inception.load(path)
+
+
+def test_folded_normalisation_is_the_normalisation():
+    x = images(2)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        net = copy.deepcopy(lively()).to(dtype)
+        plain, folded = net(x), net.fold()
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+        for got, expected in zip(folded(x), plain, strict=True):
+            assert got.dtype == dtype
+            assert_close(got, expected, rtol=tolerance, atol=tolerance * expected.abs().max())

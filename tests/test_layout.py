@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import benchmark
 import classifier
 import covariance
 import gap
@@ -39,6 +40,8 @@ ROWS = [
     {"sources", "tasks", "settings"},
     {"gap", "lipschitz", "metrics", "classifier"},
     {"train", "sample"},
+    {"plain"},
+    {"benchmark"},
 ]
 # What the forward process is, everybody may know.
 ALLOWED = {
@@ -58,6 +61,7 @@ PROGRAMS = {
     "lipschitz": lipschitz,
     "classifier": classifier,
     "covariance": covariance,
+    "benchmark": benchmark,
 }
 FILES = sorted(ROOT.glob("*.py"))
 

@@ -443,3 +443,22 @@ def test_a_head_leaves_the_trunk_alone():
     x, c = torch.randn(2, 3, 8, 8), torch.tensor([5.0, 900.0])
     assert_close(heads(x, c)[:, :3], net(x, c), rtol=0, atol=0)
     assert_close(heads(x, c)[:, 3:], torch.zeros(2, 3, 8, 8), rtol=0, atol=0)  # starts at 0
+
+
+@pytest.mark.parametrize("space", losses.SPACES)
+def test_reuse_is_the_mean_of_the_plain_loss_over_all_levels(space):
+    torch.manual_seed(3)
+    denoiser = D.Denoiser(small_net(), LINEAR, "v")
+    x0, t = torch.randn(3, 3, 8, 8), torch.tensor([900, 2, 1])
+    noises = torch.randn(3, 3, 3, 8, 8)
+    found = losses.terms(denoiser, x0, t, noises, space, reuse=True)
+    for b in range(3):
+        levels = [i for i in range(3) if t[b] - i >= 1]  # at t = 2 two exist, at t = 1 one
+        alone = [
+            losses.simple_loss(denoiser, x0[b : b + 1], t[b : b + 1] - i, noises[i, b][None], space)
+            for i in levels
+        ]
+        assert_close(found["simple"][b], torch.stack(alone).mean())
+    without = losses.terms(denoiser, x0, t, noises, space)
+    assert_close(found["sa"], without["sa"], rtol=0, atol=0)
+    assert (found["simple"] != without["simple"])[:2].all()

@@ -84,6 +84,50 @@ def test_distance_is_that_of_the_matrix_square_root(d):
     assert metrics.frechet_distance(mu1, s1, mu2, s2) == pytest.approx(exact, rel=1e-8)
 
 
+SPECTRA = {
+    "flat": lambda i: np.ones_like(i),
+    "as of real features": lambda i: i**-2.0,
+    "steep": lambda i: i**-4.0,
+    "cut off": lambda i: np.where(i < 30, 1 / i, 0),
+    "gone below rounding": lambda i: np.exp(-i / 3),
+}
+
+
+@pytest.mark.parametrize("one", SPECTRA)
+@pytest.mark.parametrize("other", SPECTRA)
+def test_distance_of_covariances_that_share_their_axes(one, other):
+    """Σ₁ = Q a Qᵀ and Σ₂ = Q b Qᵀ have the distance Σ (√a − √b)², whatever their ranks."""
+    i = np.arange(1, 121.0)
+    axes = np.linalg.qr(random(120, 120))[0]
+    a, b = SPECTRA[one](i), 1.3 * SPECTRA[other](i[::-1] if other == "steep" else i)
+    s1, s2 = (axes * a) @ axes.T, (axes * b) @ axes.T
+    zero = np.zeros(120)
+    exact = ((a**0.5 - b**0.5) ** 2).sum()
+    # 1e-8 is what is left of eigenvalues that rounding has drowned
+    assert metrics.frechet_distance(zero, s1, zero, s2) == pytest.approx(exact, rel=3e-8)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_few_vectors_are_a_root_of_their_covariance(parts):
+    x = random(9, 12) * [*range(12)] + 5  # the first feature never changes
+    moments = metrics.Moments(12, few=True)
+    for chunk in np.array_split(x, parts):
+        moments.add(torch.from_numpy(chunk))
+    alone = metrics.runtime.Processes(0, 1, 0, torch.device("cpu"))
+    mu, sigma = moments.result(alone)
+    root = moments.root(alone)
+    np.testing.assert_allclose(root.T @ root, sigma, atol=1e-12 * sigma.max())
+    y = moments_of(random(40, 12, seed=1))
+    few = dict(mu=mu, sigma=sigma, root=root)
+    many = dict(mu=y[0], sigma=y[1], root=None)
+    whole = metrics.frechet_distance(mu, sigma, *y)
+    assert metrics.distance(few, many) == pytest.approx(whole, rel=1e-9)
+    assert metrics.distance(few, few) == pytest.approx(0, abs=1e-9)
+    assert metrics.Moments(12).root(alone) is None
+    with pytest.raises(ValueError, match="different sizes"):
+        metrics.distance(few, dict(mu=np.zeros(3), sigma=np.eye(3)))
+
+
 def distance_of_few(x, y):
     """The distance by the N x N Gram matrix alone: tr (Σ₁Σ₂)^½ is the nuclear norm of X Yᵀ."""
     a, b = ((v - v.mean(0)) / math.sqrt(len(v) - 1) for v in (x, y))
@@ -752,7 +796,7 @@ def test_inception_by_path(here, call, weights, monkeypatch):
     """The whole way, but for the distance in 2048 dimensions, which alone takes seconds."""
     path, sha256 = weights
     seen = []
-    monkeypatch.setattr(metrics, "frechet_distance", lambda *a: seen.append(a) or 1.5)
+    monkeypatch.setattr(metrics, "distance", lambda *a: seen.append(a[0]) or 1.5)
     np.save("few.npy", few()[0])
     np.save("fewer.npy", few()[1])
     out = call("fid few.npy fewer.npy --inception", path)
@@ -764,8 +808,25 @@ def test_inception_by_path(here, call, weights, monkeypatch):
     net = inception.load(path)[0]
     pool3 = net(torch.from_numpy(few()[0]).permute(0, 3, 1, 2))[0].double().numpy()
     mu, sigma = moments_of(pool3)
-    np.testing.assert_allclose(seen[0][0], mu, rtol=1e-5, atol=1e-9)
-    np.testing.assert_allclose(seen[0][1], sigma, atol=1e-3 * abs(sigma).max())
+    np.testing.assert_allclose(seen[0]["mu"], mu, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(seen[0]["sigma"], sigma, atol=1e-3 * abs(sigma).max())
+    assert seen[0]["root"].shape == (3, 2048)
+
+
+def test_bf16_features_are_near_and_say_what_they_are(here, measure, call, refused, weights):
+    path, _ = weights
+    np.save("few.npy", few()[0])
+    np.save("fewer.npy", few()[1])
+    call("stats few.npy half.npz --precision bf16 --inception", path)
+    net = inception.load(path)[0]
+    exact = net(torch.from_numpy(few()[0]).permute(0, 3, 1, 2))[0].double().numpy().mean(0)
+    with np.load("half.npz") as archive:
+        assert archive["precision"].item() == "bf16" and "root" not in archive.files
+        mu = archive["mu"]
+    assert 0 < abs(mu - exact).max() < 0.02 * abs(exact).max()
+    found = measure("fid fewer.npy half.npz --inception", path)
+    assert any("bf16 on one side alone" in w for w in found["warnings"])
+    assert "there is none" in refused("psnr few.npy few.npy --precision bf16")
 
 
 @pytest.mark.slow

@@ -229,3 +229,21 @@ def test_one_process_needs_no_torchrun(monkeypatch):
         assert process.first_does(lambda: 7) == 7
         with pytest.raises(ZeroDivisionError):
             process.first_does(lambda: 1 / 0)
+
+
+def test_a_network_made_for_inference_gives_what_autocast_gives():
+    torch.manual_seed(0)
+    make = lambda: torch.nn.Sequential(  # noqa: E731
+        torch.nn.Conv2d(3, 8, 3), torch.nn.Dropout(0.5), torch.nn.SiLU(), torch.nn.Conv2d(8, 2, 1)
+    )
+    plain, x = make().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = plain(x)
+    for precision in ("fp32", "bf16"):
+        net = make()
+        net.load_state_dict(plain.state_dict())
+        out = runtime.for_inference(net, torch.device("cpu"), precision)(x)
+        assert not out.requires_grad and not net.training
+        same = expected if precision == "bf16" else plain(x).detach()
+        torch.testing.assert_close(out, same, rtol=0, atol=0)
+    assert expected.dtype == torch.bfloat16

@@ -358,3 +358,26 @@ def test_errors_say_what_is_wrong(call, words):
     with pytest.raises(ValueError, match=words) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["linear", "edm"])
+def test_what_is_kept_for_numbers_is_what_tensors_give(name):
+    """at() and along() answer from memory, combine() and solve() in fewer passes."""
+    schedule = schedules.make_schedule(name)
+    times = (1000.0, 410.5, 37.0, 1.0)
+    grid = f64(*times)
+    expected = (*schedule.coefficients(grid), schedule.lam(grid))
+    expected += schedule.step_variances(grid[:-1], grid[1:])
+    for _ in range(2):
+        for got, want in zip(schedules.along(schedule, times), expected, strict=True):
+            assert got == tuple(want.tolist())
+        for t in times:
+            assert schedules.at(schedule, t) == tuple(float(c) for c in schedule.coefficients(t))
+    x, y = torch.randn(2, 2, 3, dtype=torch.float64)
+    a, s = schedules.at(schedule, 37.0)
+    for t in (37.0, torch.tensor([37.0, 37.0])):
+        scales = schedules.scales(schedule, t, x)
+        xt = schedules.combine(scales[0], x, scales[1], y)
+        assert_close(xt, a * x + s * y)
+        assert_close(schedules.solve(xt, scales[1], y, scales[0]), x)
+    assert schedules.at(schedules.make_schedule("cosine"), 37.0) != schedules.at(schedule, 37.0)

@@ -384,6 +384,9 @@ def test_names_tell_runs_apart():
     [
         (["--sa-k", "0"], "1 to 1000, not 0"),
         (["--sa-weight", "0.5"], "with k = 1 there is none"),
+        (["--sa-reuse"], "with k = 1"),
+        (["--sa-reuse", "--sa-k", "2", "--sa-weight", "0"], "--sa-weight 0"),
+        (["--recompute", "--task", "autoencoder"], "--recompute is no part"),
         (["--etsdm-n", "4"], "shape what --etsdm does"),
         (["--etsdm", "--remap", "sqrt"], "alternatives"),
         (["--etsdm", "--etsdm-interval", "1500"], "longer than the 1000 timesteps"),

@@ -217,3 +217,32 @@ def test_impossible_sizes_are_refused(kwargs, words):
 def test_describe_names_every_preset():
     text = unet.describe()
     assert all(name in text for name in unet.PRESETS) and "35,746,307" in text
+
+
+def test_the_products_are_the_fused_attention():
+    q, k, v = torch.randn(3, 2, 2, 9, 8, dtype=torch.float64)
+    assert_close(unet.attend(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("updown", [False, True])
+def test_recomputing_gives_the_same_gradients_for_less_memory(updown):
+    torch.manual_seed(0)
+    net = awake(unet.UNet(**SMALL, dropout=0.3, resblock_updown=updown, second_head="block"))
+    net.train()
+    x, c = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 700.0])
+    found = []
+    for net.recompute in (False, True):
+        held = []  # bytes that wait for backward()
+        torch.manual_seed(1)  # dropout: the second pass must drop the same
+        net.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, held=held: (held.append(t.nbytes), t)[1], lambda t: t
+        ):
+            out = net(x, c)
+        out.square().mean().backward()
+        found.append((out.detach(), [p.grad.clone() for p in net.parameters()], sum(held)))
+    (out, gradients, held), (out2, gradients2, held2) = found
+    assert_close(out, out2)
+    for one, two in zip(gradients, gradients2, strict=True):
+        assert_close(one, two, rtol=1e-4, atol=1e-7)
+    assert held2 < held / 2

@@ -1,0 +1,184 @@
+"""benchmark.py measures what it says, and plain.py's forms are the fast ones', written plainly."""
+
+import json
+import time
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
+
+import benchmark
+import losses
+import plain
+import schedules
+import unet
+
+
+@pytest.fixture
+def plainly():
+    """plain.network changes unet for its process: here, for a test."""
+    before = unet.Attention.forward, unet.lay_out
+    yield
+    unet.Attention.forward, unet.lay_out = before
+
+
+@pytest.mark.parametrize("heads", [None, 16])
+def test_attention_by_einsum_is_ours(heads):
+    torch.manual_seed(0)
+    layer = unet.Attention(32, heads, 8).double()
+    for p in layer.parameters():
+        p.data.normal_(0, 0.3)
+    x = torch.randn(2, 32, 4, 3, dtype=torch.float64)
+    assert_close(plain.attention(layer, x), layer(x))
+
+
+def test_the_plain_network_is_ours(plainly):
+    torch.manual_seed(0)
+    ours = unet.UNet(**unet.PRESETS["tiny"]).eval()
+    for p in ours.parameters():
+        p.data.normal_(0, 0.1)
+    x, c = torch.randn(2, 3, 32, 32), torch.tensor([3.0, 700.0])
+    expected = ours(x, c)
+    net = plain.network("tiny").eval()
+    net.load_state_dict(ours.state_dict())
+    assert_close(net(x, c), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_plain_step_has_the_loss_of_sa(k, plainly, monkeypatch):
+    """k passes, as in the authors' program, and our one pass: the same number from the same
+    images and noises. The network answers at once, and has one weight that Adam moves."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, x, c):
+            return self.w * x + c[:, None, None, None] / 1000
+
+    net, drawn = Net(), []
+    monkeypatch.setattr(plain, "network", lambda *_: net)
+    for name in ("randn_like", "randint"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *a, real=real, **w: (drawn.append(real(*a, **w)), drawn[-1])[1]
+        )
+    work = plain.training("tiny", 4, k)
+    images, before = drawn.pop(), net.w.item()
+    loss = work()
+    monkeypatch.undo()
+    t, *noises = drawn
+    after, net.w.data = net.w.item(), torch.tensor(before)
+    denoiser = benchmark.denoisers.Denoiser(net, schedules.make_schedule("linear"))
+    simple, sa = losses.sa_loss(denoiser, images.float() / 127.5 - 1, t, torch.stack(noises))
+    assert loss == pytest.approx((simple + (sa if k > 1 else 0)).mean().item(), rel=1e-4)
+    assert after != before
+
+
+def test_sides_take_turns_and_medians_count():
+    class Clock:
+        def __init__(self, times):
+            self.times, self.process = iter(times), self
+
+        def time(self):
+            order.append(self)
+            return next(self.times)
+
+        def terminate(self):
+            order.append("end")
+
+    order = []
+    a, b = Clock([9, 1, 5, 2]), Clock([9, 3, 4, 90])
+    assert benchmark.compare({"a": a, "b": b}, rounds=3, warm=1) == {"a": 2, "b": 4}
+    assert order == [a, b] * 4 + ["end", "end"]
+
+
+def nap(seconds):
+    return lambda: time.sleep(seconds)
+
+
+def test_a_side_is_a_process_that_is_timed_or_says_what_failed():
+    side = benchmark.Side(nap, 0.05, threads=1)
+    assert 0.05 <= side.time() < 5 and side.process.is_alive()
+    side.process.terminate()
+    with pytest.raises(ValueError, match="one side of the comparison failed: .*nowhere"):
+        benchmark.Side(plain.training, "nowhere", 4)
+
+
+def test_the_peak_is_what_lived_at_once():
+    with FakeTensorMode(), benchmark.Peak() as peak:
+        a = torch.empty(1000)  # 4,000 bytes
+        b = a + 1
+        del a
+        c = b.double()  # 8,000
+        view = c[10:]  # nothing new
+        del b, c
+    assert peak.most == 12_000 and peak.now == 8_000 and len(view) == 990
+
+
+def test_memory_by_calculation():
+    parameters = 1_147_276
+    usual, less = (benchmark.memory_of("tiny", 16, flag) for flag in (False, True))
+    assert 20 * parameters < less < usual - 2e6
+    double = benchmark.memory_of("tiny", 32, False)
+    assert 1.5 < (double - 16 * parameters) / (usual - 16 * parameters) < 2.1
+
+
+@pytest.mark.slow
+def test_the_largest_preset_trains_in_40_gb():
+    assert benchmark.memory_of("ffhq256-large", 1, False) < 40e9
+
+
+def test_operations_of_a_step():
+    """Forward 1, backward 2 (less the first layer's input gradient), by the layers' shapes."""
+    net = unet.UNet(**unet.PRESETS["tiny"])
+    total = 0
+
+    def count(layer, inputs, out):
+        nonlocal total
+        if isinstance(layer, torch.nn.Conv2d):
+            total += 2 * out.numel() * layer.weight[0].numel()
+
+    for layer in net.modules():
+        layer.register_forward_hook(count)
+    net(torch.randn(2, 3, 32, 32), torch.ones(2))
+    assert benchmark.flops("tiny", 2) == pytest.approx(3 * total, rel=0.05)
+
+
+def test_a_part_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "machine", lambda report, args: setattr(report, "machine", {}))
+    benchmark.main(["memory", "--preset", "tiny", "--json", "out.json"])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [r["microbatch"] for r in rows] == [1, 4, 16]
+    assert all(r["GB_recompute"] < r["GB"] for r in rows)
+    assert "with --recompute" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, error",
+    [
+        (["train", "--rounds", "0"], "--rounds must be at least 1"),
+        (["train", "--batch-size", "2"], "--batch-size 4"),
+    ],
+)
+def test_numbers_that_measure_nothing(words, error):
+    with pytest.raises(ValueError, match=error):
+        benchmark.parse(words)
+    with pytest.raises(SystemExit):
+        benchmark.parse(["everything"])
+    assert "all" not in benchmark.parse(["all"]).parts
+
+
+@pytest.mark.slow
+def test_every_comparison_runs_at_its_smallest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plain, "RUNS", 1)
+    flags = ["--preset", "tiny", "--batch-size", "4", "--rounds", "1", "--steps", "200"]
+    benchmark.main(["train", "sa", "sample", "start", "precision", *flags])
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    assert {r["part"] for r in found["rows"]} == {"train", "sa", "sample", "start", "precision"}
+    assert all(r["ratio"] is None or r["ratio"] > 0 for r in found["rows"] if "ratio" in r)
+    assert found["rows"][-1]["grey_levels"] < 2 and (tmp_path / "precision.png").exists()
