@@ -32,6 +32,7 @@ import io
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import readers
 
@@ -57,13 +58,8 @@ class Conv(nn.Module):
 
     def fold(self):
         """In eval mode normalisation is a factor and an offset per channel: both go into the
-        convolution, w ← w γ/√(var + eps), b = β − mean γ/√(var + eps), and bn does nothing."""
-        kind, bn = self.conv.weight.dtype, self.bn.double()
-        scale = bn.weight / (bn.running_var + bn.eps).sqrt()
-        weight = self.conv.weight.double() * scale[:, None, None, None]
-        self.conv.weight.data = weight.to(kind, memory_format=torch.channels_last)
-        bias = (bn.bias - bn.running_mean * scale).to(kind)
-        self.conv.bias, self.bn = nn.Parameter(bias, requires_grad=False), nn.Identity()
+        convolution, and bn does nothing."""
+        self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
 
 
 def mean_inside(x):

@@ -143,7 +143,7 @@ def distance(n):
     (_, mu1, sigma1), (_, mu2, sigma2) = statistics_of(n)
 
     def work():
-        root = scipy.linalg.sqrtm(sigma1 @ sigma2)
+        root = scipy.linalg.sqrtm(sigma1.dot(sigma2))
         if not np.isfinite(root).all():  # of singular products: pytorch-fid's way out
             more = 1e-6 * np.eye(len(sigma1))
             root = scipy.linalg.sqrtm((sigma1 + more) @ (sigma2 + more))

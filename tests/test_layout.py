@@ -83,7 +83,9 @@ def test_imports_run_one_way(path):
     assert row is not None, f"{path.name} has no place in the order of imports: give it one here"
     allowed = ALLOWED.get(path.stem, set().union(*ROWS[:row]))
     assert imports(path) & ours <= allowed
-    assert imports(path) - ours - set(sys.stdlib_module_names) <= RUNTIME
+    # plain.py measures a peer where it happens to be installed, and is silent where it is not
+    peers = {"diffusers"} if path.stem == "plain" else set()
+    assert imports(path) - ours - set(sys.stdlib_module_names) <= RUNTIME | peers
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
