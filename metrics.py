@@ -66,7 +66,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if not (np.isfinite(mu1).all() and np.isfinite(mu2).all()):
         raise ValueError("a mean with values that are not finite")
     R1, R2 = root(sigma1), root(sigma2)
-    if len(R1) == len(R2) == len(mu1) > 256:  # where it saves seconds
+    if len(R1) == len(R2) == len(mu1) > 256 and not np.tril(R1, -1).any():  # it saves seconds
         # Full rank: LᵀΣ₂L, with Σ₁ = LLᵀ, has the eigenvalues of Σ₁Σ₂; LAPACK's symmetric path to
         # them is the shortest. Rounding, 1e-16 of the largest, must not show under the root.
         values = np.linalg.eigvalsh(dsygst(sigma2.T, R1.T, itype=2, lower=1)[0])
@@ -99,11 +99,11 @@ def root(sigma):
                          "or not square")
     top = max(abs(sigma).max(), 1e-300)
     wrong = abs(sigma - sigma.T).max() > 1e-3 * top
-    # What rounding left of the zero eigenvalues would count with its square root: 1e-16 as 1e-8.
-    nothing = len(sigma) * np.finfo(float).eps * top
     R, failed = dpotrf(sigma.T, lower=1, clean=1)  # .T: LAPACK counts columns first
     R = R.T
-    if failed or R.diagonal().min() ** 2 <= nothing:
+    if failed or R.diagonal().min() ** 2 <= 1e-10 * top:
+        # What rounding left of zero eigenvalues would count with its square root: 1e-16 as 1e-8.
+        nothing = len(sigma) * np.finfo(float).eps * top
         factor, order, rank, _ = dpstrf(sigma.T, tol=nothing, lower=1)
         R = np.empty((rank, len(sigma)))
         R[:, order - 1] = np.tril(factor[:, :rank]).T

@@ -107,6 +107,21 @@ def test_distance_of_covariances_that_share_their_axes(one, other):
     assert metrics.frechet_distance(zero, s1, zero, s2) == pytest.approx(exact, rel=3e-8)
 
 
+def test_pivots_that_begin_in_place_are_no_triangle():
+    """The first pivot is the first axis, the others are not where they were: R[1, 0] is 0, and R
+    is no triangle all the same."""
+    i = np.arange(1, 301.0)
+    axes = np.linalg.qr(random(300, 300))[0]
+    s1 = np.diag(np.concatenate([[9.0], (i**-4.0)[:0:-1]]))  # falls to 1e-10: pivoted, full rank
+    s2 = (axes * (1 + 1 / i)) @ axes.T
+    assert len(metrics.root(s1)) == 300 and np.tril(metrics.root(s1), -1).any()
+    assert metrics.root(s1)[1, 0] == 0
+    root = scipy.linalg.sqrtm(s1 @ s2).real
+    exact = np.trace(s1 + s2 - 2 * root)
+    zero = np.zeros(300)
+    assert metrics.frechet_distance(zero, s1, zero, s2) == pytest.approx(exact, rel=1e-8)
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_few_vectors_are_a_root_of_their_covariance(parts):
     x = random(9, 12) * [*range(12)] + 5  # the first feature never changes
