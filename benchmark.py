@@ -52,6 +52,7 @@ import plain
 import samplers
 import schedules
 import settings
+import sources
 import train
 import unet
 from plain import DEVICE
@@ -93,10 +94,14 @@ class Side:
         self.process = context.Process(
             target=serve, args=(theirs, make, arguments, tuned, threads), daemon=True)
         self.process.start()
+        theirs.close()  # or the end of that process would not be heard
         self.hear()  # made, before the next side is: two at once would be in each other's way
 
     def hear(self):
-        answer = self.pipe.recv()
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            answer = "its process ended, perhaps for want of memory: try a smaller --batch-size"
         if isinstance(answer, str):
             raise ValueError(f"one side of the comparison failed: {answer}")
         return answer
@@ -179,7 +184,8 @@ def machine(report, args):
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line for line in lines if line.startswith("model name")).split(": ")[1]
+        name = next((line for line in lines if line.startswith("model name")), f": {name}")
+        name = name.split(": ")[1]
     if DEVICE.type == "cuda":
         name = torch.cuda.get_device_name()
     runtime.keep_memory()
@@ -201,6 +207,7 @@ def machine(report, args):
 
 def our_training(preset, batch, flags):
     """work(): train.py's own step, with these flags."""
+    runtime.setup()  # the GPU's rounding, as train.py has it
     s = settings.resolve(settings.parse(
         ["--preset", preset, "--batch-size", str(batch), "--images", str(batch), *flags]))
     model = train.Model(s, DEVICE)
@@ -211,9 +218,15 @@ def our_training(preset, batch, flags):
     return lambda: train.one_step(model, trained, s, ALONE, images, precision)
 
 
+def without_fusion():
+    """`with` this, attention is the products that it consists of."""
+    return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+
+
 def flops(preset, batch):
     """Floating-point operations of a training step: forward and backward."""
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+    # The counter does not know the CPU's fused attention.
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter, without_fusion():
         net, size = unet.UNet(**unet.PRESETS[preset]), unet.PRESETS[preset]["image_size"]
         net(torch.randn(batch, 3, size, size), torch.ones(batch)).sum().backward()
     return counter.get_total_flops()
@@ -243,7 +256,7 @@ def training(report, args):
 
 def sequence_aware(report, args):
     """SA-k's step: one pass over k noise levels against k passes."""
-    preset, B = args.preset or "cifar10", args.batch_size or 8
+    preset, B = args.preset or "cifar10", args.batch_size or 12  # which 2, 3 and 4 divide
     report.part("sa", f"a step of SA-k, {preset}, batch {B}, against k passes in plain float32")
     for k in (2, 3, 4):
         ours = ["--precision", "bf16"], ["--precision", "bf16", "--sa-k", str(k)]
@@ -258,7 +271,8 @@ def sequence_aware(report, args):
         for name, what in (("ours", f"train.py --sa-k {k}"),
                            ("micro", f"train.py --sa-k {k} --microbatch {max(1, B // k)}"),
                            ("reuse", f"train.py --sa-k {k} --sa-reuse, batch {max(1, B // k)}")):
-            report.add(what, times[name], base,
+            same = name != "reuse"  # a k-th of the images: not the work of k passes over all
+            report.add(what, times[name], base if same else None,
                        note=f"{times[name] / one:.2f} of our plain steps")
 
 
@@ -287,6 +301,8 @@ SHARED = {
 def one_call(preset, B, precision, compiled, written_plainly):
     """work(): one call of the network, plainly or as sample.py makes it."""
     torch.manual_seed(0)
+    if not written_plainly:
+        runtime.setup(tf32=False)  # as sample.py has it
     net = plain.network(preset) if written_plainly else unet.UNet(**unet.PRESETS[preset])
     net = runtime.for_inference(net, DEVICE, precision, compiled)
     size = unet.PRESETS[preset]["image_size"]
@@ -296,6 +312,7 @@ def one_call(preset, B, precision, compiled, written_plainly):
 
 def ddim_run(preset, B, nfe):
     """work(): DDIM with the network, in float32."""
+    runtime.setup(tf32=False)
     net = runtime.for_inference(unet.UNet(**unet.PRESETS[preset]), DEVICE)
     denoiser = denoisers.Denoiser(net, schedules.make_schedule("linear"))
     size = unet.PRESETS[preset]["image_size"]
@@ -362,6 +379,7 @@ def our_distance(n, from_features):
 
 def our_features(n, precision, compiled):
     """work(): Inception's features as metrics.py has them."""
+    runtime.setup(tf32=False)  # as metrics.py has it
     net = inception.Inception().fold()
     net = runtime.for_inference(net, DEVICE, precision, compiled)
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
@@ -505,8 +523,9 @@ def memory(report, args):
 def trained(folder, name, *flags, processes=1, threads=None):
     """The columns of log.csv of a run of train.py, in a process of its own, under `folder`."""
     environment = dict(os.environ, **{"OMP_NUM_THREADS": str(threads)} if threads else {})
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-               "--master_port", "0", str(HERE / "train.py"), "--name", name, *map(str, flags)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc_per_node", str(processes), str(HERE / "train.py"), "--name", name,
+               *map(str, flags)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{' '.join(command[3:])} failed: {done.stderr.strip()[-300:]}")
@@ -549,6 +568,8 @@ def growing(report, args):
 def precision(report, args):
     """The same runs in float32 and bf16: their losses, and pictures of the same seeds."""
     report.part("precision", f"tiny, {args.steps} steps, two seeds; figure: {args.figure}")
+    source = args.data or "shapes"  # the runs are made in another folder
+    source = source if source in sources.SETS else str(Path(source).resolve())
     figure = runtime.figure(figsize=(7, 4))
     axes, last = figure.add_subplot(), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -556,7 +577,7 @@ def precision(report, args):
             for kind, style in (("fp32", "k-"), ("bf16", "C1--")):
                 log = trained(folder, f"{kind}-{seed}", "--steps", args.steps, "--seed", seed,
                               "--precision", kind, "--sample-every", args.steps,
-                              *(["--data", Path(args.data).resolve()] if args.data else []))
+                              "--data", source)
                 smooth = np.convolve(log["loss"], np.ones(10) / 10, "valid")
                 axes.plot(log["step"][9:], smooth, style, lw=1, alpha=1 - seed / 2,
                           label=f"{kind}, seed {seed}")
@@ -587,6 +608,12 @@ PARTS = {"train": training, "sa": sequence_aware, "sample": sampling, "fid": mea
          "precision": precision}
 
 
+USED_BY = dict(preset=("train", "sa", "sample", "memory"),
+               batch_size=("train", "sa", "sample", "data", "grow"),
+               rounds=("train", "sa", "sample", "fid", "start"), compile=("sample", "fid"),
+               data=("precision",), steps=("precision",), figure=("precision",))
+
+
 def parse(argv=None):
     """The command line; ValueError for numbers that measure nothing."""
     parser = argparse.ArgumentParser(
@@ -606,18 +633,27 @@ An idle machine gives better numbers; OMP_NUM_THREADS chooses the threads.""")
     add("parts", nargs="+", metavar="PART", choices=(*PARTS, "all"), help=" ".join((*PARTS, "all")))
     add("--preset", choices=list(unet.PRESETS), help="train, sa, sample, memory: the network "
         "(default: cifar10; memory: three)")
-    add("--batch-size", type=int, help="images of a batch (default: 16; sa: 8; data, grow: 32)")
-    add("--rounds", type=int, default=5, help="turns of each side that count (default: 5)")
+    add("--batch-size", type=int, help="images of a batch (default: 16; sa: 12; data, grow: 32)")
+    add("--rounds", type=int, help="turns of each side that count (default: 5)")
     add("--compile", action="store_true", help="sample, fid: torch.compile too: minutes more")
     add("--data", help="precision: images to train on (default: shapes)")
-    add("--steps", type=int, default=2000, help="precision: (default: 2000)")
-    add("--figure", type=Path, default=Path("precision.png"), help="(default: precision.png)")
+    add("--steps", type=int, help="precision: of each run (default: 2000)")
+    add("--figure", type=Path, help="precision: (default: precision.png)")
     add("--json", type=Path, default=Path("benchmark.json"), help="(default: benchmark.json)")
     args = parser.parse_args(argv)
-    if args.rounds < 1 or args.steps < 200 or (args.batch_size or 4) < 4:
-        raise ValueError("--rounds must be at least 1, --batch-size 4, --steps 200")
     if "all" in args.parts:
         args.parts = list(PARTS)
+    for flag, parts in USED_BY.items():
+        if getattr(args, flag) and not set(parts) & set(args.parts):
+            raise ValueError(f"--{flag.replace('_', '-')} is for {', '.join(parts)}")
+    low = dict(rounds=1, steps=200, batch_size=4)
+    if any(getattr(args, k) is not None and getattr(args, k) < v for k, v in low.items()):
+        raise ValueError("--rounds must be at least 1, --batch-size 4, --steps 200")
+    args.rounds, args.steps = args.rounds or 5, args.steps or 2000
+    args.figure = args.figure or Path("precision.png")
+    for path in (args.json, args.figure):
+        if not path.resolve().parent.is_dir():
+            raise FileNotFoundError(f"no such folder: {path.resolve().parent}")
     return args
 
 

@@ -45,7 +45,8 @@ PREDICTIONS = ("eps", "v", "x0", "edm")
 
 class Denoiser:
     """net: a Module or any callable net(x (B, ...), c (B,)) -> like x, or longer (second heads and
-    learned variances come behind the prediction). condition: t -> c, or None for c = t."""
+    learned variances come behind the prediction). condition: a pure function t -> c, whose answers
+    to numbers are kept, or None for c = t."""
 
     def __init__(self, net, schedule, prediction="eps", condition=None, space=None):
         if prediction not in PREDICTIONS:

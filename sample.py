@@ -51,7 +51,7 @@ def parse(argv=None):
   python sample.py shapes-tiny-sa2 --sampler dpm-solver --order 3 --nfe 20 --spacing logsnr
       the fast solver of E-TSDM's table 3
   python sample.py cifar10-cifar10-sa2 --precision bf16 --compile -n 10000
-      fast: the compilation takes a minute or two, once; pictures move by about a grey level
+      fast: the compilation takes a minute or two, once; pictures move by part of a grey level
   torchrun --nproc_per_node 8 sample.py cifar10-cifar10-sa2 -n 50000 --npz --batch-size 500
       the images of an FID, on 8 GPUs
   python covariance.py shapes-tiny-sa2 && python sample.py shapes-tiny-sa2 --variance analytic

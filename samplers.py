@@ -327,7 +327,7 @@ def heun(denoiser, x, times, final_denoise, clip, stirred):
         x = combine(a_next, x0, s_next, eps)
         if a > 0:
             slope = predict(denoiser, x, t_next, clip)[1] - eps
-            x.add_(slope, alpha=(s_next - a_next * s / a) / 2)
+            x = x.add(slope, alpha=(s_next - a_next * s / a) / 2)
 
 
 def stir(schedule, x, t, gamma, within, scale, noise):

@@ -323,7 +323,7 @@ def scales(schedule, t, x):
 
 
 def combine(a, x, s, y):
-    """a x + s y; with numbers, in two passes over memory instead of three, and one new tensor."""
+    """a x + s y, both of one shape; with numbers, in two passes over memory instead of three."""
     return (a * x).add_(y, alpha=s) if type(s) is float else a * x + s * y
 
 

@@ -191,7 +191,7 @@ def refuse_unused(args, made, stored):
     plain = argparse.ArgumentParser()
     sampling.add_flags(plain)
     unused = [k for k, v in vars(plain.parse_args([])).items() if getattr(args, k) != v]
-    if args.metric != "psnr" and not args.features:  # Inception is a network, too
+    if stored and args.metric != "psnr" and not args.features:  # Inception is a network, too
         unused = [k for k in unused if k not in ("precision", "compile")]
     unused += ["seed"] * bool(args.seed)
     if not made and unused:

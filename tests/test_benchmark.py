@@ -162,6 +162,8 @@ def test_a_part_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
     [
         (["train", "--rounds", "0"], "--rounds must be at least 1"),
         (["train", "--batch-size", "2"], "--batch-size 4"),
+        (["train", "--data", "nowhere"], "--data is for precision"),
+        (["memory", "--compile"], "--compile is for sample, fid"),
     ],
 )
 def test_numbers_that_measure_nothing(words, error):
@@ -169,7 +171,16 @@ def test_numbers_that_measure_nothing(words, error):
         benchmark.parse(words)
     with pytest.raises(SystemExit):
         benchmark.parse(["everything"])
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        benchmark.parse(["memory", "--json", "nowhere/out.json"])
     assert "all" not in benchmark.parse(["all"]).parts
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_measured(tmp_path):
+    flags = ["--image-size", "8", "--batch-size", "4", "--steps", "20"]
+    log = benchmark.trained(tmp_path, "two", *flags, processes=2, threads=1)
+    assert log["step"].tolist() == [10, 20] and (log["images_per_s"] > 0).all()
 
 
 @pytest.mark.slow
@@ -177,8 +188,9 @@ def test_every_comparison_runs_at_its_smallest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plain, "RUNS", 1)
     flags = ["--preset", "tiny", "--batch-size", "4", "--rounds", "1", "--steps", "200"]
-    benchmark.main(["train", "sa", "sample", "start", "precision", *flags])
+    parts = ["train", "sa", "sample", "start", "precision"]
+    benchmark.main([*parts, "--data", "shapes", *flags])
     found = json.loads((tmp_path / "benchmark.json").read_text())
-    assert {r["part"] for r in found["rows"]} == {"train", "sa", "sample", "start", "precision"}
+    assert {r["part"] for r in found["rows"]} == set(parts)
     assert all(r["ratio"] is None or r["ratio"] > 0 for r in found["rows"] if "ratio" in r)
     assert found["rows"][-1]["grey_levels"] < 2 and (tmp_path / "precision.png").exists()

@@ -141,6 +141,10 @@ def test_few_vectors_are_a_root_of_their_covariance(parts):
     assert metrics.Moments(12).root(alone) is None
     with pytest.raises(ValueError, match="different sizes"):
         metrics.distance(few, dict(mu=np.zeros(3), sigma=np.eye(3)))
+    with pytest.raises(ValueError, match="a mean with values that are not finite"):
+        metrics.distance(few, many | dict(mu=y[0] * np.nan))
+    with pytest.raises(ValueError, match="features with values that are not finite"):
+        metrics.distance(few | dict(root=root * np.inf), many)
 
 
 def distance_of_few(x, y):
@@ -841,7 +845,8 @@ def test_bf16_features_are_near_and_say_what_they_are(here, measure, call, refus
     assert 0 < abs(mu - exact).max() < 0.02 * abs(exact).max()
     found = measure("fid fewer.npy half.npz --inception", path)
     assert any("bf16 on one side alone" in w for w in found["warnings"])
-    assert "there is none" in refused("psnr few.npy few.npy --precision bf16")
+    for words in ("psnr few.npy few.npy", "fid half.npz half.npz"):
+        assert "there is none" in refused(f"{words} --precision bf16")
 
 
 @pytest.mark.slow
