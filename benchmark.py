@@ -646,9 +646,9 @@ An idle machine gives better numbers; OMP_NUM_THREADS chooses the threads.""")
     for flag, parts in USED_BY.items():
         if getattr(args, flag) and not set(parts) & set(args.parts):
             raise ValueError(f"--{flag.replace('_', '-')} is for {', '.join(parts)}")
-    low = dict(rounds=1, steps=200, batch_size=4)
+    low = dict(rounds=1, steps=200, batch_size=1)
     if any(getattr(args, k) is not None and getattr(args, k) < v for k, v in low.items()):
-        raise ValueError("--rounds must be at least 1, --batch-size 4, --steps 200")
+        raise ValueError("--rounds and --batch-size must be at least 1, --steps 200")
     args.rounds, args.steps = args.rounds or 5, args.steps or 2000
     args.figure = args.figure or Path("precision.png")
     for path in (args.json, args.figure):

@@ -160,8 +160,8 @@ def test_a_part_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "words, error",
     [
-        (["train", "--rounds", "0"], "--rounds must be at least 1"),
-        (["train", "--batch-size", "2"], "--batch-size 4"),
+        (["train", "--rounds", "0"], "--rounds and --batch-size must be at least 1"),
+        (["train", "--batch-size", "-1"], "--batch-size must be at least 1"),
         (["train", "--data", "nowhere"], "--data is for precision"),
         (["memory", "--compile"], "--compile is for sample, fid"),
     ],
