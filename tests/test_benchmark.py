@@ -99,6 +99,7 @@ def nap(seconds):
     return lambda: time.sleep(seconds)
 
 
+@pytest.mark.slow
 def test_a_side_is_a_process_that_is_timed_or_says_what_failed():
     side = benchmark.Side(nap, 0.05, threads=1)
     assert 0.05 <= side.time() < 5 and side.process.is_alive()
@@ -118,6 +119,7 @@ def test_the_peak_is_what_lived_at_once():
     assert peak.most == 12_000 and peak.now == 8_000 and len(view) == 990
 
 
+@pytest.mark.slow
 def test_memory_by_calculation():
     parameters = 1_147_276
     usual, less = (benchmark.memory_of("tiny", 16, flag) for flag in (False, True))
@@ -147,6 +149,7 @@ def test_operations_of_a_step():
     assert benchmark.flops("tiny", 2) == pytest.approx(3 * total, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_part_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmark, "machine", lambda report, args: setattr(report, "machine", {}))

@@ -407,6 +407,7 @@ def test_a_given_path_that_is_no_file(path, weights, cache, tmp_path, monkeypatc
         inception.load(path)
 
 
+@pytest.mark.slow
 def test_folded_normalisation_is_the_normalisation():
     x = images(2)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):

@@ -832,6 +832,7 @@ def test_inception_by_path(here, call, weights, monkeypatch):
     assert seen[0]["root"].shape == (3, 2048)
 
 
+@pytest.mark.slow
 def test_bf16_features_are_near_and_say_what_they_are(here, measure, call, refused, weights):
     path, _ = weights
     np.save("few.npy", few()[0])
