@@ -3,7 +3,6 @@ r"""How fast this code is: ratios of two ways to do the same work, measured side
     python benchmark.py train                # a training step, and the same net written plainly
     python benchmark.py sa sample            # SA-k's step; the cost of samplers
     python benchmark.py all                  # all parts, 40 minutes on 2 CPU cores
-    torchrun is not needed: processes are started by the part that counts them (grow)
 
 An absolute time says more about a machine than about a program, so none is asserted anywhere, and
 each number below is a ratio: both sides run in the same minutes, taking turns, each in a process of
@@ -15,6 +14,8 @@ imported, its networks and schedulers are measured too. It is never needed.
 
 What this file does not do: judge the results, or measure their quality (metrics.py); but the part
 `precision` trains the same run in float32 and bf16, and compares losses and pictures.
+
+Several processes are started by the part that counts them (grow): it needs no torchrun.
 
 B images of a batch, k consecutive steps (SA-DPM); rates in GFLOP/s count a multiplication and an
 addition as two.
