@@ -8,7 +8,10 @@ Import this module before torch: it sets how OpenMP waits, which is read only on
 
 Files are written under a temporary name in the same folder, flushed to the disk and renamed, so
 that a reader sees the old file or the new one and never half of one, whenever the machine goes
-down.
+down. What a checkpoint is read from must have the checksums that it was written with.
+
+When one of several processes dies, the others find out: at once where the system closes its
+connections, else after TIMEOUT. They say so in one line, and torchrun ends or restarts them all.
 
 What this file does not do: anything about images, networks or noise.
 """
@@ -16,9 +19,16 @@ What this file does not do: anything about images, networks or noise.
 import contextlib
 import csv
 import ctypes
+import errno
+import glob
+import hashlib
 import os
+import re
+import shutil
 import signal
 import sys
+import time
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,8 +39,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+try:
+    import fcntl
+except ImportError:  # Windows: no locks
+    fcntl = None
+
 RUNS = Path("runs")
 FORMAT = "sa-etsdm run 1"  # written into each checkpoint; says what the file is, and which version
+TIMEOUT = timedelta(minutes=10)  # a process that the others wait longer for counts as dead
+PATIENCE = timedelta(days=7)  # ... except where work takes as long as it takes: reading a data set
 
 
 # ------------------------------------------------------------------ processes
@@ -40,13 +57,17 @@ class Processes:
 
     with setup() as process: leaves the group on every path out."""
 
-    def __init__(self, rank, world, local_rank, device):
+    def __init__(self, rank, world, local_rank, device, patient=None):
         self.rank, self.world, self.local_rank, self.device = rank, world, local_rank, device
+        self.patient, self.held = patient, []  # the group for long waits; folders kept for us
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc):  # on errors too, or the other ranks would wait
+        for folder in self.held:
+            os.close(folder)
+        self.held = []
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -77,15 +98,36 @@ class Processes:
 
     def barrier(self):
         if self.world > 1:
-            self.sum(0.0)
+            dist.barrier(self.patient)
 
     def share(self, value):
-        """Rank 0's value (any plain object), on every process."""
+        """Rank 0's value (any plain object), on every process, however long rank 0 takes."""
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, group=self.patient, device=torch.device("cpu"))
         return box[0]
+
+    def hold(self, folder, seconds=20):
+        """Nobody else writes to this folder until we end: rank 0 locks it, and the system unlocks
+        it when we die, however that comes. ValueError: somebody else holds it.
+
+        It waits a little: the processes that read images outlive a killed trainer by seconds.
+        """
+        if not self.first or fcntl is None:
+            return
+        handle, until = os.open(folder, os.O_RDONLY), time.time() + seconds
+        self.held.append(handle)
+        while True:
+            try:
+                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.time() > until:
+                    raise ValueError(f"another process is writing to {folder}: stop it, or let it "
+                                     "finish") from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                return
 
     def first_does(self, work):
         """work() on rank 0 alone: what it returns, on every process. An error there is reported
@@ -108,7 +150,10 @@ class Processes:
         error is said once."""
         done = []
         self.first_does(lambda: done.append(work()))
-        return done[0] if self.first else work()
+        if not self.first:
+            done.append(work())
+        self.barrier()  # here, with patience: the next thing we do together may have none
+        return done[0]
 
     def gather(self, value):
         """Every process's value (any plain object) as a list, on rank 0; None elsewhere."""
@@ -119,11 +164,16 @@ class Processes:
         return values
 
 
-def setup(tf32=True):
+def setup(tf32=True, deterministic=False, timeout=PATIENCE):
     """Join the other processes if torchrun started us, choose this process's device -> Processes.
 
-    tf32: let GPUs round float32 products to 10 bits, for speed; no where digits count.
+    tf32           let GPUs round float32 products to 10 bits, for speed; no where digits count
+    deterministic  only algorithms that give the same bits again; a RuntimeError where there is none
+    timeout        how long to wait for the others; TIMEOUT, where all work in step
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
@@ -135,8 +185,9 @@ def setup(tf32=True):
             cudnn.fp32_precision = "tf32" if tf32 else "ieee"
     if world > 1:  # CPU tensors (flags, counts) go over gloo; gradients over NCCL where on GPUs
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=2))  # rank 0 may have a download to do
-    return Processes(rank, world, local_rank, device)
+                                timeout=timeout)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
+    return Processes(rank, world, local_rank, device, patient)
 
 
 def nothing():
@@ -237,12 +288,20 @@ def update_ema(ema, net, decay, updates):
 
 # ------------------------------------------------------------------ files
 
+# What a checkpoint has at least.
+ENTRIES = dict(settings=dict, raw=dict, ema=dict, optimizer=dict, step=int, skipped=int,
+               processes=int, dataset=int)
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """with atomic_write(path) as temporary: write there; it becomes `path` only if the block ends
     without an error."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not alive(old.name.split(".")[-2]):  # a killed process left it
+            old.unlink(missing_ok=True)
     try:
         yield temporary
         with open(temporary, "rb") as f:
@@ -250,6 +309,17 @@ def atomic_write(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def alive(pid):
+    """Is there a process of this number (a string)? Of another machine's we cannot know: yes."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):
+        pass
+    return True
 
 
 def write_text(path, text):
@@ -280,29 +350,62 @@ def save_figure(path, figure, dpi=120):
 
 
 def remove_leftovers(folder):
-    """Delete the temporary files that a killed process left in this folder."""
+    """Delete the temporary files that a killed process left in this folder, which we hold."""
     for old in Path(folder).glob(".*.tmp"):
         old.unlink(missing_ok=True)
 
 
+def check_space(folder, size):
+    """OSError unless `size` bytes are free where this folder is, or will be."""
+    folder = Path(folder).resolve()
+    here = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(here).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"{size / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are "
+                      "free on the disk of", str(folder))
+
+
+def size_of(thing):
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(thing, torch.Tensor):
+        return thing.numel() * thing.element_size()
+    parts = thing.values() if isinstance(thing, dict) else thing
+    return sum(map(size_of, parts)) if isinstance(thing, dict | list | tuple) else 0
+
+
 def save_checkpoint(path, checkpoint):
-    """checkpoint: a dict of tensors and plain values -> file, atomically."""
-    with atomic_write(path) as temporary:
-        torch.save({"format": FORMAT, **checkpoint}, temporary)
+    """checkpoint: a dict of tensors and plain values -> file, atomically. OSError: it could not be
+    written, and the file is as it was."""
+    check_space(Path(path).parent, size_of(checkpoint))
+    with atomic_write(path) as temporary, open(temporary, "wb") as f:
+        try:
+            torch.save({"format": FORMAT, **checkpoint}, f)
+        except RuntimeError as error:  # torch's zip writer, when the disk is full or a quota used
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path):
     """The dict that save_checkpoint wrote, on the CPU. ValueError in one line if the file is
-    something else."""
+    something else, or not what was written."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch does not look at its own checksums
+            damaged = archive.testzip()
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch has many kinds: a pickle refused, a zip cut short, no zip
         raise ValueError(f"{path} is not a checkpoint of train.py ({what_is(path)})") from error
+    if damaged:
+        raise ValueError(f"{path} is damaged: {damaged} in it does not have its checksum. The disk "
+                         "or a copy has changed it: take another copy")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of train.py: it holds "
                          f"{describe(checkpoint)}; give a folder under runs/")
+    if missing := [k for k in ENTRIES if not isinstance(checkpoint.get(k), ENTRIES[k])]:
+        raise ValueError(f"{path} is not a whole checkpoint of train.py: its "
+                         f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     return checkpoint
 
 
@@ -313,6 +416,17 @@ def load_weights(module, weights, path, what="its own settings"):
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()[:160]  # it names every key that is missing
         raise ValueError(f"{path} does not fit {what}: {first}") from error
+
+
+def load_moments(optimizer, state, path):
+    """optimizer.load_state_dict; ValueError in one line where shapes differ: it does not look."""
+    optimizer.load_state_dict(state)  # ValueError where the number of parameters differs
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for name, value in optimizer.state[p].items():
+                if name.startswith("exp_avg") and value.shape != p.shape:
+                    raise ValueError(f"{path} does not fit its own settings: the optimizer's "
+                                     f"{name} is {tuple(value.shape)}, the weight {tuple(p.shape)}")
 
 
 def what_is(path):
@@ -362,27 +476,39 @@ def find_checkpoint(run=None):
 
 # ------------------------------------------------------------------ programs
 
+class Interrupted(KeyboardInterrupt):
+    """A signal came when there was no step to finish."""
+
+
 class Stop:
-    """Inside `with Stop() as stop`, Ctrl-C, SIGTERM and SIGHUP only set stop.asked to their name,
-    so that a loop can finish its step and save. A second Ctrl-C means now."""
+    """Inside `with Stop() as stop`, Ctrl-C, SIGTERM and SIGHUP raise Interrupted; once the program
+    has set stop.gently, they only set stop.asked to their name, so that a loop can finish its step
+    and save. A second Ctrl-C means now."""
 
     SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
     def __enter__(self):
-        self.asked = ""
+        self.asked, self.gently = "", False
         # One that is ignored stays so: nohup relies on it.
         caught = [n for n in self.SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
         self.before = {number: signal.signal(number, self.ask) for number in caught}
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, kind, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if kind is Interrupted:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"stopped by {self.asked} before the first step. Run the same command to go "
+                      "on.", flush=True)
+            return True
 
     def ask(self, number, frame):
         if self.asked == "SIGINT" and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
+        if not self.gently:
+            raise Interrupted(self.asked)
 
 
 def run_program(main):
@@ -393,11 +519,52 @@ def run_program(main):
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        words = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {words}", file=sys.stderr, flush=True)
+        complain(error)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         sys.exit(f"out of GPU memory ({str(error).splitlines()[0]}): try a smaller --batch-size, "
                  "or, in train.py, --microbatch")
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            sys.exit("out of memory: try a smaller --batch-size, or, in train.py, --microbatch")
+        if os.environ.get("TRACEBACK") or not lost(error):
+            raise
+        time.sleep(1)  # let the one that failed speak first
+        if not list(said()):
+            complain("another process of this job has ended, or did not answer for "
+                     f"{TIMEOUT.total_seconds() / 60:g} minutes. The same command goes on from the "
+                     "last checkpoint")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def lost(error):
+    """Does this RuntimeError say that another process did not answer?"""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return several and (isinstance(error, dist.DistError) or bool(re.search(
+        "gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out", str(error))))
+
+
+def said(words="*"):
+    """Files that stand for these words having been said on this machine, in a folder that torchrun
+    makes for each attempt; none without torchrun."""
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/RANK/error.json
+    name = words if words == "*" else hashlib.sha256(words.encode()).hexdigest()[:16]
+    folder = Path(place).parents[1] if place else None
+    if folder is None or not folder.is_dir():
+        return []
+    return folder.glob("said-*") if words == "*" else [folder / f"said-{name}"]
+
+
+def complain(error):
+    """One line on stderr; once, where several processes of one machine find the same."""
+    words = " ".join(str(error).split())
+    for mark in said(words):
+        try:
+            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
+        except OSError:
+            pass
+    print(f"{Path(sys.argv[0]).name}: error: {words}", file=sys.stderr, flush=True)

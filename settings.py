@@ -20,6 +20,7 @@ import math
 from pathlib import Path
 
 import autoencoder
+import data
 import denoiser as denoisers
 import etsdm
 import losses
@@ -89,7 +90,7 @@ def parse(argv=None):
     add("--channels", type=int, choices=(1, 3), help="3 RGB, 1 true gray (default: 3)")
     add("--flip", action=argparse.BooleanOptionalAction, help="random horizontal flips (preset's)")
     add("--skip-bad-images", action="store_true", help="go on without files that cannot be read")
-    add("--workers", type=int, default=2, help="processes that read images which do not fit in "
+    add("--workers", type=int, help="processes that read images which do not fit in "
         "memory (default: 2)")
 
     add = parser.add_argument_group("what is trained").add_argument
@@ -148,6 +149,8 @@ def parse(argv=None):
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"),
         help="auto: bf16 where the hardware has units for it (default: auto)")
     add("--compile", action="store_true", help="torch.compile the network")
+    add("--deterministic", action="store_true", default=None, help="the same bits again on GPUs "
+        "too (CPUs give them anyhow), by slower algorithms")
     add("--seed", type=int, default=0, help="of weights, order of images and noise (default: 0)")
 
     add = parser.add_argument_group("run").add_argument
@@ -191,6 +194,7 @@ def resolve(args):
     else:
         s = denoiser_settings(args, s, given)
     s = {k: v for k, v in s.items() if k not in ("steps", "dropout", *CODER[:2], "head_size")}
+    s["workers"] = 2 if s["workers"] is None else s["workers"]
     if args.steps is not None:
         s["images"] = args.steps * s["batch_size"]
     refuse_contradictions(args, s)
@@ -323,6 +327,30 @@ def refuse_contradictions(args, s):
         raise ValueError("edm prediction tells the network ln(σ)/4: it takes no --remap")
     if s["task"] != "autoencoder":
         etsdm.make_condition(s["etsdm"], s["etsdm_interval"], s["etsdm_n"], s["remap"], s["T"])
+
+
+def notes(args, s, dataset, world):
+    """What works, but hardly as meant: a list of lines. dataset: what data.load gave."""
+    b, steps = s["batch_size"] // world, s["images"] // s["batch_size"]
+    found = []
+    if s["prediction"] == "eps" and s["schedule"] == "zero-terminal-snr":
+        found.append(f"eps-prediction knows no x_0 at t = {s['T']}, where alpha_bar = 0: training "
+                     f"and sampling begin at t = {s['T'] - 1}")
+    if s["sa_k"] and s["sa_k"] > 1 and not s["sa_weight"]:
+        found.append(f"--sa-weight 0 leaves the plain loss alone, whatever --sa-k {s['sa_k']}")
+    if s["etsdm"] and s["etsdm_n"] == s["etsdm_interval"] and not s["continuous"]:
+        found.append(f"--etsdm-n {s['etsdm_n']} makes each timestep a part of its own: nothing is "
+                     "shared")
+    if s["microbatch"] and s["microbatch"] >= b:
+        found.append(f"--microbatch {s['microbatch']} is no less than the {b} images of a process: "
+                     "it has no effect")
+    if s["warmup"] >= steps:
+        found.append(f"the learning rate rises over {s['warmup']} steps, and the run has {steps}")
+    if args.workers is not None and not isinstance(dataset, data.Files):
+        found.append("--workers has no effect: the images are in memory, or drawn")
+    if args.skip_bad_images and not getattr(dataset, "paths", None):
+        found.append("--skip-bad-images has no effect: the images are not files")
+    return found
 
 
 def default_name(s):

@@ -25,6 +25,7 @@ import copy
 import csv
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -38,11 +39,11 @@ from tqdm import tqdm
 
 import data
 import tasks
-from settings import parse, resolve
+from settings import notes, parse, resolve
 
 # What may change when a run goes on. Any other difference would make it another run.
 MAY_CHANGE = ("images", "lr", "grad_clip", "microbatch", "recompute", "workers", "compile",
-              "precision", "sample_every", "save_every", "skip_bad_images")
+              "precision", "deterministic", "sample_every", "save_every", "skip_bad_images")
 BAD_STEPS = 25  # this many non-finite steps in a row end the run
 
 
@@ -52,6 +53,7 @@ def open_run(s, process):
     """(folder, checkpoint or None) of the run that the settings name. ValueError: another run's."""
     folder = runtime.RUNS / s["name"]
     path = folder / "checkpoint.pt"
+    process.first_does(lambda: process.hold(folder) if folder.is_dir() else None)
     # Every process reads the checkpoint itself, to the CPU, before DDP exists: reading on one and
     # sending it round is what hangs resumed runs elsewhere.
     checkpoint = runtime.load_checkpoint(path) if path.exists() else None
@@ -69,10 +71,15 @@ def open_run(s, process):
     return folder, checkpoint
 
 
-def make_folder(folder, s, process):
+def make_folder(folder, s, process, size):
     """The folder, once nothing can be wrong with the input any more, and its config.json: the
-    settings, and what they ran on."""
+    settings, and what they ran on. size: bytes of a checkpoint, of which there will be room for
+    two: the next one is written before the last is let go."""
+    there = (folder / "checkpoint.pt").exists()
+    runtime.check_space(folder, size if there else 2 * size)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
+    if not process.held:
+        process.hold(folder)
     for place in (folder, folder / "samples"):
         runtime.remove_leftovers(place)
     try:
@@ -89,7 +96,8 @@ def make_folder(folder, s, process):
 class Log:
     """log.csv: every tenth step a row, with the means over the ten; and its picture, loss.png.
 
-    terms: names of what the loss is made of."""
+    terms: names of what the loss is made of. On a full disk rows wait, and later ones average over
+    more steps."""
 
     def __init__(self, folder, step, terms):
         self.path, self.rows, self.since = folder / "log.csv", [], time.time()
@@ -109,9 +117,14 @@ class Log:
         if step % 10 == 0 and self.rows:
             rate = len(self.rows) * batch / max(time.time() - self.since, 1e-9)
             means = [f"{m:.6g}" for m in np.mean(self.rows, axis=0)]
-            with open(self.path, "a") as f:
-                f.write(",".join(map(str, [step, step * batch, *means, skipped, f"{rate:.1f}"])))
-                f.write("\n")
+            row = ",".join(map(str, [step, step * batch, *means, skipped, f"{rate:.1f}"]))
+            whole = self.path.stat().st_size
+            try:
+                with open(self.path, "a") as f:
+                    f.write(row + "\n")
+            except OSError:
+                os.truncate(self.path, whole)  # part of a row may have been written
+                raise
             self.rows, self.since = [], time.time()
 
     def plot(self, path):
@@ -147,8 +160,14 @@ class Model:
         if checkpoint:
             runtime.load_weights(self.net, checkpoint["raw"], s["name"])
             runtime.load_weights(self.ema, checkpoint["ema"], s["name"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            runtime.load_moments(self.optimizer, checkpoint["optimizer"], s["name"])
             self.step, self.skipped = checkpoint["step"], checkpoint["skipped"]
+
+    def size(self):
+        """Bytes of a checkpoint: the weights, their average, and Adam's two moments of what is
+        trained."""
+        moments = 2 * [p for p in self.net.parameters() if p.requires_grad]
+        return runtime.size_of([self.net.state_dict(), self.ema.state_dict(), moments])
 
     def state(self):
         """From the bare modules: names that DDP or compile prefixed would fit nowhere else."""
@@ -191,7 +210,8 @@ def gradients(trained, task, s, images, numbers, precision):
 
 
 def one_step(model, trained, s, process, images, precision):
-    """Draw, forward, backward, update. Returns (loss, *terms, gradient norm) of this process."""
+    """Draw, forward, backward, update; or, where a number is not finite, no update, and counted.
+    Returns (loss, *terms, gradient norm), means over all processes."""
     b = s["batch_size"] // process.world
     mine = slice(process.rank * b, (process.rank + 1) * b)
     flips, numbers = draw(s, model.task, model.step, process.device)
@@ -203,8 +223,11 @@ def one_step(model, trained, s, process, images, precision):
     model.optimizer.zero_grad(set_to_none=True)
     values = gradients(trained, model.task, s, images, {k: v[mine] for k, v in numbers.items()},
                        precision)
+    values = [v / process.world for v in process.sum(*values)]
     norm = float(torch.nn.utils.clip_grad_norm_(model.net.parameters(), s["grad_clip"] or math.inf))
-    if math.isfinite(norm):  # the same on all processes, since DDP has averaged
+    # The same on all processes, since DDP has averaged. A loss can overflow where its gradient,
+    # twice the residual, does not: both count.
+    if all(map(math.isfinite, (*values, norm))):
         for group in model.optimizer.param_groups:
             group["lr"] = s["lr"] * min(1.0, (model.step + 1) / max(s["warmup"], 1))
         model.optimizer.step()
@@ -239,39 +262,66 @@ def loop(s, process, folder, dataset, model, stop):
     # model.step alone says where the run is: the stream of images begins there, and the random
     # numbers of a step follow from it. That is all that resuming takes.
     model.net.train()
+    stop.gently = True  # from here on there is something to save
     bad, saved, began, first = 0, model.step, time.time(), model.step
     while model.step < total:
         values = one_step(model, trained, s, process, next(stream), precision)
-        bad = 0 if math.isfinite(values[-1]) else bad + 1
-        *sums, asked = process.sum(*values[:-1], bool(stop.asked))  # all stop at the same step
+        bad = 0 if all(map(math.isfinite, values)) else bad + 1
+        asked, = process.sum(bool(stop.asked))  # all stop at the same step
+        done = asked or model.step == total
         if process.first:
-            means = [v / process.world for v in sums]
-            log.add(model.step, s["batch_size"], (*means, values[-1]), model.skipped)
+            attempt(bar, "log.csv", log.add, model.step, s["batch_size"], values, model.skipped)
             rate = (model.step - first) * s["batch_size"] / (time.time() - began)
-            bar.set_postfix_str(f"loss {means[0]:.4f}, {rate:.0f} images/s", refresh=False)
+            bar.set_postfix_str(f"loss {values[0]:.4f}, {rate:.0f} images/s", refresh=False)
             bar.update()
         if bad == BAD_STEPS:
             bar.close()
-            kept = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint"
             raise ValueError(f"the last {bad} losses were not finite, up to step {model.step}; "
-                             f"{kept} in {folder.resolve()}: try --precision fp32, a lower --lr, "
-                             "or --grad-clip 1")
-        # Grids come from the averaged weights: those are what sample.py will use. A checkpoint is
-        # not made of a step that went wrong: the one before is the better place to go back to.
-        done = asked or model.step == total
-        if process.first and (model.step % s["sample_every"] == 0 or model.step == total):
-            picture(model, dataset, folder / "samples" / f"{model.step:07d}.png", process.device)
+                             f"{kept(folder, saved)}: try --precision fp32, a lower --lr, or "
+                             "--grad-clip 1")
+        # A checkpoint is not made of a step that went wrong: the one before is the better place to
+        # go back to.
         if (model.step % s["save_every"] == 0 and not bad) or done:
-            if process.first:
-                runtime.save_checkpoint(folder / "checkpoint.pt", {
-                    "settings": s, "processes": process.world, "dataset": len(dataset),
-                    **model.state()})
-                log.plot(folder / "loss.png")
+            failed = process.first_does(lambda: attempt(bar, "checkpoint.pt", save, folder, s,
+                                                        process, dataset, model))
+            if failed and done:
+                bar.close()
+                raise OSError(f"step {model.step} could not be saved ({failed}); "
+                              f"{kept(folder, saved)}: make room and run the same command again")
+            saved = saved if failed else model.step
+            if process.first and not failed:
                 bar.write(f"step {model.step}: saved {(folder / 'checkpoint.pt').resolve()}")
-            saved = model.step
-        if done:
+                attempt(bar, "loss.png", log.plot, folder / "loss.png")
+        # Grids come from the averaged weights: those are what sample.py will use. Whoever asks us
+        # to stop may not wait for one.
+        if process.first and not asked and (model.step % s["sample_every"] == 0 or done):
+            attempt(bar, "a sample grid", picture, model, dataset,
+                    folder / "samples" / f"{model.step:07d}.png", process.device)
+        if asked:
             break
     bar.close()
+
+
+def attempt(bar, what, work, *inputs):
+    """work(*inputs) -> None; if the disk does not take it, a warning and the reason, a string. A
+    run of weeks does not end because a disk is full for an hour."""
+    try:
+        work(*inputs)
+    except OSError as error:
+        bar.write(f"warning: {what} was not written ({error})")
+        return str(error)
+
+
+def kept(folder, step):
+    """What there is to go back to, in words."""
+    have = f"the last checkpoint is of step {step}" if step else "there is no checkpoint"
+    return f"{have} in {folder.resolve()}"
+
+
+def save(folder, s, process, dataset, model):
+    """checkpoint.pt: all that it takes to go on, or to sample."""
+    runtime.save_checkpoint(folder / "checkpoint.pt", {
+        "settings": s, "processes": process.world, "dataset": len(dataset), **model.state()})
 
 
 def picture(model, dataset, path, device):
@@ -287,7 +337,8 @@ def picture(model, dataset, path, device):
 def main(argv=None):
     args = parse(argv)
     s = resolve(args)
-    with runtime.setup() as process, runtime.Stop() as stop:
+    with (runtime.setup(deterministic=s["deterministic"], timeout=runtime.TIMEOUT) as process,
+          runtime.Stop() as stop):
         runtime.keep_memory()
         if s["batch_size"] % process.world:
             raise ValueError(f"--batch-size {s['batch_size']} is global and must divide by the "
@@ -307,9 +358,6 @@ def main(argv=None):
         if checkpoint and checkpoint["processes"] != process.world and dropout:
             process.say(f"note: {checkpoint['processes']} processes before, {process.world} now: "
                         "dropout draws other numbers from here on; all else stays the same")
-        if s["prediction"] == "eps" and s["schedule"] == "zero-terminal-snr":
-            process.say(f"note: eps-prediction knows no x_0 at t = {s['T']}, where alpha_bar = 0: "
-                        f"training and sampling begin at t = {s['T'] - 1}")
         # ---- the images
         dataset = process.first_then_all(lambda: data.load(
             s["data"], s["image_size"], s["channels"], s["seed"], s["skip_bad_images"],
@@ -318,11 +366,12 @@ def main(argv=None):
         if checkpoint and checkpoint["dataset"] != len(dataset):
             process.say(f"note: {checkpoint['dataset']:,} images before, {len(dataset):,} now: "
                         "their order changes from here on")
+        for note in notes(args, s, dataset, process.world):
+            process.say(f"note: {note}")
         # ---- the network, and training
         model = Model(s, process.device, checkpoint, dataset)
         checkpoint = None  # on large networks it is gigabytes
-        if process.first:
-            make_folder(folder, s, process)
+        process.first_does(lambda: make_folder(folder, s, process, model.size()))
         loop(s, process, folder, dataset, model, stop)
         if model.step < total:
             process.say(f"stopped by {stop.asked or 'another process'} at step {model.step} of "

@@ -72,9 +72,15 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
+def whole(**more):
+    """A checkpoint with all that one has, empty."""
+    empty = {name: kind() for name, kind in runtime.ENTRIES.items()}
+    return {**empty, **more}
+
+
 def test_a_kill_during_the_write_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    runtime.save_checkpoint(path, {"step": 1})
+    runtime.save_checkpoint(path, whole(step=1))
     code = (
         f"import sys, os, signal; sys.path.insert(0, {str(ROOT)!r})\n"
         "import runtime\n"
@@ -90,7 +96,7 @@ def test_a_kill_during_the_write_leaves_the_old_checkpoint(tmp_path):
 
 def test_checkpoint_round_trip(tmp_path):
     tensors = {"a": torch.randn(3), "b": torch.arange(4)}
-    runtime.save_checkpoint(tmp_path / "c.pt", {"step": 7, "raw": tensors, "settings": {"x": None}})
+    runtime.save_checkpoint(tmp_path / "c.pt", whole(step=7, raw=tensors, settings={"x": None}))
     back = runtime.load_checkpoint(tmp_path / "c.pt")
     assert back["step"] == 7 and back["settings"] == {"x": None}
     assert_close(back["raw"], tensors, rtol=0, atol=0)

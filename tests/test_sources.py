@@ -73,7 +73,13 @@ def make_run(folder, name="run", channels=3, size=8, seed=0, **more):
         weights[kind] = {k: v + 0.1 * torch.randn(v.shape) for k, v in net.state_dict().items()}
     path = folder / "runs" / name
     path.mkdir(parents=True)
-    runtime.save_checkpoint(path / "checkpoint.pt", dict(settings=settings, step=7, **weights))
+    runtime.save_checkpoint(
+        path / "checkpoint.pt",
+        {
+            **{name: kind() for name, kind in runtime.ENTRIES.items()},
+            **dict(settings=settings, step=7, **weights),
+        },
+    )
     return path
 
 
