@@ -4,9 +4,8 @@ Every picture ends as a uint8 tensor (C, H, W), 0..255, with H = W = size, C = 1
 uint8 until the trainer calls `to_float`. Pictures are checked once, at the start (`load`), and
 the order of training is a pure function of the position in the stream (`batch_indices`).
 
-What this file does not do: labels, augmentation (the trainer flips), colour management (ICC
-profiles and gamma are ignored), 16-bit *colour* (Pillow keeps the high byte; 16-bit gray is exact).
-Sets that are one array (CIFAR-10, IDX, NumPy) are opened by readers.py.
+What this file does not do: labels, or augmentation (the trainer flips). What a file's pixels mean
+is pictures.py's affair; sets that are one array (CIFAR-10, IDX, NumPy) are opened by readers.py.
 
 N images, C channels, H height, W width, n = len(data set), e = epoch.
 
@@ -28,16 +27,19 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import readers
-from readers import reason
+from pictures import missing_pixels, prepare
+from readers import reason, shown
 
-HIDDEN = re.compile(r"(^|[\\/])(\.[^\\/]|__MACOSX)")  # in any part of the name, but not in "./"
+# In any part of the name; "./" and "../", which a zip may hold, are no names and hide nothing.
+HIDDEN = re.compile(r"(^|[\\/])(\.(?!\.?[\\/])|__MACOSX([\\/]|$))")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 # The contents are held to the same list: Pillow would run Ghostscript on an EPS called cat.png.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+LARGEST = 2**30  # bytes of a file or member: beyond are hardly images that Pillow would open
 ENDLESS = 2**31  # this many images or more: too many to permute, never seen twice anyway
 
 
@@ -68,44 +70,6 @@ def grid(images, columns):
     sheet.flatten(0, 1)[:n] = images.cpu()
     pixels = sheet.permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c)  # (rows H, columns W, C)
     return Image.fromarray(pixels.squeeze(2).numpy() if c == 1 else pixels.numpy())
-
-
-def prepare(image, size, channels):
-    """PIL image of any mode and shape -> uint8 tensor (channels, size, size).
-
-    The shortest side is resized to `size`, then the centre is cropped; an upright 8-bit image of
-    that size already keeps every bit. Transparent parts become white; of an animation, the first
-    frame counts. ValueError: a mode whose range is unknown (floats, 32-bit integers).
-    """
-    source_format = image.format  # lost by every operation below
-    image.load()  # before EXIF: by loading, Pillow turns a TIFF itself (some versions need this)
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I" and source_format in ("PNG", "PPM"):
-        # 65535 = 255 * 257. convert("L") would clip at 255 and give an almost white image.
-        levels = (np.asarray(image).astype(np.int64) + 128) // 257
-        image = Image.fromarray(levels.astype(np.uint8))
-    if image.mode in ("F", "I"):
-        raise ValueError(f"mode {image.mode} has no fixed range, convert it to 8 or 16 bits first")
-    if image.has_transparency_data:  # an alpha channel, or a colour or palette entry declared so
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode == "1":
-        image = image.convert("L")
-    if channels == 3 or image.mode != "L":
-        image = image.convert("RGB")  # also for gray: CMYK and palettes have no good way to L
-    image = image.convert("L" if channels == 1 else "RGB")
-
-    width, height = image.size
-    if min(width, height) != size:
-        scale = size / min(width, height)
-        width, height = max(size, round(width * scale)), max(size, round(height * scale))
-        # Pillow widens its filter by the factor of shrinking, and so averages over all the pixels
-        # that fall into one. Plain interpolation (torch, OpenCV) skips most of them and aliases,
-        # which a network learns as texture and FID counts as distance.
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - size) // 2, (height - size) // 2
-    pixels = np.array(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1).contiguous()
 
 
 SHAPE_COLOURS = ((214, 48, 49), (46, 160, 67), (39, 94, 214), (245, 166, 35))
@@ -170,9 +134,10 @@ class Files:
     Works in DataLoader workers, forked or spawned. ValueError names a file that has gone bad.
     """
 
-    def __init__(self, paths, size, channels, archive=None, summary=""):
+    def __init__(self, paths, size, channels, archive=None, others=""):
         self.paths, self.size, self.channels = list(paths), size, channels
-        self.archive, self.summary, self._zip = archive, summary, (None, None)
+        self.archive, self.others, self._zip = archive, others, (None, None)
+        self.summary = ""
 
     def __len__(self):
         return len(self.paths)
@@ -183,22 +148,31 @@ class Files:
     def content(self, i):
         """The bytes of file i."""
         if self.archive is None:
-            if not os.path.isfile(self.paths[i]):  # opening a named pipe would wait for ever
-                raise ValueError("a broken link or not a regular file")
-            with open(self.paths[i], "rb") as file:
-                content = file.read()
+            content = readers.content(self.paths[i], LARGEST)
         else:
             # A forked worker shares the parent's file position: one open archive per process.
             if self._zip[0] != os.getpid():
-                self._zip = (os.getpid(), zipfile.ZipFile(self.archive))
-            content = self._zip[1].read(self.paths[i])
+                archive = zipfile.ZipFile(self.archive)
+                names = Counter(member.filename for member in archive.infolist())
+                self._zip = (os.getpid(), archive, names)
+            _, archive, names = self._zip
+            if names[self.paths[i]] > 1:  # a zip looks members up by name: one would be used twice
+                raise ValueError(f"{names[self.paths[i]]} members of the zip have this name")
+            if (size := archive.getinfo(self.paths[i]).file_size) > LARGEST:
+                raise ValueError(f"{size:,} bytes are too many for an image")
+            # In pieces: asked for all, zipfile inflates 2 GiB of a member that declares 1 KiB.
+            with archive.open(self.paths[i]) as file:
+                content = b"".join(iter(lambda: file.read(2**16), b""))
         if not content:
             raise ValueError("empty file")
         return content
 
-    def read(self, i):
+    def read(self, i, check=False):
         """-> (Pillow mode, (width, height), uint8 tensor); any exception that Pillow can raise."""
-        with Image.open(io.BytesIO(self.content(i)), formats=FORMATS) as image:
+        content = self.content(i)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if check and image.format == "PNG" and (missing := missing_pixels(content)):
+                raise ValueError(f"{missing:,} bytes of pixels are missing")
             prepared = prepare(image, self.size, self.channels)
             return image.mode, image.size, prepared
 
@@ -208,17 +182,17 @@ class Files:
                 warnings.simplefilter("ignore")
                 return self.read(i)[2]
         except Exception as error:  # the scan has seen this file whole: it has changed since
-            raise ValueError(f"{self.paths[i]}: {reason(error)}") from error
+            raise ValueError(f"{shown(self.paths[i])}: {reason(error)}") from error
 
 
-def describe(modes, sizes, target, how, bad=0):
+def describe(modes, sizes, target, how, bad=0, others=""):
     """The summary: `modes` {mode: count}, `sizes` of (width, height), `target` (C, H, W)."""
     small, large = (f(sizes, key=math.prod) for f in (min, max))
     span = "{}x{}".format(*small) + (" to {}x{}".format(*large) if large != small else "")
     kinds = ", ".join(f"{count:,} {mode}" for mode, count in sorted(modes.items()))
     skipped = f", {bad:,} bad skipped" if bad else ""
     return (f"{sum(modes.values()):,} images ({kinds}), {span} -> "
-            f"{'x'.join(map(str, target))}, {how}{skipped}")
+            f"{'x'.join(map(str, target))}, {how}{skipped}{others}")
 
 
 def scan(files, skip_bad, memory_limit, progress):
@@ -239,7 +213,7 @@ def scan(files, skip_bad, memory_limit, progress):
 
     def attempt(i):
         try:
-            mode, size, image = files.read(i)
+            mode, size, image = files.read(i, check=True)
             return mode, size, image if keep else None
         except Exception as error:  # a hostile file can make Pillow raise nearly anything
             return None, None, reason(error)
@@ -251,7 +225,7 @@ def scan(files, skip_bad, memory_limit, progress):
         for i, (mode, size, image) in enumerate(
                 tqdm(every, "checking images", len(files), disable=not progress)):
             if mode is None:
-                bad.append(f"{files.paths[i]} ({image})")
+                bad.append(f"{shown(files.paths[i])} ({image})")
                 continue
             if keep:
                 images[len(good)] = image
@@ -268,16 +242,19 @@ def scan(files, skip_bad, memory_limit, progress):
                          + " ".join("{}x{}".format(*s) for s in sorted(sizes)[:5])
                          + (" ..." if len(sizes) > 5 else "") + "): give --image-size")
     files.paths = good
-    files.summary = describe(modes, sizes, target, "in memory" if keep else "streamed", len(bad))
+    files.summary = describe(modes, sizes, target, "in memory" if keep else "streamed", len(bad),
+                             files.others)
     return Array(images[:len(good)], files.summary, good) if keep else files
 
 
 def first_side(files):
-    """The shorter side of the first image whose header can be read, in pixels; 1 if none can."""
+    """The shorter side of the first image that can be read, in pixels; 1 if none can."""
+    files.size = 1
     for i in range(len(files)):
         try:
-            with Image.open(io.BytesIO(files.content(i)), formats=FORMATS) as image:
-                return min(image.size)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return min(files.read(i, check=True)[1])
         except Exception:  # a bad file: the scan, which follows, will name it
             continue
     return 1
@@ -288,12 +265,29 @@ def find_images(names, root):
 
     Sorted, since neither a folder nor a zip promises an order, and image number i must stay the
     same image when training resumes. Hidden files do not count, nor what macOS adds to a zip.
+    Names that a zip has twice stay twice, and the scan says so.
     """
-    found = sorted(name for name in set(names)
+    found = sorted(name for name in names
                    if name.lower().endswith(SUFFIXES) and not HIDDEN.search(name))
     if not found:
-        raise ValueError(f"no images in {root} (looked, at any depth, for {' '.join(SUFFIXES)})")
+        raise ValueError(f"no images in {shown(root)} (looked, at any depth, for "
+                         f"{' '.join(SUFFIXES)}){left_out(names)}")
     return found
+
+
+def left_out(names):
+    """What find_images passes over, for the summary: ", 3 other files left out (.heic 2, .txt 1)".
+
+    Telephones save .heic: without this, half of a folder could be missing unnoticed.
+    """
+    kinds = Counter(shown(os.path.splitext(name)[1].lower()[:12]) or "no suffix" for name in names
+                    if not name.lower().endswith(SUFFIXES) and not HIDDEN.search(name))
+    if not kinds:
+        return ""
+    listing = [f"{kind} {count:,}" for kind, count in
+               sorted(kinds.items(), key=lambda item: (-item[1], item[0]))]
+    return (f", {kinds.total():,} other file{'s' * (kinds.total() > 1)} left out "
+            f"({', '.join(listing[:3] + ['...'] * (len(listing) > 3))})")
 
 
 def walk(root):
@@ -302,7 +296,7 @@ def walk(root):
         raise error
 
     if not os.listdir(root):
-        raise ValueError(f"empty folder: {root}")
+        raise ValueError(f"empty folder: {shown(root)}")
     seen = set()
     for folder, below, names in os.walk(root, onerror=stop, followlinks=True):
         status = os.stat(folder)
@@ -352,7 +346,7 @@ def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30,
         path, key = path.rsplit(".npz:", 1)
         path += ".npz"
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no such file or folder: {path}")
+        raise FileNotFoundError(f"no such file or folder: {shown(path)}")
     try:
         if os.path.isdir(path):
             names = sorted(os.listdir(path))
@@ -360,15 +354,19 @@ def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30,
             if idx:
                 path = os.path.join(path, idx[0])
             elif not any(map(readers.CIFAR_BATCH.search, names)):
-                paths = [os.path.join(path, name) for name in find_images(walk(path), path)]
-                return scan(Files(paths, size, channels), skip_bad, memory_limit, progress)
+                names = list(walk(path))
+                paths = [os.path.join(path, name) for name in find_images(names, path)]
+                files = Files(paths, size, channels, others=left_out(names))
+                return scan(files, skip_bad, memory_limit, progress)
+        elif not os.path.isfile(path):  # a named pipe: opening it would wait for ever
+            raise ValueError("neither a file nor a folder")
+        elif path.lower().endswith(SUFFIXES):
+            return scan(Files([path], size, channels), skip_bad, memory_limit, progress)
         elif zipfile.is_zipfile(path) and not path.lower().endswith(".npz"):
             with zipfile.ZipFile(path) as archive:
                 members = [m.filename for m in archive.infolist() if not m.is_dir()]
-            files = Files(find_images(members, path), size, channels, archive=path)
+            files = Files(find_images(members, path), size, channels, path, left_out(members))
             return scan(files, skip_bad, memory_limit, progress)
-        elif path.lower().endswith(SUFFIXES):
-            return scan(Files([path], size, channels), skip_bad, memory_limit, progress)
         array = readers.read_array(path, key, size or 0)
         if size is None:
             size, width = array.shape[1:3]
@@ -379,7 +377,7 @@ def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30,
         if isinstance(error, OSError) and path in str(error):
             raise
         text = reason(error)
-        raise ValueError(text if path in text else f"{path}: {text}") from error
+        raise ValueError(text if shown(path) in text else f"{shown(path)}: {text}") from error
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[array.shape[3]]
     return Array(images, describe({mode: len(array)}, {array.shape[2:0:-1]}, images.shape[1:],
                                   "in memory"))
@@ -414,8 +412,10 @@ def batch_indices(n, start, batch, seed):
 
 
 def quiet_worker(_):
-    """Ctrl-C reaches every process of the terminal; only the trainer is to answer it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C reaches every process of the terminal, and a cluster's SIGTERM every process of a job;
+    only the trainer is to answer. When it has gone, its workers go by themselves."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -457,3 +457,8 @@ def from_workers(loader):
         yield from loader
     except ValueError as error:  # DataLoader wraps a whole traceback round it
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError("a process that reads images was killed, perhaps for want of memory "
+                      f"({reason(error)}): try fewer --workers") from None

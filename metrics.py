@@ -389,6 +389,7 @@ def rounded(kinds):
 def report(about, value, text, sources, sides, counts, warnings, **more):
     """One dict, for --json and for print_report. value None: text says it all."""
     described = []
+    warnings = warnings + [note for side in sides for note in getattr(side, "notes", [])]
     for source, side, n in zip(sources, sides, counts, strict=True):
         stored = isinstance(side, dict)
         described.append(dict(source=str(source), n=n, shape=None if stored else list(side.shape),
@@ -512,7 +513,7 @@ def open_sides(names, args, process):
 def main(argv=None):
     args = parse(argv)
     # tf32=False: rounding to 10 bits moves FID by hundredths
-    with runtime.setup(tf32=False) as process:
+    with runtime.setup(tf32=False, deterministic=args.deterministic) as process:
         runtime.keep_memory()
         names = list(args.images)
         if args.metric == "fid" and len(names) == 1:

@@ -11,7 +11,6 @@ What this file does not do: test splits, resizing (data.py), or unpacking to the
 N images, H height, W width, C channels.
 """
 
-import codecs
 import gzip
 import hashlib
 import io
@@ -21,15 +20,19 @@ import re
 import struct
 import tarfile
 import urllib.request
+import zipfile
 import zlib
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from runtime import atomic_write
+
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CIFAR_BATCH = re.compile(r"(?:^|/)data_batch_([1-5])(\.bin)?$")
+BATCH = 2**30  # bytes; an official batch has 31 million
 IDX_TRAIN = re.compile(r"^train-images.*idx3-ubyte(\.gz)?$")
 
 
@@ -37,7 +40,32 @@ def reason(error):
     """One line, fit for a user, that says what an exception says."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image of a known format"
-    return " ".join(str(error).split()) or type(error).__name__
+    # Spaces stay as they are: they may belong to a name.
+    text = " ".join(line.strip() for line in str(error).strip().splitlines())
+    return shown(text) or type(error).__name__
+
+
+def shown(name):
+    """A file's name as one line that can be printed: line breaks, control characters and bytes that
+    are no UTF-8 (surrogates in Python, at which print stops) as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def content(path, limit):
+    """The bytes of a regular file. ValueError: it is something else, or over `limit` bytes."""
+    if not os.path.isfile(path):  # opening a named pipe would wait for ever
+        raise ValueError("a broken link or not a regular file")
+    with open(path, "rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > limit:
+            raise ValueError(f"{size:,} bytes are too many")
+        return file.read()
+
+
+def latin1(text, encoding):
+    """codecs.encode, as far as pickles of arrays need it: others reach any codec installed."""
+    if encoding not in ("latin1", "latin-1"):
+        raise ValueError(f"refused: the pickle asks for the codec {encoding}")
+    return text.encode("latin1")
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -48,7 +76,7 @@ class ArrayUnpickler(pickle.Unpickler):
     allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
                ("numpy.core.multiarray", "_reconstruct"): reconstruct,
                ("numpy._core.multiarray", "_reconstruct"): reconstruct,
-               ("_codecs", "encode"): codecs.encode}
+               ("_codecs", "encode"): latin1}
 
     def find_class(self, module, name):
         if (module, name) not in self.allowed:
@@ -70,31 +98,55 @@ def cifar_batches(path):
     images, so a missing one is an error; how many rows each has is left open.
     """
     parts = {}
+
+    def add(match, raw):
+        if match[1] in parts:
+            raise ValueError(f"{path} has data_batch_{match[1]} more than once")
+        parts[match[1]] = (match[2], raw)
+
     if os.path.isdir(path):
         for name in os.listdir(path):
             if match := CIFAR_BATCH.search(name):
-                with open(os.path.join(path, name), "rb") as file:
-                    parts[match[1]] = (match[2], file.read())
+                try:
+                    add(match, content(os.path.join(path, name), BATCH))
+                except ValueError as error:
+                    raise ValueError(f"{os.path.join(path, name)}: {error}") from error
     else:
         with tarfile.open(path) as tar:  # nothing is unpacked to disk
             for member in tar:
                 if (match := CIFAR_BATCH.search(member.name)) and member.isfile():
-                    parts[match[1]] = (match[2], tar.extractfile(member).read())
+                    if member.size > BATCH:
+                        raise ValueError(f"{path}: {member.name} declares {member.size:,} bytes")
+                    add(match, tar.extractfile(member).read())
             while tar.fileobj.read(2**20):  # gzip compares its checksum at the very end only
                 pass
     if missing := set("12345") - set(parts):
         raise ValueError(f"{path} has no CIFAR-10 data_batch_{min(missing)} "
                          "(an archive of image files: unpack it, or use a .zip)")
     for number, (binary, raw) in sorted(parts.items()):
+        where = f"{path}: data_batch_{number}"
         if binary:  # each record: one byte of label, then 3072 of pixels
+            if len(raw) % 3073:
+                raise ValueError(f"{where}.bin is not made of records of 3073 bytes, or cut")
             rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
             batch, labels = rows[:, 1:], rows[:, 0]
         else:
-            content = ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load()
-            batch, labels = content[b"data"], content.get(b"labels", [])
+            try:
+                pickled = ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load()
+                if not isinstance(pickled, dict):
+                    raise ValueError("a pickle, but of no dictionary")
+                batch, labels = pickled.get(b"data"), np.asarray(pickled.get(b"labels", []))
+            except Exception as error:  # a hostile pickle can raise nearly anything
+                raise ValueError(f"{where}: {reason(error)}") from error
         if not isinstance(batch, np.ndarray) or batch.dtype != np.uint8:
-            raise ValueError(f"{path}: data_batch_{number} holds no uint8 array")
-        yield batch, np.asarray(labels, np.int64)
+            raise ValueError(f"{where} holds no uint8 array")
+        # A reshape would take any shape with the right number of bytes, and mix the rows up.
+        if batch.ndim != 2 or batch.shape[1] != 3072:
+            raise ValueError(f"{where} holds an array of shape {batch.shape}, not (N, 3072)")
+        if labels.size and (labels.dtype.kind not in "iu" or labels.shape != (len(batch),)):
+            raise ValueError(f"{where} has {len(batch)} images, but its labels are "
+                             f"{labels.dtype} {labels.shape}")
+        yield batch, labels.astype(np.int64)
 
 
 def read_labels(path):
@@ -115,7 +167,10 @@ def read_labels(path):
             raise ValueError(f"{where} is no IDX file of labels, or cut")
         return np.frombuffer(raw, np.uint8, offset=8).astype(np.int64)
     if os.path.isdir(path) or os.path.isfile(path) and tarfile.is_tarfile(path):
-        return np.concatenate([labels for _, labels in cifar_batches(path)])
+        try:
+            return np.concatenate([labels for _, labels in cifar_batches(path)])
+        except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as error:
+            raise ValueError(f"{path}: {reason(error)}") from error
     raise ValueError(f"no labels beside {path} (known are IDX files and CIFAR-10's archives)")
 
 
@@ -125,6 +180,8 @@ def read_idx(raw, path, size=0):
     IDX: bytes 0 0 8 3 (unsigned bytes, 3 axes), then N, H, W big-endian, then the pixels.
     """
     count, height, width = struct.unpack(">3I", raw[4:16])
+    if 0 in (count, height, width):  # a border would make black images out of none
+        raise ValueError(f"no images in {path}: {count} of {width}x{height}")
     if len(raw) != 16 + count * height * width:
         raise ValueError(f"{path} should hold {count} images of {width}x{height}, is cut or broken")
     images = np.frombuffer(raw, np.uint8, offset=16).reshape(count, height, width, 1)
@@ -135,24 +192,50 @@ def read_idx(raw, path, size=0):
     return images
 
 
+def read_npy(file):
+    """The array of an open .npy file, or of a member of .npz, which is to end where it ends."""
+    array = np.lib.format.read_array(file, allow_pickle=False)  # a pickle could run any program
+    if file.read(1):  # np.load would leave the rest of the images out without a word
+        raise ValueError(f"there is more in it than the array {array.shape} of its header")
+    return array
+
+
+def choose(archive, path, key):
+    """The array `key` of an open .npz, or its only one that can be images."""
+    names = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
+    if len(names) != len(set(names)):
+        raise ValueError(f"{path}: two arrays in it have the same name")
+
+    def read(name):
+        with archive.open(name + ".npy") as file:
+            return read_npy(file)
+
+    arrays = {name: read(name) for name in names if key in (None, name)}
+    likely = [k for k, a in arrays.items() if a.dtype == np.uint8 and a.ndim in (3, 4)]
+    choices = likely or list(arrays)
+    if len(choices) != 1:
+        arrays = {name: read(name) for name in names}
+        listing = ", ".join(f"{k} {a.dtype} {a.shape}" for k, a in arrays.items())
+        raise ValueError(f"{path}: name one array as {path}:KEY, of {listing or 'none'}")
+    return arrays[choices[0]]
+
+
 def read_numpy(path, key):
     """A .npy file, or one array of a .npz (`key`, or the only one) -> uint8 (N, H, W, C).
 
     Floats are refused, not guessed at: they may mean [0, 1], [-1, 1] or [0, 255].
     """
-    array = np.load(path, allow_pickle=False)  # a pickle in it could run any program
-    if not isinstance(array, np.ndarray):
-        with array as archive:
-            arrays = {k: archive[k] for k in archive.files if key in (None, k)}
-            likely = [k for k, a in arrays.items() if a.dtype == np.uint8 and a.ndim in (3, 4)]
-            choices = likely or list(arrays)
-            if len(choices) != 1:
-                listing = ", ".join(f"{k} {archive[k].dtype} {archive[k].shape}" for k in archive)
-                raise ValueError(f"{path}: name one array as {path}:KEY, of {listing or 'none'}")
-            array = arrays[choices[0]]
+    with open(path, "rb") as file:
+        if not file.peek(2).startswith(b"PK"):
+            array = read_npy(file)
+        else:
+            with zipfile.ZipFile(file) as archive:
+                array = choose(archive, path, key)
     if array.dtype != np.uint8:
         raise ValueError(f"{path}: {array.dtype} is not uint8; save 0..255, for floats in [0, 1] "
                          "as (x * 255).round().astype('uint8')")
+    if array.ndim == 3 and array.shape[2] in (1, 3, 4) and array.shape[1] != array.shape[2]:
+        raise ValueError(f"{path}: {array.shape} looks like one image (H,W,C): save image[None]")
     if array.ndim == 3:
         return array[..., None]
     if array.ndim == 4 and array.shape[3] in (1, 3, 4):
@@ -166,6 +249,8 @@ def read_array(path, key=None, size=0):
     """A file or folder that is one array of images, told by its first bytes -> (N, H, W, C)."""
     if os.path.isdir(path):
         return read_cifar(path)
+    if not os.path.isfile(path):  # opening a named pipe would wait for ever
+        raise ValueError(f"{path}: a broken link or not a regular file")
     with open(path, "rb") as file:
         raw = file.read(8)
     zipped = raw[:2] == b"\x1f\x8b"
@@ -189,26 +274,22 @@ def download(url, path, sha256, instead="give the path of a copy"):
     The error says where to put the file by hand, since clusters often have no network. Several
     processes may do this at once: each writes a file of its own, and the last to finish wins.
     """
-    part = f"{path}.{os.getpid()}.part"  # same folder, so that os.replace is one atomic step
     digest = hashlib.sha256()
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as reply, open(part, "wb") as file:
+        with (urllib.request.urlopen(url, timeout=60) as reply, atomic_write(path) as part,
+              open(part, "wb") as file):
             total = int(reply.headers.get("Content-Length") or 0) or None
             with tqdm(desc=os.path.basename(path), total=total, unit="B", unit_scale=True) as bar:
                 while chunk := reply.read(2**20):
                     file.write(chunk)
                     digest.update(chunk)
                     bar.update(len(chunk))
-        if digest.hexdigest() != sha256:
-            raise OSError(f"its SHA-256 is {digest.hexdigest()}")
-        os.replace(part, path)
+            if digest.hexdigest() != sha256:
+                raise OSError(f"its SHA-256 is {digest.hexdigest()}")
     except Exception as error:  # OSError mostly, but a cut reply is an HTTPException
         raise OSError(f"cannot download {url} ({reason(error)}): put the file with SHA-256 {sha256}"
                       f" at {path}, or {instead}") from error
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
 
 
 def cached(name, url, sha256, **more):

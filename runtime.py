@@ -22,6 +22,7 @@ import ctypes
 import errno
 import glob
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -294,13 +295,14 @@ ENTRIES = dict(settings=dict, raw=dict, ema=dict, optimizer=dict, step=int, skip
 
 
 @contextlib.contextmanager
-def atomic_write(path):
+def atomic_write(path, sweep=True):
     """with atomic_write(path) as temporary: write there; it becomes `path` only if the block ends
-    without an error."""
+    without an error. sweep: first remove what killed processes left of the same; takes longer in
+    folders of many files."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if not alive(old.name.split(".")[-2]):  # a killed process left it
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if sweep else ():
+        if not alive(old.name.split(".")[-2]):
             old.unlink(missing_ok=True)
     try:
         yield temporary
@@ -511,6 +513,32 @@ class Stop:
             raise Interrupted(self.asked)
 
 
+class Forgiving:
+    """A text stream that loses words rather than a run: its file is on a full disk, its terminal is
+    gone, its pipe is closed."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, words):
+        with contextlib.suppress(OSError):
+            self.stream.write(words)
+        return len(words)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def forgive_output():
+    """From here on, what cannot be printed is lost, and nothing else. For programs whose output is
+    in files of their own."""
+    sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
+
+
 def run_program(main):
     """Run main(); a bad argument or file ends in one line and exit status 2. TRACEBACK=1 shows
     where it came from."""
@@ -529,7 +557,9 @@ def run_program(main):
             sys.exit("out of memory: try a smaller --batch-size, or, in train.py, --microbatch")
         if os.environ.get("TRACEBACK") or not lost(error):
             raise
-        time.sleep(1)  # let the one that failed speak first
+        # The one that failed may want to speak first. torchrun, meanwhile, asks us to end.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(1)
         if not list(said()):
             complain("another process of this job has ended, or did not answer for "
                      f"{TIMEOUT.total_seconds() / 60:g} minutes. The same command goes on from the "
@@ -558,8 +588,9 @@ def said(words="*"):
 
 
 def complain(error):
-    """One line on stderr; once, where several processes of one machine find the same."""
-    words = " ".join(str(error).split())
+    """One line on stderr, and in torchrun's own report; once, where several processes of one
+    machine find the same."""
+    words = f"{Path(sys.argv[0]).name}: error: " + " ".join(str(error).splitlines())
     for mark in said(words):
         try:
             os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
@@ -567,4 +598,8 @@ def complain(error):
             return
         except OSError:
             pass
-    print(f"{Path(sys.argv[0]).name}: error: {words}", file=sys.stderr, flush=True)
+    print(words, file=sys.stderr, flush=True)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        stamp = dict(timestamp=str(int(time.time())))
+        with contextlib.suppress(OSError):
+            Path(report).write_text(json.dumps(dict(message=dict(message=words, extraInfo=stamp))))

@@ -8,8 +8,8 @@ r"""Make pictures with a trained run.
 
 Everything about the model (size, schedule, prediction, time condition) comes from the checkpoint.
 Image i starts from the noise of seed + i, and draws its fresh noise from the same generator: it is
-the same picture (within one grey level) whatever the batch size and the number of processes. PNGs
-that a stopped call has left are not made again.
+the same picture (within one grey level) whatever the batch size and the number of processes. What
+a stopped call has left is not made again: the same command goes on.
 
 What this file does not do: the samplers' formulas (samplers.py), or scoring images.
 
@@ -109,7 +109,7 @@ def digest(*tensors):
     return found.hexdigest()[:16]
 
 
-def prepare_folder(args, denoiser, arguments, known):
+def prepare_folder(args, process, denoiser, arguments, known):
     """The output folder. Pictures of ours that were made differently are removed, others never."""
     # settings.json says how the pictures beside it were made. If that has changed, a longer run
     # or another seed, the old ones would mix with the new: a set for an FID must be of one kind.
@@ -137,6 +137,7 @@ def prepare_folder(args, denoiser, arguments, known):
             raise ValueError(f"what the pictures are compared with goes to {folder}, which holds "
                              "something else: give another --out")
     out.mkdir(parents=True, exist_ok=True)
+    process.hold(out)
     runtime.remove_leftovers(out)
     try:
         same = mine and json.loads(note.read_text()) == made
@@ -144,7 +145,7 @@ def prepare_folder(args, denoiser, arguments, known):
         same = False
     if not same:
         for old in out.iterdir():
-            if re.fullmatch(r"\d{6,}\.png|images\.npz", old.name):
+            if re.fullmatch(r"\d{6,}\.png|images\.npz|part-\d{6,}\.npz", old.name):
                 old.unlink()
     runtime.write_text(note, json.dumps(made, indent=1) + "\n")
     return out
@@ -206,7 +207,7 @@ class Known:
 
 def main(argv=None):
     args = parse(argv)
-    with runtime.setup(tf32=False) as process:
+    with runtime.setup(tf32=False, deterministic=args.deterministic) as process:
         runtime.keep_memory()
         # tf32=False: a picture must not depend on how its batch was rounded
         denoiser, words = process.first_then_all(lambda: open_denoiser(args))
@@ -215,7 +216,7 @@ def main(argv=None):
         process.say(words)
         arguments = sampling.from_flags(args, denoiser)
         for note in sampling.notes(args, denoiser):
-            process.say(note)
+            process.say(f"note: {note}")
         T, start = denoiser.schedule.T, arguments["t_start"]
         if start < T:
             process.say(f"eps-prediction knows no x_0 at t = {T}, where alpha_bar = 0: starting at "
@@ -227,21 +228,24 @@ def main(argv=None):
             args.num = min(args.num or (64 if n >= data.ENDLESS else n), n)
             process.say(f"to be enlarged: {args.num} of {known.summary}")
         args.num = args.num or 64
-        out = process.first_does(lambda: prepare_folder(args, denoiser, arguments, known))
-        made = generate(args, process, denoiser, arguments, out, known)
+        out = process.first_does(lambda: prepare_folder(args, process, denoiser, arguments,
+                                                          known))
+        generate(args, process, denoiser, arguments, out, known)
         process.barrier()
-        finish(args, process, out, made, known)
+        finish(args, process, out, known)
 
 
 def generate(args, process, denoiser, arguments, out, known):
-    """This process's share of the images: {i: uint8 (H, W, C)} with --npz, else written as PNGs."""
+    """Write what is missing of the images: PNGs, or parts of the .npz, a batch in each."""
     # Who makes image i does not matter to it: its noise has a generator of its own. So the list of
-    # what is missing is simply dealt out, like cards.
+    # what is missing is simply dealt out, like cards. It must be one list: a process that looked
+    # for itself would miss what another has finished meanwhile.
     space = denoiser.space
-    todo = [i for i in range(args.num) if args.npz or not (out / f"{i:06d}.png").exists()]
+    there = process.first_does(lambda: on_disk(args, out))
+    todo = [i for i in range(args.num) if i not in there]
     if len(todo) < args.num:
         process.say(f"{args.num - len(todo)} of {args.num} images are there already")
-    todo, made = todo[process.rank::process.world], {}
+    todo = todo[process.rank::process.world]
     bar = tqdm(total=len(todo), unit="image", disable=not process.first, dynamic_ncols=True)
     for start in range(0, len(todo), args.batch_size):
         batch = todo[start:start + args.batch_size]
@@ -249,15 +253,71 @@ def generate(args, process, denoiser, arguments, out, known):
         x = samplers.from_seeds(denoiser.but(given=given), [args.seed + i for i in batch],
                                 space.shape, process.device, **arguments)
         pixels = data.to_uint8(space.decode(x)).permute(0, 2, 3, 1).cpu().numpy()  # (b, H, W, C)
-        for i, image in zip(batch, pixels, strict=True):
-            if args.npz:
-                made[i] = image
-            else:
-                with runtime.atomic_write(out / f"{i:06d}.png") as temporary:
-                    Image.fromarray(image.squeeze()).save(temporary, format="png")
+        if args.npz:
+            write_npz(out / f"part-{batch[0]:06d}.npz", images=pixels, indices=batch)
+        else:
+            for i, image in zip(batch, pixels, strict=True):
+                write_png(png_path(out, i), Image.fromarray(image.squeeze()))
         bar.update(len(batch))
     bar.close()
-    return made
+
+
+def png_path(out, i):
+    """Where image i is."""
+    return out / f"{i:06d}.png"
+
+
+def write_png(path, image):
+    """A PIL image -> a file, whole or not at all."""
+    with runtime.atomic_write(path, sweep=False) as temporary:  # prepare_folder has swept, once
+        image.save(temporary, format="png")
+
+
+def write_npz(path, **arrays):
+    """Arrays -> an .npz file, whole or not at all."""
+    with runtime.atomic_write(path) as temporary, open(temporary, "wb") as f:
+        np.savez(f, **arrays)
+
+
+def read_parts(out):
+    """Yields (indices, images (n, H, W, C)) of images.npz, if a call has finished, and of what
+    others have left."""
+    for path in [out / "images.npz", *sorted(out.glob("part-*.npz"))]:
+        if path.exists():
+            try:
+                with np.load(path, allow_pickle=False) as archive:
+                    images = archive["images"]
+                    indices = archive["indices"] if "indices" in archive else range(len(images))
+            except Exception as error:  # of zip, zlib, NumPy
+                raise ValueError(f"{path} is damaged: delete it, and the same command makes its "
+                                 "images again") from error
+            yield indices, images
+
+
+def on_disk(args, out):
+    """The set of those i, of the images asked for, that are made already."""
+    if args.npz:
+        return {int(i) for indices, _ in read_parts(out) for i in indices}
+    return {i for i in range(args.num) if png_path(out, i).exists()}
+
+
+def put_together(args, out):
+    """The parts -> images.npz; the array, uint8 (num, H, W, C)."""
+    pixels, missing = None, set(range(args.num))
+    for indices, images in read_parts(out):
+        if pixels is None:
+            pixels = np.empty((args.num, *images.shape[1:]), np.uint8)
+        for i, image in zip(indices, images, strict=True):
+            if i < args.num:
+                pixels[i] = image
+                missing.discard(int(i))
+    if missing:
+        raise ValueError(f"{len(missing)} of {args.num} images are not in {out}: do all machines "
+                         "share that folder? The same command makes what is missing")
+    write_npz(out / "images.npz", images=pixels)
+    for part in out.glob("part-*.npz"):
+        part.unlink()
+    return pixels
 
 
 def beside(out, known):
@@ -270,32 +330,30 @@ def write_beside(out, known, num):
     """Fill them, pair by pair."""
     for folder in beside(out, known):
         folder.mkdir(exist_ok=True)
+        runtime.remove_leftovers(folder)
         runtime.write_text(folder / "settings.json", (out / "settings.json").read_text())
         for old in folder.glob("[0-9]*.png"):  # partners of pictures that are gone
             if not (out / old.name).exists():
                 old.unlink()
     for i in range(num):
         for folder, images in zip(beside(out, known), known.columns([i]), strict=True):
-            with runtime.atomic_write(folder / f"{i:06d}.png") as temporary:
-                data.grid(images, 1).save(temporary, format="png")
+            write_png(png_path(folder, i), data.grid(images, 1))
 
 
-def finish(args, process, out, made, known):
-    """Rank 0 gathers, writes the .npz or reads the PNGs back, makes the grid, and says where all
+def finish(args, process, out, known):
+    """Rank 0 puts the .npz together or reads the PNGs back, makes the grid, and says where all
     is."""
-    if args.npz:
-        parts = process.gather(made)
-        if process.first:
-            made = {i: image for part in parts for i, image in part.items()}
-            pixels = np.stack([made[i] for i in range(args.num)])
-            with runtime.atomic_write(out / "images.npz") as temporary, open(temporary, "wb") as f:
-                np.savez(f, images=pixels)
     if not process.first:
         return
     # The grid is made of what is on the disk, whoever made it: it shows what the user has.
     first = min(args.num, 64)
-    if not args.npz:
-        pixels = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) for i in range(first)])
+    if args.npz:
+        pixels = put_together(args, out)
+    elif missing := args.num - len(on_disk(args, out)):
+        raise ValueError(f"{missing} of {args.num} images are not in {out}: do all machines share "
+                         "that folder? The same command makes what is missing")
+    else:
+        pixels = np.stack([np.asarray(Image.open(png_path(out, i))) for i in range(first)])
         pixels = pixels.reshape(*pixels.shape[:3], -1)
     grid = shown = torch.from_numpy(pixels[:first]).permute(0, 3, 1, 2)
     columns = max(1, round(first**0.5))

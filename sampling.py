@@ -45,6 +45,8 @@ def add_flags(parser):
     add("--precision", default="fp32", choices=("fp32", "bf16"), help="of the networks: bf16 is "
         "faster where the hardware has units for it, and rounds (default: fp32)")
     add("--compile", action="store_true", help="torch.compile the networks: a minute at the start")
+    add("--deterministic", action="store_true", help="the same bits again on GPUs too (CPUs give "
+        "them anyhow), by slower algorithms")
     add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last weights")
 
 
@@ -129,6 +131,17 @@ def clip_from_flags(args, denoiser):
 
 
 def notes(args, denoiser):
-    """What a program should say, once, about how it samples: a list of lines."""
-    used = grid_from_flags(args, denoiser)[1]
-    return [f"note: {samplers.unspent(args.nfe, used)}"] * (used != args.nfe)
+    """What works, but hardly as meant: a list of lines, to be said once."""
+    found, used = [], grid_from_flags(args, denoiser)[1]
+    if used != args.nfe:
+        found.append(samplers.unspent(args.nfe, used))
+    steps, order = args.nfe - 1, args.order or 3
+    if steps == 0:  # x_0 as seen from T: nothing that is about steps, or between them, matters
+        idle = [f"--{name} {value}" for name in ("spacing", "eta", "order", "variance")
+                if (value := getattr(args, name)) not in (None, "uniform", 0.0)]
+        if idle:
+            found.append(f"one network call makes no step: {', '.join(idle)} has no effect")
+    elif args.sampler == "dpm-solver" and steps < order:
+        found.append(f"order {order} takes {order + 1} calls, the last of them for x_0: with "
+                     f"{args.nfe} it is order {steps}")
+    return found

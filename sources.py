@@ -48,6 +48,7 @@ class Generated:
         self.shape = (self.settings["channels"], *[self.settings["image_size"]] * 2)
         refuse_given(self.denoiser, path.parent.name)
         self.arguments = sampling.from_flags(args, self.denoiser)
+        self.notes = sampling.notes(args, self.denoiser)
         flags = ("spacing", "eta", "order", "variance", "clip", "churn", "churn_min", "churn_max",
                  "churn_noise", "precision")
         how = f"{args.sampler} --nfe {self.arguments['nfe']} " + " ".join(
@@ -192,7 +193,7 @@ def refuse_unused(args, made, stored):
     sampling.add_flags(plain)
     unused = [k for k, v in vars(plain.parse_args([])).items() if getattr(args, k) != v]
     if stored and args.metric != "psnr" and not args.features:  # Inception is a network, too
-        unused = [k for k in unused if k not in ("precision", "compile")]
+        unused = [k for k in unused if k not in ("precision", "compile", "deterministic")]
     unused += ["seed"] * bool(args.seed)
     if not made and unused:
         flag = unused[0].replace("_", "-")

@@ -382,4 +382,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    runtime.forgive_output()
     runtime.run_program(main)

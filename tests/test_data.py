@@ -224,7 +224,9 @@ def test_folder_of_everything(tmp_path):
     assert isinstance(d, data.Array) and len(d) == 8
     assert np.array_equal(hwc(d[0]), arrays[0])
     assert all(np.array_equal(hwc(d[1 + i]), array) for i, array in enumerate(arrays))
-    assert d.summary == "8 images (1 L, 7 RGB), 8x8 to 20x9 -> 3x8x8, in memory"
+    assert d.summary == (
+        "8 images (1 L, 7 RGB), 8x8 to 20x9 -> 3x8x8, in memory, 1 other file left out (.txt 1)"
+    )
 
 
 def test_a_linked_folder_is_followed(tmp_path):

@@ -2,8 +2,11 @@
 
 import contextlib
 import csv
+import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,11 +23,12 @@ import sample
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
+WORKER = ROOT / "tests" / "faulty_worker.py"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}
 TINY = ["--image-size", "8", "--batch-size", "4", "--precision", "fp32", "--sample-every", "1000"]
 
 
-def torchrun(n, *words, cwd, check=True):
+def torchrun(n, *words, cwd, check=True, options=()):
     """`torchrun --nproc_per_node n words`, on a free port of its own choosing."""
     done = subprocess.run(
         [
@@ -34,6 +38,7 @@ def torchrun(n, *words, cwd, check=True):
             "--standalone",
             "--nproc_per_node",
             str(n),
+            *options,
             *map(str, words),
         ],
         cwd=cwd,
@@ -193,3 +198,98 @@ def test_every_task_under_two_processes(runs):
         torchrun(n, ROOT / "covariance.py", "by1", "-n", "4", cwd=runs)
         gammas.append(np.load(runs / "runs" / "by1" / "analytic.npz")["gamma"])
     np.testing.assert_array_equal(*gammas)
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes_train_the_same(tmp_path):
+    """Losses of every step to 1e-5; what is left of them in the weights after Adam; resuming."""
+    words = [*TINY, "--batch-size", "8", "--sa-k", "2", "--etsdm", "--save-every", "100"]
+    for n in (1, 2, 4):
+        torchrun(n, WORKER, "log", tmp_path / f"{n}.json", *words, "--steps", "6", cwd=tmp_path)
+    one, two, four = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2, 4))
+    assert len(one) == 6
+    for other in (two, four):
+        # The first step is the same computation up to rounding. Adam divides by the gradient's
+        # size, and so turns the rounding of tiny gradients into steps of full length.
+        assert_close(other[0], one[0], rtol=1e-5, atol=1e-7)
+        assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how, rank", [("die", 0), ("die", 1), ("hang", 1), ("refuse", 1)])
+def test_a_process_that_fails_takes_the_others_down_with_one_line(how, rank, tmp_path):
+    """Killed, stopped for longer than the timeout, or with an error of its own."""
+    began = time.time()
+    words = [*TINY, "--steps", "12", "--save-every", "3", "--name", "lost"]
+    done = torchrun(2, WORKER, how, rank, 7, *words, cwd=tmp_path, check=False)
+    assert done.returncode != 0 and time.time() - began < 100
+    lines = [x for x in done.stderr.splitlines() if re.search(r"(^|\])train\.py: error: ", x)]
+    assert len(lines) == 1, done.stderr[-3000:]
+    expected = "no good" if how == "refuse" else "another process of this job has ended"
+    assert expected in lines[0]
+    assert "RuntimeError" not in done.stderr and "gloo" not in done.stderr
+    assert runtime.load_checkpoint(tmp_path / "runs/lost/checkpoint.pt")["step"] == 6
+
+
+@pytest.mark.slow
+def test_torchrun_brings_a_dead_process_back(tmp_path):
+    """--max-restarts: from the last checkpoint, to the weights of a run in which nobody died."""
+    words = [*TINY, "--steps", "10", "--save-every", "3"]
+    restarts = ["--max-restarts", "3"]
+    done = torchrun(
+        2, WORKER, "die", 1, 7, *words, "--name", "back", cwd=tmp_path, options=restarts
+    )
+    assert "from step 6" in done.stdout and done.stdout.count("done:") == 1
+    torchrun(2, ROOT / "train.py", *words, "--name", "whole", cwd=tmp_path)
+    back, whole = (
+        runtime.load_checkpoint(tmp_path / "runs" / name / "checkpoint.pt")
+        for name in ("back", "whole")
+    )
+    for key in ("raw", "ema", "optimizer"):
+        assert_close(back[key], whole[key], rtol=0, atol=0)
+    assert not list((tmp_path / "runs").rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_two_machines(runs):
+    """The README's two commands, as two torchrun agents on this one: the run of two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(n)]
+            + ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+            + [str(ROOT / "train.py"), *TINY, "--steps", "10", "--name", "machines"],
+            cwd=runs,
+            env=ENV,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for n in (0, 1)
+    ]
+    outs = [agent.communicate(timeout=150) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outs
+    assert sum(out.count("done:") for out, _ in outs) == 1, "rank 0 alone speaks"
+    one, two = (
+        runtime.load_checkpoint(runs / "runs" / name / "checkpoint.pt")
+        for name in ("by2", "machines")
+    )
+    assert_close(two["raw"], one["raw"], rtol=0, atol=0)
+
+
+def test_what_all_processes_find_is_said_once(tmp_path):
+    """A wrong flag, which each of them sees before it knows the others."""
+    done = torchrun(2, ROOT / "train.py", "--lr", "-1", cwd=tmp_path, check=False)
+    lines = [x for x in done.stderr.splitlines() if x.startswith("train.py: error: ")]
+    assert len(lines) == 1 and "--lr must be above 0" in lines[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_port_is_written_down():
+    """torchrun's --standalone finds a free one; two jobs on a machine must not meet."""
+    for path in ROOT.glob("*.py"):
+        assert not re.search(
+            r"master_port[ =]+[0-9]|MASTER_PORT|localhost:[0-9]|29500", path.read_text()
+        )

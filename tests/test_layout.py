@@ -29,6 +29,7 @@ ROWS = [
         "inception",
         "autoencoder",
         "data",
+        "pictures",
         "readers",
         "runtime",
     },
@@ -45,8 +46,10 @@ ROWS = [
 ]
 # What the forward process is, everybody may know.
 ALLOWED = {
-    "readers": set(),
-    "data": {"readers"},
+    "runtime": set(),
+    "pictures": set(),
+    "readers": {"runtime"},
+    "data": {"readers", "pictures"},
     "inception": {"readers"},
     "autoencoder": {"unet"},
     "spaces": {"autoencoder", "data", "runtime"},

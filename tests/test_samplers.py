@@ -664,7 +664,7 @@ def test_flags_become_arguments_that_sample_takes():
             warnings.simplefilter("error")  # what heun cannot spend is said once, by notes()
             samplers.from_seeds(denoiser, [0], (1,), **arguments)
     (line,) = sampling.notes(flags("--sampler", "heun", "--nfe", "20"), denoiser)
-    assert line.startswith("note: heun's steps cost two calls each: it makes 19 of the 20")
+    assert line.startswith("heun's steps cost two calls each: it makes 19 of the 20")
     assert sampling.notes(flags("--sampler", "heun", "--nfe", "19"), denoiser) == []
     assert sampling.notes(flags("--nfe", "20"), denoiser) == []
 

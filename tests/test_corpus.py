@@ -1,0 +1,751 @@
+r"""Bad input produces no wrong number quietly: every file of a corpus is used rightly or named.
+
+bad_images.py writes the image files; zips and arrays are made here. What test_data.py refuses
+already is not repeated.
+"""
+
+import builtins
+import gzip
+import io
+import os
+import pickle
+import re
+import struct
+import tarfile
+import threading
+import tracemalloc
+import warnings
+import zipfile
+import zlib
+
+import bad_images
+import numpy as np
+import pytest
+import torch
+from bad_images import PICTURE, encode
+from PIL import Image
+
+import data
+import readers
+
+SIDE = bad_images.SIDE
+GOOD = encode(PICTURE, "PNG")
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, of files as bad as these
+LIMIT = 20  # seconds for one file; the slowest takes a fraction of one
+
+
+def in_time(function, *args, **options):
+    """What the function returns or raises, unless it takes longer than LIMIT."""
+    result = []
+
+    def work():
+        try:
+            result.append((function(*args, **options), None))
+        except BaseException as error:
+            result.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(LIMIT)
+    assert result, f"{args} is still being read after {LIMIT} s"
+    if result[0][1]:
+        raise result[0][1]
+    return result[0][0]
+
+
+def load(path, **options):
+    options = {"size": SIDE, "channels": 3} | options
+    return in_time(data.load, path, **options)
+
+
+def refused(path, word="", function=load, **options):
+    """The one line, naming the file, in which it is refused; any other exception is a failure."""
+    with pytest.raises((ValueError, OSError)) as info:
+        function(path, **options)
+    message = str(info.value)
+    assert len(message.splitlines()) == 1 and message.isprintable(), message
+    message.encode()  # else print would stop
+    assert readers.shown(str(path)) in message and re.search(word, message), message
+    return message
+
+
+def hwc(tensor):
+    return tensor.permute(1, 2, 0).numpy()
+
+
+def pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+# ------------------------------------------------------------------ files
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    return folder, bad_images.make(folder)
+
+
+@pytest.fixture(scope="module")
+def outcomes(corpus):
+    """{name: image or the error's line} of each file of a known suffix, loaded alone."""
+    folder, expected = corpus
+    found = {}
+    for name, expect in expected.items():
+        if expect.what in ("used", "named", "either"):
+            path = os.path.join(folder, name)
+            try:
+                single = in_time(data.Files([path], SIDE, 3).read, 0, check=True)
+                found[name] = hwc(single[2])
+            except AssertionError:
+                raise
+            except Exception as error:
+                found[name] = readers.reason(error)
+    return found
+
+
+def test_the_corpus_is_large(corpus):
+    kinds = [expect.what for expect in corpus[1].values()]
+    assert kinds.count("named") > 60 and kinds.count("used") > 60
+
+
+def test_each_file_is_used_rightly_or_named(corpus, outcomes):
+    folder, expected = corpus
+    wrong = []
+    for name, outcome in outcomes.items():
+        expect = expected[name]
+        if isinstance(outcome, str):
+            if expect.what == "used" or expect.word not in outcome or not outcome.isprintable():
+                wrong.append(f"{name!a}: {outcome}")
+        elif expect.what == "named":
+            wrong.append(f"{name!a}: used")
+        elif np.abs(outcome - expect.pixels.astype(float)).max() > expect.tolerance:
+            wrong.append(f"{name!a}: other pixels {outcome[0, :2]}, not {expect.pixels[0, :2]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_each_named_file_alone_is_a_line_with_its_name(corpus, outcomes):
+    folder, _ = corpus
+    for name, outcome in outcomes.items():
+        path = os.path.join(folder, name)
+        if isinstance(outcome, str):
+            refused(path, skip_bad=True)
+        else:
+            assert np.array_equal(hwc(load(path)[0]), outcome)
+
+
+def test_none_of_a_folder_is_lost(corpus, outcomes):
+    folder, expected = corpus
+    bad = [name for name, outcome in outcomes.items() if isinstance(outcome, str)]
+    message = refused(folder, "first|and [0-9]+ more")
+    assert f"{len(bad)} of {len(outcomes)} images cannot be read: " in message
+    assert f" and {len(bad) - 5} more; --skip-bad-images" in message
+    for name in sorted(os.path.join(folder, name) for name in bad)[:5]:
+        assert readers.shown(name) in message
+    others = sum(expect.what == "left out" for expect in expected.values())
+    assert others == 9
+    tail = f", {len(bad)} bad skipped, 9 other files left out (no suffix 3, .heic 2, .\\udcff\\n 1"
+    for limit in (0, 2**30):
+        d = load(folder, skip_bad=True, memory_limit=limit)
+        assert len(d) == len(outcomes) - len(bad)
+        assert d.summary.endswith(tail + ", ...)") and d.summary.isprintable()
+        for path, image in zip(d.paths, d, strict=False):
+            assert np.array_equal(hwc(image), outcomes[os.path.relpath(path, folder)])
+
+
+def test_every_name_can_be_printed(corpus, outcomes):
+    """All bad files in one error each, also as __getitem__ gives it."""
+    folder, _ = corpus
+    for name, outcome in outcomes.items():
+        if isinstance(outcome, str):
+            files = data.Files([os.path.join(folder, name)], SIDE, 3)
+            if "missing" not in outcome:  # rows are counted once, at the start
+                refused(files.paths[0], function=lambda _, files=files: in_time(lambda: files[0]))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
+def test_cut_anywhere(tmp_path, kind):
+    content = encode(PICTURE, kind)
+    whole = load_bytes(content)
+    for at in range(0, len(content), 1 if len(content) < 300 else 7):
+        try:
+            image = load_bytes(content[:at])
+        except Exception:  # that it is named, the corpus tests
+            continue
+        assert torch.equal(image, whole), at
+
+
+def load_bytes(content):
+    files = data.Files(["x"], SIDE, 3)
+    files.content = lambda i: content
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return files.read(0, check=True)[2]
+
+
+@pytest.mark.parametrize("interlace", [0, 1])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_whole_pngs_lack_no_pixels(mode, interlace):
+    """The bytes of pixels are counted right, for odd sizes too, against the rows themselves."""
+    for width, height in ((1, 1), (5, 3), (8, 9), (33, 17)):
+        image = Image.new(mode, (width, height))
+        content = encode(image, "PNG")
+        assert data.missing_pixels(content) == 0
+        bits, kind = content[24], content[25]
+        channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+        need = height * (1 + -(-width * bits * channels // 8))
+        if interlace:  # pixel by pixel, which pass takes it
+            order = np.array(
+                [
+                    [1, 6, 4, 6, 2, 6, 4, 6],
+                    [7] * 8,
+                    [5, 6, 5, 6, 5, 6, 5, 6],
+                    [7] * 8,
+                    [3, 6, 4, 6, 3, 6, 4, 6],
+                    [7] * 8,
+                    [5, 6, 5, 6, 5, 6, 5, 6],
+                    [7] * 8,
+                ]
+            )  # the PNG specification, section 8.2
+            grid = np.tile(order, (height, width))[:height, :width]
+            need = 0
+            for number in range(1, 8):
+                in_rows = (grid == number).sum(1)
+                need += sum(1 + -(-n * bits * channels // 8) for n in in_rows.tolist() if n)
+        for lack in (0, 1):
+            made = bad_images.png(
+                width, height, bits, kind, bytes(need - lack), interlace=interlace
+            )
+            assert data.missing_pixels(made) == lack
+
+
+def test_more_pixels_than_declared_are_not_inflated():
+    bomb = bad_images.png(1, 1, 8, 0, bytes(2**25))
+    tracemalloc.start()
+    assert data.missing_pixels(bomb) == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(GOOD)
+    true_open = builtins.open
+
+    def forbidding(path, *args, **options):
+        if str(path).endswith("a.png"):
+            raise PermissionError(13, "Permission denied", path)
+        return true_open(path, *args, **options)
+
+    monkeypatch.setattr(builtins, "open", forbidding)
+    assert "1 of 2 images" in refused(tmp_path, r"a\.png \(.*Permission denied")
+    assert len(load(tmp_path, skip_bad=True)) == 1
+
+
+@pytest.mark.parametrize("size", [(20000, 1), (1, 20000), (100, 30000)])
+def test_long_images_need_little_memory(size):
+    image = Image.new("RGB", size)
+    sizes = []
+    true_resize = Image.Image.resize
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Image.Image, "resize", lambda self, s, *a: sizes.append(s) or true_resize(self, s, *a)
+        )
+        assert data.prepare(image, 256, 3).shape == (3, 256, 256)
+    assert sizes and max(map(max, sizes)) <= 8 * 256
+
+
+def test_images_up_to_eight_to_one_keep_their_pixels():
+    """And longer ones lose nothing but what the filter cannot reach."""
+    for width, height, size in ((128, 16, 8), (16, 128, 32), (40, 30, 16), (640, 16, 8)):
+        array = pixels(height, width, 3)
+        image = Image.fromarray(array)
+        scale = size / min(width, height)
+        large = image.resize(
+            (round(width * scale), round(height * scale)), Image.Resampling.LANCZOS
+        )
+        left, top = (large.width - size) // 2, (large.height - size) // 2
+        plain = np.asarray(large.crop((left, top, left + size, top + size)))
+        assert np.array_equal(hwc(data.prepare(image, size, 3)), plain)
+
+
+def test_side_of_the_first_good_image(tmp_path):
+    """The size in the header of a broken file is no size for the others."""
+    (tmp_path / "a.png").write_bytes(encode(pixels(64, 64, 3), "PNG")[:2000])
+    (tmp_path / "b.png").write_bytes(GOOD)
+    d = load(tmp_path, size=None, skip_bad=True)
+    assert d.images.shape == (1, 3, SIDE, SIDE) and "1 bad skipped" in d.summary
+
+
+def test_other_sources_that_would_hang(tmp_path):
+    """A pipe in place of a file, a folder's IDX file, a batch; and links without an end."""
+    os.mkfifo(tmp_path / "pipe.zip")
+    refused(tmp_path / "pipe.zip", "neither a file nor a folder")
+    refused("/dev/zero", "neither a file nor a folder")
+    (tmp_path / "idx").mkdir()
+    os.mkfifo(tmp_path / "idx" / "train-images-idx3-ubyte")
+    refused(tmp_path / "idx", "not a regular file")
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)):
+        folder = tmp_path / f"cifar{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        make(folder / "data_batch_1")
+        refused(folder, "data_batch_1: .*not a regular file")
+    os.symlink(tmp_path / "loop", tmp_path / "loop")
+    refused(tmp_path / "loop", "no such file")
+
+
+def test_no_images_says_what_there_was(tmp_path):
+    for name in ("a.heic", "b.avif", "c.jxl", "d.txt", "d"):
+        (tmp_path / name).write_bytes(GOOD)
+    assert refused(tmp_path).endswith(
+        ".pgm), 5 other files left out (.avif 1, .heic 1, .jxl 1, ...)"
+    )
+    (tmp_path / "one\nline").mkdir()
+    refused(tmp_path / "one\nline", "empty folder")
+    refused(os.path.join(tmp_path, os.fsdecode(b"gone \xff")), "no such file")
+
+
+# ------------------------------------------------------------------ zips
+
+
+def zipped(path, members, **options):
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", **options) as archive:
+        warnings.simplefilter("ignore")  # of names given twice
+        for name, content in members:
+            archive.writestr(name, content)
+    return path
+
+
+def patched(path, local, central, form, value):
+    """Overwrite a field of the first member's two headers, at these offsets."""
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"PK\1\2")
+    struct.pack_into(form, raw, local, value)
+    struct.pack_into(form, raw, at + central, value)
+    path.write_bytes(raw)
+
+
+def test_names_that_lead_elsewhere_are_read_from_memory(tmp_path):
+    names = ["../../x.png", "/abs/x.png", "C:\\x.png", "..\\x.png", "a/../b.png", "./c.png"]
+    names += ["new\nline.png", "a/.../d.png"]
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    path = zipped(tmp_path / "deep" / "er" / "set.zip", [(name, GOOD) for name in names])
+    before = sorted(tmp_path.rglob("*"))
+    d = load(path)
+    # "..." is a hidden folder, and hidden things do not count
+    assert len(d) == 7 and all(np.array_equal(hwc(image), PICTURE) for image in d.images)
+    assert "left out" not in d.summary
+    assert sorted(tmp_path.rglob("*")) == before and not os.path.exists("/abs/x.png")
+
+
+@pytest.mark.parametrize("declared", [2**30 + 1, 3 * 2**30])
+def test_a_member_that_declares_gigabytes_is_not_inflated(tmp_path, declared):
+    path = zipped(tmp_path / "x.zip", [("x.png", GOOD), ("y.png", GOOD)])
+    patched(path, 22, 24, "<I", declared)
+    refused(path, rf"1 of 2 images.*x\.png \({declared:,} bytes are too many")
+    assert load(path, skip_bad=True).summary.endswith("1 bad skipped")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_member_larger_than_it_declares(tmp_path, method):
+    size = 2**26 if method == zipfile.ZIP_DEFLATED else 2**22
+    path = zipped(tmp_path / "x.zip", [("x.png", GOOD + bytes(size))], compression=method)
+    patched(path, 22, 24, "<I", 1000)
+    tracemalloc.start()
+    refused(path, r"x\.png \(Bad CRC")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    if method == zipfile.ZIP_DEFLATED:  # the others give all they have at once
+        assert peak < 2**24
+
+
+def test_a_member_smaller_than_it_declares_or_empty(tmp_path):
+    path = zipped(tmp_path / "x.zip", [("x.png", GOOD)], compression=zipfile.ZIP_DEFLATED)
+    patched(path, 22, 24, "<I", len(GOOD) + 1000)
+    assert np.array_equal(hwc(load(path)[0]), PICTURE)
+    path = zipped(tmp_path / "y.zip", [("x.png", b"")])
+    refused(path, r"x\.png \(empty file\)")
+
+
+@pytest.mark.parametrize(
+    "local,central,form,value,word",
+    [
+        (6, 8, "<H", 1, "encrypted"),
+        (8, 10, "<H", 97, "compression"),
+        (14, 16, "<I", 12345, "CRC"),
+        (0, 42, "<I", 2**31, "x.png"),  # the member is said to be beyond the end
+        (0, 4, "<I", 0, "x.png"),  # no header of a member
+    ],
+)
+def test_members_that_cannot_be_read_are_named(tmp_path, local, central, form, value, word):
+    path = zipped(tmp_path / "set.zip", [("x.png", GOOD), ("y.png", GOOD)])
+    patched(path, local, central, form, value)
+    refused(path, rf"of 2 images cannot be read.*x\.png \(.*{word}" if word != "x.png" else word)
+    assert len(load(path, skip_bad=True)) == 1
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.99])
+def test_zips_cut_short(tmp_path, part):
+    path = zipped(tmp_path / "set.zip", [(f"{i}.png", GOOD) for i in range(5)])
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(len(raw) * part)])
+    refused(path)
+
+
+def test_nothing_in_a_zip_is_lost(tmp_path):
+    inner = zipped(tmp_path / "inner.zip", [("x.png", GOOD)]).read_bytes()
+    link = zipfile.ZipInfo("link.png")
+    link.external_attr = 0o120777 << 16
+    one, two = encode(pixels(SIDE, SIDE, 3), "PNG"), encode(pixels(SIDE, SIDE, 3, seed=1), "PNG")
+    members = [("d.png", one), ("x.png", one), ("x.png", two), ("inner.zip", inner)]
+    members += [("folder.png/", b""), ("__MACOSX/._d.png", b"?"), (link, b"d.png"), ("a.txt", b"")]
+    path = zipped(tmp_path / "set.zip", members)
+    message = refused(path, r"3 of 4 images")
+    assert message.count("x.png (2 members of the zip have this name)") == 2
+    assert "link.png (not an image" in message
+    d = load(path, skip_bad=True)
+    assert d.paths == ["d.png"] and np.array_equal(hwc(d[0]), pixels(SIDE, SIDE, 3))
+    assert d.summary.endswith(", 3 bad skipped, 2 other files left out (.txt 1, .zip 1)")
+    path = zipped(tmp_path / "nested.zip", [("inner.zip", inner)])
+    refused(path, r"no images in .*, 1 other file left out \(\.zip 1\)")
+
+
+def test_comments_prefixes_and_a_zip_behind_an_image(tmp_path):
+    path = zipped(tmp_path / "set.zip", [("x.png", GOOD)])
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"a comment\n" * 999
+    assert len(load(path)) == 1
+    raw = path.read_bytes()
+    path.write_bytes(b"#!/bin/sh\nexit\n" + raw)
+    assert np.array_equal(hwc(load(path)[0]), PICTURE)
+    both = tmp_path / "photo.png"  # an image, whatever hides behind its end
+    both.write_bytes(encode(pixels(SIDE, SIDE, 3), "PNG") + raw)
+    assert np.array_equal(hwc(load(both)[0]), pixels(SIDE, SIDE, 3))
+
+
+# ------------------------------------------------------------------ IDX
+
+
+def idx(array, magic=0x803):
+    return struct.pack(">4I", magic, *array.shape) + array.tobytes()
+
+
+SOME = pixels(3, 8, 8)
+IDX = {
+    "empty": b"",
+    "magic alone": b"\0\0\x08\x03",
+    "header alone": idx(SOME)[:16],
+    "one byte short": idx(SOME)[:-1],
+    "one byte long": idx(SOME) + b"\0",
+    "an image long": idx(SOME) + bytes(64),
+    "other magic": idx(SOME, 0x12340803),
+    "floats": idx(SOME, 0xD03),
+    "labels": struct.pack(">2I", 0x801, 3) + b"\0\1\2",
+    "four axes": struct.pack(">5I", 0x804, 1, 3, 8, 8) + SOME.tobytes(),
+    "no images": idx(SOME[:0]),
+    "no height": idx(SOME[:, :0]),
+    "2^31 images": struct.pack(">4I", 0x803, 2**31, 28, 28) + bytes(999),
+    "largest": struct.pack(">4I", 0x803, *[2**32 - 1] * 3),
+    "little endian": struct.pack("<4I", 0x803, 3, 8, 8) + SOME.tobytes(),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", IDX)
+def test_idx_files_that_lie(tmp_path, name, packed):
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(gzip.compress(IDX[name]) if packed else IDX[name])
+    for size in (8, None, 32):
+        refused(path, size=size)
+        refused(tmp_path, size=size)
+
+
+def test_broken_gzip(tmp_path):
+    whole = gzip.compress(idx(pixels(30, 8, 8)), 0)
+    path = tmp_path / "x.gz"
+    for at in (3, 9, 12, 20, len(whole) // 2, len(whole) - 8, len(whole) - 1):
+        path.write_bytes(whole[:at])
+        refused(path, size=8)
+    for at in (2, 12, len(whole) // 2, len(whole) - 6, len(whole) - 2):
+        broken = bytearray(whole)
+        broken[at] ^= 0x55
+        path.write_bytes(broken)
+        refused(path, size=8)
+
+
+# ------------------------------------------------------------------ NumPy
+
+
+def npy(header, body=b""):
+    """A .npy of version 1 by hand."""
+    header = header.encode() if isinstance(header, str) else header
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + body
+
+
+def described(shape, descr="|u1", order=False):
+    return repr({"descr": descr, "fortran_order": order, "shape": shape}) + "\n"
+
+
+NPY = {
+    "10^12 elements": npy(described((10**12, 1, 1)), bytes(99)),
+    "10^15 elements": npy(described((10**9, 1000, 1000)), bytes(99)),
+    "2^64 elements": npy(described((2**32, 2**32, 1)), bytes(99)),
+    "beyond int64": npy(described((2**70, 8, 8)), bytes(99)),
+    "one short": npy(described((3, 8, 8)), bytes(191)),
+    "one long": npy(described((3, 8, 8)), bytes(193)),
+    "two arrays": npy(described((3, 8, 8)), bytes(192)) * 2,
+    "negative": npy(described((-1, 8, 8)), bytes(192)),
+    "no tuple": npy(described("text")),
+    "no header": npy(""),
+    "no dictionary": npy("[1, 2]\n"),
+    "no Python": npy("{'descr': \n"),
+    "a call": npy("__import__('os').system('touch owned')\n"),
+    "bytes": npy(b"\xff\xfe\0\n"),
+    "deep": npy("(" * 9000 + "\n"),
+    "an unknown type": npy(described((3, 8, 8), "zz9")),
+    "objects": npy(described((3,), "|O"), pickle.dumps([1, 2, 3])),
+    "version 9": b"\x93NUMPY\x09\0" + bytes(99),
+    "magic alone": b"\x93NUMPY",
+}
+
+
+@pytest.mark.parametrize("name", NPY)
+def test_npy_files_that_lie(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.npy").write_bytes(NPY[name])
+    refused(tmp_path / "x.npy", size=8)
+    zipped(tmp_path / "x.npz", [("x.npy", NPY[name])])
+    refused(tmp_path / "x.npz", size=8)
+    refused(f"{tmp_path}/x.npz:x", str(tmp_path), lambda p, **k: load_named(p, tmp_path, **k))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npy", "x.npz"]
+
+
+def load_named(source, folder, **options):
+    """An error of FILE.npz:KEY names the file; `refused` wants the source."""
+    try:
+        load(source, size=8)
+    except (ValueError, OSError) as error:
+        assert f"{folder}/x.npz" in str(error)
+        raise type(error)(f"{source} {error}") from error
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((8, 8), np.uint8),
+        np.zeros(8, np.uint8),
+        np.zeros((), np.uint8),
+        np.zeros((2, 3, 8, 8, 3), np.uint8),
+        np.zeros((28, 24, 3), np.uint8),  # one image, which would pass for 28 of 24x3
+        np.zeros((3, 8, 8), np.int8),
+        np.zeros((3, 8, 8), np.uint16),
+        np.zeros((3, 8, 8), bool),
+        np.zeros((3, 8, 8), "S1"),
+        np.zeros((3, 8, 8), [("r", "u1"), ("g", "u1")]),
+        np.zeros((3, 0, 8), np.uint8),
+        np.zeros((3, 8, 8, 0), np.uint8),
+    ],
+    ids=lambda a: f"{a.shape} {a.dtype}",
+)
+def test_arrays_that_are_no_images(tmp_path, array):
+    np.save(tmp_path / "x.npy", array)
+    np.savez_compressed(tmp_path / "x.npz", x=array)
+    for path in (tmp_path / "x.npy", tmp_path / "x.npz"):
+        for size in (8, None):
+            refused(path, size=size)
+
+
+def test_npz_archives(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, x=pixels(30, 8, 8))
+    raw = path.read_bytes()
+    for at in (4, 100, len(raw) // 2, len(raw) - 1):
+        path.write_bytes(raw[:at])
+        refused(path, size=8)
+    broken = bytearray(raw)
+    broken[len(raw) // 2] ^= 1
+    path.write_bytes(broken)
+    refused(path, "CRC", size=8)
+    array = npy(described((3, 8, 8)), SOME.tobytes())
+    zipped(path, [("x.npy", array), ("x.npy", array)])
+    refused(path, "same name", size=8)
+    zipped(path, [("notes.txt", b"no array")])
+    refused(path, "of none", size=8)
+    zipped(path, [("notes.txt", b"no array"), ("x.npy", array)])
+    assert np.array_equal(load(path, size=8, channels=1).images[:, 0].numpy(), SOME)
+    np.save(tmp_path / "f.npy", np.asfortranarray(SOME))  # columns first: NumPy puts it right
+    assert np.array_equal(load(tmp_path / "f.npy", size=8, channels=1).images[:, 0].numpy(), SOME)
+    np.save(tmp_path / "g.npy", pixels(5, 4, 4))  # small, but squares: no image of 4 channels
+    assert len(load(tmp_path / "g.npy", size=4, channels=1)) == 5
+
+
+# ------------------------------------------------------------------ CIFAR-10
+
+ROWS = pixels(2, 3072)
+FINE = pickle.dumps({b"data": ROWS, b"labels": [3, 5]})
+
+
+class Calls:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def objects():
+    array = np.empty((2, 3072), object)
+    array[:] = 7
+    return array
+
+
+BATCHES = {
+    "3071 columns": {b"data": ROWS[:, 1:]},
+    "one axis": {b"data": ROWS.reshape(-1)},
+    "three columns": {b"data": ROWS.reshape(-1, 3)},  # as many bytes as two images
+    "images": {b"data": ROWS.reshape(2, 32, 32, 3)},
+    "floats": {b"data": ROWS / 255},
+    "objects": {b"data": objects()},
+    "no data": {b"labels": [3, 5]},
+    "text keys": {"data": ROWS},
+    "a list of rows": {b"data": ROWS.tolist()},
+    "one label": {b"data": ROWS, b"labels": [3]},
+    "labels of text": {b"data": ROWS, b"labels": ["a", "b"]},
+    "labels of halves": {b"data": ROWS, b"labels": [0.5, 1.5]},
+    "ragged labels": {b"data": ROWS, b"labels": [[1, 2], [3]]},
+    "None": None,
+}
+
+
+def folder_of_batches(folder, content, other=FINE):
+    folder.mkdir(exist_ok=True)
+    for i in range(1, 6):
+        (folder / f"data_batch_{i}").write_bytes(content if i == 4 else other)
+    return folder
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches_that_are_not_what_they_should_be(tmp_path, name):
+    folder = folder_of_batches(tmp_path / "set", pickle.dumps(BATCHES[name]))
+    refused(folder, "data_batch_4", size=32)
+    refused(folder, "data_batch_4", readers.read_labels)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        (os.system, "touch owned"),
+        (eval, "open('owned', 'w')"),
+        (open, "owned", "w"),
+        (np.lib.format.open_memmap, "owned", "w+", "u1", (1,)),
+        (np.load, "owned"),
+        (getattr, os, "system"),
+        (bytearray, 10**9),
+    ],
+    ids=lambda call: call[0].__name__,
+)
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_no_pickle_runs_anything(tmp_path, monkeypatch, call, protocol):
+    monkeypatch.chdir(tmp_path)
+    try:
+        content = pickle.dumps({b"data": Calls(*call)}, protocol)
+    except Exception:  # a module is an argument
+        content = b"cbuiltins\ngetattr\n(cos\nX\x06\0\0\0systemtR."
+    folder = folder_of_batches(tmp_path / "set", content)
+    refused(folder, "refused: the pickle asks for", size=32)
+    refused(folder, "refused: the pickle asks for", readers.read_labels)
+    assert not (tmp_path / "owned").exists()
+
+
+PICKLES = {
+    "other codec": b"c_codecs\nencode\n(X\1\0\0\0aX\5\0\0\0rot13tR.",
+    "recursion": b"(" * 10**5 + b".",
+    "huge bytes": b"\x80\4\x8e" + struct.pack("<Q", 2**60) + b"x.",
+    "huge frame": b"\x80\4\x95" + struct.pack("<Q", 2**60) + b"N.",
+    "empty": b"",
+    "stop": b".",
+    "persistent": b"Psomewhere\n.",
+    "extension": b"\x80\2\x82\1.",
+    "huge array": b"cnumpy\nndarray\n((I1000000000\nI1000000000\ntcnumpy\ndtype\n(X\2\0\0\0u1tRtR.",
+    "text": b"<!DOCTYPE html>",
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_malformed_pickles(tmp_path, name):
+    folder = folder_of_batches(tmp_path / "set", PICKLES[name])
+    refused(folder, "data_batch_4", size=32)
+
+
+def test_pickles_of_every_protocol_are_read(tmp_path):
+    for protocol in range(5):  # 5 keeps arrays otherwise; the official files have 2
+        content = pickle.dumps({b"data": ROWS, b"labels": [3, 5]}, protocol)
+        folder = folder_of_batches(tmp_path / "set", content)
+        assert np.array_equal(load(folder, size=32).images[6:8].reshape(2, 3072).numpy(), ROWS)
+        assert readers.read_labels(folder).tolist() == [3, 5] * 5
+
+
+def tar(path, members, mode="w:gz"):
+    """members: (name, content) or a TarInfo."""
+    with tarfile.open(path, mode) as archive:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                archive.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                archive.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+FIVE = [(f"cifar/data_batch_{i}", FINE) for i in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE],
+)
+def test_tars_with_something_else_of_that_name(tmp_path, kind):
+    odd = tarfile.TarInfo("cifar/data_batch_1")
+    odd.type, odd.linkname = kind, "/etc/passwd"
+    path = tar(tmp_path / "x.tar.gz", [odd, *FIVE[1:]])
+    refused(path, "no CIFAR-10 data_batch_1", size=32)
+    refused(path, "no CIFAR-10 data_batch_1", readers.read_labels)
+
+
+def test_tars_that_are_cut_double_or_huge(tmp_path):
+    path = tar(tmp_path / "x.tar.gz", FIVE)
+    assert len(load(path, size=32)) == 10
+    raw = path.read_bytes()
+    for part in (0.05, 0.5, 0.9, 0.999):
+        path.write_bytes(raw[: int(len(raw) * part)])
+        refused(path, size=32)
+        refused(path, function=readers.read_labels)
+    flat = tar(tmp_path / "x.tar", FIVE, "w")
+    raw = flat.read_bytes()
+    for at in (100, 600, len(raw) // 2):
+        flat.write_bytes(raw[:at])
+        refused(flat, size=32)
+    refused(tar(path, [*FIVE, ("other/data_batch_2", FINE)]), "data_batch_2 more than once")
+    info = tarfile.TarInfo("cifar/data_batch_1")
+    info.size = 2**40
+    flat.write_bytes(info.tobuf() + bytes(2000))
+    refused(flat, "declares 1,099,511,627,776 bytes")
+    refused(tar(path, [("../../data_batch_1", FINE), *FIVE[1:4]]), "no CIFAR-10 data_batch_5")
+    path.write_bytes(gzip.compress(zlib.compress(b"no tar")))
+    refused(path)
+
+
+def test_binary_batches_of_another_length(tmp_path):
+    for i in range(1, 6):
+        (tmp_path / f"data_batch_{i}.bin").write_bytes(bytes(3073 * 2 - (i == 3)))
+    refused(tmp_path, r"data_batch_3\.bin is not made of records", size=32)
+    (tmp_path / "data_batch_3.bin").write_bytes(bytes(3073))
+    assert len(load(tmp_path, size=32)) == 9
+    (tmp_path / "data_batch_3").write_bytes(FINE)
+    refused(tmp_path, "data_batch_3 more than once", size=32)
+    for i in range(1, 6):
+        (tmp_path / f"data_batch_{i}.bin").write_bytes(b"")
+    (tmp_path / "data_batch_3").unlink()
+    refused(tmp_path, "no images", size=32)

@@ -1,0 +1,342 @@
+"""Kill training, sampling and measuring at random moments, and see that nothing is lost.
+
+    python tests/torture.py --kills 40            # minutes; the short form runs with the slow tests
+    python tests/torture.py --kills 200 --seed 7
+
+Faults: SIGKILL, SIGTERM and SIGINT from outside at random times; from inside, the process kills
+itself in the middle of writing a file, before the flush, before the rename and after it; and a disk
+that takes no more bytes (a limit that the system enforces: write() fails, as on a full disk), for
+one save or for good.
+
+After each fault: the checkpoint can be read, is no older than the one before, and at most one
+temporary file is left, which the next start removes. At the end: weights, average and optimizer
+bit for bit those of a run that nobody killed; every picture whole, and the one of an unkilled call.
+
+What this file does not do: pull the plug. A power cut also loses what the system has not yet
+written; that the bytes are flushed before the rename is checked here only by their order.
+"""
+
+import argparse
+import collections
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import runtime  # isort: skip  (before torch)
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--image-size", "8", "--batch-size", "4", "--precision", "fp32", "--sample-every", "1000"]
+INSIDE = ("half", "flush", "rename", "renamed", "full", "full for good", "term while saving")
+OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT")
+
+
+# ------------------------------------------------------------------ the victim
+
+
+def die():
+    """As the kernel would have it."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(kind, nth, pattern):
+    """Prepare this process to fail at its nth write of a file that matches `pattern`."""
+    real, seen = runtime.atomic_write, []
+
+    class Spoilt:
+        """runtime.atomic_write, with one fault in it."""
+
+        def __init__(self, path, *rest, **more):
+            self.real, self.now = real(path, *rest, **more), False
+            if re.search(pattern, Path(path).name):
+                seen.append(path)
+                self.now = len(seen) == nth or kind == "full for good" and len(seen) >= nth
+
+        def __enter__(self):
+            if self.now and kind in ("half", "full", "full for good"):
+                limit = 1000 + nth * 997 % 9000  # bytes
+                soft = signal.SIG_DFL if kind == "half" else signal.SIG_IGN
+                signal.signal(signal.SIGXFSZ, soft)  # the system's own way to stop a writer
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            if self.now and kind == "flush":
+                os.fsync = lambda f: die()
+            if self.now and kind == "rename":
+                os.replace = lambda a, b: die()
+            if self.now and kind == "term while saving":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return self.real.__enter__()
+
+        def __exit__(self, *exc):
+            try:
+                return self.real.__exit__(*exc)
+            finally:
+                if self.now and kind == "renamed":
+                    die()
+                if self.now and kind == "full":
+                    no = resource.RLIM_INFINITY
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (no, no))
+
+    runtime.atomic_write = Spoilt
+
+
+def victim(program, kind, nth, pattern, words):
+    """Run a program of ours in this process, with a fault prepared."""
+    arm(kind, nth, pattern)
+    sys.argv = [f"{program}.py", *words]
+    module = __import__(program)
+    if program == "train":
+        runtime.forgive_output()  # as its last lines do
+    runtime.run_program(module.main)
+
+
+# ------------------------------------------------------------------ the torturer
+
+
+class Run:
+    """One command, started again and again in one folder, with a fault each time."""
+
+    def __init__(self, folder, program, words, pattern, dice):
+        self.folder, self.program, self.words = Path(folder), program, list(map(str, words))
+        self.pattern, self.dice, self.faults = pattern, dice, collections.Counter()
+        self.slowest, self.said = 0.0, ""
+
+    def start(self, kind=None, nth=1):
+        """The process; with a fault of INSIDE in it, or none."""
+        command = [sys.executable, str(ROOT / f"{self.program}.py")]
+        if kind:
+            command = [sys.executable, __file__, "--victim", self.program, kind, str(nth)]
+            command += [self.pattern, "--"]
+        log = open(self.folder / "said.txt", "w")  # on the full disk, too
+        return subprocess.Popen(
+            [*command, *self.words],
+            cwd=self.folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"},
+            stdout=log,
+            stderr=log,
+            # a job in the background has SIGINT ignored, and its children inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def output(self):
+        return (self.folder / "said.txt").read_text(errors="replace")
+
+    def wait_for(self, process, words):
+        """Until the process says something, or ends."""
+        until = time.time() + 120
+        while not re.search(words, self.output()) and process.poll() is None:
+            assert time.time() < until, f"no {words!r} in two minutes:\n{self.output()}"
+            time.sleep(0.005)
+
+    def outside(self, name, ready, most):
+        """A signal up to `most` seconds after the process has said `ready`, or before -> whether
+        it came in time."""
+        process = self.start()
+        early = self.dice.random() < 0.1
+        if early:
+            time.sleep(self.dice.random() * 3)
+        else:
+            self.wait_for(process, ready)
+            time.sleep(self.dice.random() * most)
+        began = time.time()
+        process.send_signal(getattr(signal, name))
+        status = process.wait(60)
+        self.slowest = max(self.slowest, time.time() - began if name == "SIGTERM" else 0)
+        return self.judge(name, status)
+
+    def inside(self, kind, nth):
+        """A fault of INSIDE at the nth write of such a file -> whether it came."""
+        process = self.start(kind, nth)
+        if kind == "full" and self.program == "train":  # it goes on, and saves again; then it dies
+            self.wait_for(process, r"was not written(.|\n)*: saved")
+            process.kill()
+        return self.judge(kind, process.wait(300))
+
+    def judge(self, kind, status):
+        """Look at how it ended. AssertionError: not as it should."""
+        text = self.output()
+        if "done:" in text or "is finished" in text or "grid:" in text or "statistics in" in text:
+            assert status == 0, (kind, status, text[-2000:])
+            return False  # too late: it had finished
+        elif kind == "SIGTERM" and "run:" in text or kind == "term while saving":
+            assert status == 0 and "stopped by SIGTERM" in text, (kind, status, text[-2000:])
+            assert "same command to go on" in text, text
+        elif kind == "SIGINT" and "run:" in text and self.program == "train":
+            assert status == 0 and "stopped by SIGINT" in text, (kind, status, text[-2000:])
+        elif kind == "full for good":
+            assert status == 2 and "Traceback" not in text, (kind, status, text[-2000:])
+        elif kind == "full" and self.program != "train":
+            assert status == 2 and "Traceback" not in text, (kind, status, text[-2000:])
+        elif kind in OUTSIDE:
+            assert status in (-getattr(signal, kind), 130, 1), (kind, status, text[-2000:])
+        elif kind == "half":
+            assert status == -signal.SIGXFSZ, (kind, status, text[-2000:])
+        else:
+            assert status == -signal.SIGKILL, (kind, status, text[-2000:])
+        self.faults[kind] += 1
+        return True
+
+    def finish(self):
+        """Run it to its end, unharmed."""
+        status = self.start().wait(600)
+        assert status == 0, self.output()
+
+    def leftovers(self):
+        return [p for p in self.folder.rglob("*") if p.name.endswith((".tmp", ".part"))]
+
+
+def torture_training(folder, kills, seed, steps=None):
+    """-> (faults by kind, seconds that the slowest SIGTERM took, steps)."""
+    steps = steps or 20 * kills + 40
+    dice = random.Random(seed)
+    words = [*TINY, "--steps", steps, "--save-every", 3, "--sa-k", 2]
+    whole = Run(folder, "train", [*words, "--name", "whole"], "checkpoint", dice)
+    whole.finish()
+    run = Run(folder, "train", [*words, "--name", "killed"], r"^checkpoint\.pt$", dice)
+    checkpoint, step = run.folder / "runs" / "killed" / "checkpoint.pt", 0
+    kinds = [*OUTSIDE, *INSIDE] * (1 + kills // 10)
+    while run.faults.total() < kills:
+        kind = kinds[run.faults.total()]
+        if kind in OUTSIDE:
+            came = run.outside(kind, "steps [0-9]+ to", 0.5)
+        else:
+            came = run.inside(kind, dice.randint(1, 4))
+        left = run.leftovers()
+        assert len(left) <= 1, left
+        if checkpoint.exists():
+            now = runtime.load_checkpoint(checkpoint)["step"]
+            assert now >= step, (kind, now, step)
+            step = now
+        assert came, "finished before it could be killed: give it more steps"
+    run.finish()
+    one, two = (
+        runtime.load_checkpoint(run.folder / "runs" / name / "checkpoint.pt")
+        for name in ("whole", "killed")
+    )
+    assert one["step"] == two["step"] == steps and one["skipped"] == two["skipped"] == 0
+    for part in ("raw", "ema", "optimizer"):
+        torch.testing.assert_close(two[part], one[part], rtol=0, atol=0)
+    assert not run.leftovers()
+    rows = (checkpoint.parent / "log.csv").read_text().splitlines()
+    assert len({row.count(",") for row in rows}) == 1, "torn rows"
+    return run.faults, run.slowest, steps
+
+
+def pictures(folder):
+    """All images of a folder or of images.npz in it, every byte read: (N, H, W, C)."""
+    if (folder / "images.npz").exists():
+        return np.load(folder / "images.npz")["images"].astype(int)
+    files = sorted(folder.glob("[0-9]*.png"))
+    return np.stack([np.asarray(Image.open(p)).astype(int) for p in files])
+
+
+def torture_sampling(folder, kills, seed, npz=False):
+    """sample.py of the run that torture_training left -> faults by kind."""
+    dice = random.Random(seed)
+    kind_of = ["--npz"] if npz else []
+    words = ["killed", "-n", 40, "--nfe", 20, "--batch-size", 3, "--sampler", "ddpm", *kind_of]
+    name = "npz" if npz else "pngs"
+    Run(folder, "sample", [*words, "--out", f"{name}-whole"], "", dice).finish()
+    pattern = r"^(part-)?\d+\.(png|npz)$"
+    run = Run(folder, "sample", [*words, "--out", f"{name}-killed"], pattern, dice)
+    out, had = run.folder / f"{name}-killed", 0
+    kinds = (*OUTSIDE, "half", "flush", "rename", "renamed", "full")
+    for i in range(kills):
+        kind = kinds[(i * 3 + seed) % len(kinds)]
+        if kind in OUTSIDE:
+            run.outside(kind, "run:", 0.4)
+        else:
+            run.inside(kind, dice.randint(1, 4))
+        assert len(run.leftovers()) <= 1, run.leftovers()
+        pictures_now = len(list(out.glob("[0-9]*.png" if not npz else "part-*.npz")))
+        assert pictures_now >= had or (out / "images.npz").exists()
+        had = pictures_now
+        for path in out.glob("[0-9]*.png"):
+            Image.open(path).load()  # raises if it is cut
+    run.finish()
+    whole, killed = pictures(run.folder / f"{name}-whole"), pictures(out)
+    assert whole.shape == killed.shape and abs(whole - killed).max() <= 1
+    assert not run.leftovers() and not list(out.glob("part-*"))
+    return run.faults
+
+
+class Features(torch.nn.Module):
+    """Some features, for want of Inception's weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 12, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(x).relu().mean((2, 3))
+
+
+def torture_statistics(folder, kills, seed):
+    """metrics.py stats -> faults by kind."""
+    dice = random.Random(seed)
+    torch.manual_seed(0)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(
+        Features().eval(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=({0: batch},)
+    )
+    torch.export.save(program, Path(folder) / "features.pt2")
+    words = ["-n", 3000, "--image-size", 8, "--features", "features.pt2"]
+    Run(folder, "metrics", ["stats", "shapes", "whole.npz", *words], "", dice).finish()
+    run = Run(folder, "metrics", ["stats", "shapes", "killed.npz", *words], r"killed\.npz", dice)
+    kinds = ("half", "SIGKILL", "rename", "full", "SIGTERM", "flush", "renamed")
+    for i in range(kills):
+        kind = kinds[i % len(kinds)]
+        if kind in OUTSIDE:
+            run.outside(kind, "shapes", 0.5)
+        else:
+            run.inside(kind, 1)
+        assert len(run.leftovers()) <= 1, run.leftovers()
+        if (run.folder / "killed.npz").exists():
+            compare(run.folder)
+    run.finish()
+    compare(run.folder)
+    assert not run.leftovers()
+    return run.faults
+
+
+def compare(folder):
+    """The statistics are whole, and those of an unkilled call."""
+    with np.load(folder / "whole.npz") as one, np.load(folder / "killed.npz") as two:
+        assert one.files == two.files
+        for name in one.files:
+            np.testing.assert_array_equal(one[name], two[name])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=40, help="of the training (default: 40)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        faults, slowest, steps = torture_training(folder, args.kills, args.seed)
+        print(f"training, {steps} steps: {faults.total()} faults survived, {dict(faults)}")
+        print(f"  weights bit for bit; the slowest SIGTERM took {slowest:.1f} s")
+        for npz in (False, True):
+            faults = torture_sampling(folder, max(args.kills // 4, 2), args.seed, npz)
+            print(f"sampling{' --npz' * npz}: {faults.total()} survived, {dict(faults)}")
+        faults = torture_statistics(folder, max(args.kills // 4, 2), args.seed)
+        print(f"statistics: {faults.total()} survived, {dict(faults)}", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--victim"]:
+        end = sys.argv.index("--")
+        program, kind, nth, pattern = sys.argv[2:end]
+        victim(program, kind, int(nth), pattern, sys.argv[end + 1 :])
+    else:
+        main()
