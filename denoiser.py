@@ -174,8 +174,12 @@ def load_run(run, weights="ema"):
     if checkpoint["settings"].get("task") == "autoencoder":
         raise ValueError(f"{path.parent} is an autoencoder, which draws nothing by itself: train a "
                          f"model of its latents, python train.py --latent {path.parent.name}")
-    denoiser = from_settings(checkpoint["settings"],
-                             first_stage=checkpoint.get("extra", {}).get("first_stage"))
+    try:
+        denoiser = from_settings(checkpoint["settings"],
+                                 first_stage=checkpoint.get("extra", {}).get("first_stage"))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the settings in {path} do not describe a model of this version "
+                         f"({error})") from error
     runtime.load_weights(denoiser.net, checkpoint[weights], path)
     denoiser.folder, denoiser.step, denoiser.weights = path.parent, checkpoint["step"], weights
     denoiser.net.eval().requires_grad_(False)
@@ -191,11 +195,9 @@ def load_guided_diffusion(path, preset, schedule="linear"):
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # as in runtime.load_checkpoint
-        raise ValueError(f"{path} holds no weights ({runtime.what_is(path)})") from error
+        state = runtime.read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no weights ({error})") from error
     if isinstance(state, dict) and state.get("format") == runtime.FORMAT:
         raise ValueError(f"{path} is a run of train.py: give it as RUN")
     tensors = isinstance(state, dict) and all(torch.is_tensor(v) for v in state.values())

@@ -388,20 +388,34 @@ def save_checkpoint(path, checkpoint):
             raise
 
 
+def read_tensors(path):
+    """What torch.save wrote, on the CPU: tensors and plain values, nothing that could run.
+    ValueError, a few words: the file is something else, or not what was written. OSError."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = None
+        if zipfile.is_zipfile(path):  # as all versions since 1.6 write; torch reads no checksums
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+    except MemoryError:
+        raise
+    except Exception as error:  # torch has many kinds: a pickle refused, a zip cut short, no zip
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # it seeks below 0 in some
+            raise
+        raise ValueError(what_is(path)) from error
+    if damaged:
+        raise ValueError(f"it is damaged: {damaged} in it does not have its checksum, the disk or "
+                         "a copy has changed it")
+    return tensors
+
+
 def load_checkpoint(path):
     """The dict that save_checkpoint wrote, on the CPU. ValueError in one line if the file is
     something else, or not what was written."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        with zipfile.ZipFile(path) as archive:  # torch does not look at its own checksums
-            damaged = archive.testzip()
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # torch has many kinds: a pickle refused, a zip cut short, no zip
-        raise ValueError(f"{path} is not a checkpoint of train.py ({what_is(path)})") from error
-    if damaged:
-        raise ValueError(f"{path} is damaged: {damaged} in it does not have its checksum. The disk "
-                         "or a copy has changed it: take another copy")
+        checkpoint = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a checkpoint of train.py ({error})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of train.py: it holds "
                          f"{describe(checkpoint)}; give a folder under runs/")

@@ -166,7 +166,7 @@ class Run:
         """Look at how it ended. AssertionError: not as it should."""
         text = self.output()
         if "done:" in text or "is finished" in text or "grid:" in text or "statistics in" in text:
-            assert status == 0, (kind, status, text[-2000:])
+            assert status == 0 or kind in OUTSIDE, (kind, status, text[-2000:])
             return False  # too late: it had finished
         elif kind == "SIGTERM" and "run:" in text or kind == "term while saving":
             assert status == 0 and "stopped by SIGTERM" in text, (kind, status, text[-2000:])
@@ -244,7 +244,7 @@ def torture_sampling(folder, kills, seed, npz=False):
     """sample.py of the run that torture_training left -> faults by kind."""
     dice = random.Random(seed)
     kind_of = ["--npz"] if npz else []
-    words = ["killed", "-n", 40, "--nfe", 20, "--batch-size", 3, "--sampler", "ddpm", *kind_of]
+    words = ["killed", "-n", 90, "--nfe", 20, "--batch-size", 3, "--sampler", "ddpm", *kind_of]
     name = "npz" if npz else "pngs"
     Run(folder, "sample", [*words, "--out", f"{name}-whole"], "", dice).finish()
     pattern = r"^(part-)?\d+\.(png|npz)$"

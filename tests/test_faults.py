@@ -1,0 +1,385 @@
+"""What happens to long runs: full disks, damaged files, numbers that go wrong, signals at any time.
+
+tests/torture.py does the same to whole processes, from outside.
+"""
+
+import ast
+import contextlib
+import csv
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soak
+import torch
+from PIL import Image
+from test_train import SMALL
+
+import data
+import denoiser
+import losses
+import runtime
+import sample
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def small(*flags):
+    train.main([*SMALL, *flags])
+    return runtime.load_checkpoint("runs/small/checkpoint.pt")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The checkpoint of a run of one step."""
+    folder = tmp_path_factory.mktemp("made")
+    with contextlib.chdir(folder):
+        small("--steps", "1")
+    return folder / "runs" / "small" / "checkpoint.pt"
+
+
+@pytest.fixture
+def run(made):
+    """The same, as runs/small here."""
+    os.makedirs("runs/small")
+    return Path(shutil.copy(made, "runs/small"))
+
+
+# ------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("what", ["loss", "gradient", "overflow"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(what, precision, monkeypatch):
+    """A loss that is NaN; a finite loss with an infinite gradient; and a loss that overflows while
+    its gradient does not, which a check of the gradient alone would let through."""
+    real, calls = losses.terms, []
+
+    class Finite(torch.autograd.Function):
+        """Forward: +∞ (overflow) or x (gradient). Backward: the gradient as it is, or ∞."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x + float("inf") if what == "overflow" else x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g if what == "overflow" else g * float("inf")
+
+    def spoilt(*args, **kwargs):
+        calls.append(1)
+        found = real(*args, **kwargs)
+        if len(calls) in (2, 3):
+            nan = found["simple"] * float("nan")
+            found["simple"] = nan if what == "loss" else Finite.apply(found["simple"])
+        return found
+
+    monkeypatch.setattr(losses, "terms", spoilt)
+    checkpoint = small("--steps", "5", "--save-every", "1", "--precision", precision)
+    assert checkpoint["skipped"] == 2 and checkpoint["step"] == 5
+    for part in ("raw", "ema"):
+        assert all(v.isfinite().all() for v in checkpoint[part].values())
+    moments = [v for state in checkpoint["optimizer"]["state"].values() for v in state.values()]
+    assert all(v.isfinite().all() for v in moments if isinstance(v, torch.Tensor))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_run_stops_when_no_step_is_finite(precision, monkeypatch):
+    words = ["--steps", "60", "--save-every", "2", "--precision", precision]
+    small(*words[:1], "4", *words[2:])
+    real = losses.terms
+    monkeypatch.setattr(
+        losses, "terms", lambda *a, **k: {n: v * float("inf") for n, v in real(*a, **k).items()}
+    )
+    with pytest.raises(
+        ValueError, match="up to step 29; the last checkpoint is of step 4 in .*: try --precision"
+    ):
+        small(*words)
+    assert runtime.load_checkpoint("runs/small/checkpoint.pt")["step"] == 4
+
+
+# ------------------------------------------------------------------ disks
+
+
+def test_torch_on_a_full_disk_is_an_oserror(tmp_path):
+    """A limit that the system enforces: torch's writer makes a RuntimeError of it, ours not."""
+    path = tmp_path / "checkpoint.pt"
+    runtime.save_checkpoint(path, {"step": 1})
+    before = path.read_bytes()
+    code = f"""if True:
+        import resource, signal, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import runtime, torch
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        try:
+            runtime.save_checkpoint({str(path)!r}, dict(raw=torch.zeros(100_000)))
+        except OSError as error:
+            print(error.errno)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == str(errno.EFBIG), done.stderr
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def full(monkeypatch, until=10**9):
+    """Checkpoints up to this call find a disk without room -> the list of calls."""
+    calls, real = [], runtime.check_space
+
+    def no_room(folder, size):
+        calls.append(size)
+        if 1 < len(calls) <= until:  # the first is the question at the start
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(folder, size)
+
+    monkeypatch.setattr(runtime, "check_space", no_room)
+    return calls
+
+
+def test_a_full_disk_does_not_end_a_run(monkeypatch, capsys):
+    calls = full(monkeypatch, until=3)
+    assert small("--steps", "8", "--save-every", "2")["step"] == 8
+    assert len(calls) == 1 + 4
+    text = capsys.readouterr()
+    assert (text.out + text.err).count("warning: checkpoint.pt was not written") == 2
+
+
+def test_a_disk_that_stays_full_ends_it_with_what_there_is(monkeypatch):
+    small("--steps", "2")
+    full(monkeypatch)
+    with pytest.raises(
+        OSError, match="step 6 could not be saved.*last checkpoint is of step 2.*make room"
+    ):
+        small("--steps", "6", "--save-every", "2")
+    assert runtime.load_checkpoint("runs/small/checkpoint.pt")["step"] == 2
+
+
+def test_room_for_checkpoints_is_asked_for_at_the_start(monkeypatch):
+    class Usage:
+        free = 30_000_000  # a checkpoint of tiny has 18 MB, and there are two while one is written
+
+    monkeypatch.setattr(runtime.shutil, "disk_usage", lambda path: Usage)
+    with pytest.raises(OSError, match="36.7 MB are needed and 30.0 MB are free") as error:
+        small("--steps", "2")
+    assert "\n" not in str(error.value) and not os.path.exists("runs")
+
+
+def test_the_size_of_a_checkpoint_is_foreseen(run):
+    checkpoint = runtime.load_checkpoint(run)
+    s = checkpoint["settings"]
+    foreseen = train.Model(s, torch.device("cpu")).size()
+    assert abs(foreseen - runtime.size_of(checkpoint)) < 2000
+    assert abs(foreseen / os.path.getsize("runs/small/checkpoint.pt") - 1) < 0.03
+
+
+def test_a_log_row_that_did_not_fit_is_taken_back(monkeypatch):
+    log = train.Log(Path("."), 0, ["simple"])
+    log.add(10, 4, (1.0, 1.0, 0.5), 0)
+    whole = Path("log.csv").read_text()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 5, before[1]))
+        with pytest.raises(OSError):
+            log.add(20, 4, (2.0, 2.0, 0.5), 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert Path("log.csv").read_text() == whole
+    log.add(30, 4, (4.0, 4.0, 0.5), 0)
+    with open("log.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [r["step"] for r in rows] == ["10", "30"] and float(rows[1]["loss"]) == 3
+
+
+def test_words_are_lost_rather_than_a_run():
+    read, write = os.pipe()
+    stream = runtime.Forgiving(os.fdopen(write, "w", buffering=1))
+    os.close(read)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    assert stream.write("nobody hears this\n") == 18
+    stream.flush()
+    assert stream.encoding
+
+
+# ------------------------------------------------------------------ files
+
+
+def test_one_flipped_bit_is_found(run):
+    """torch.load would take it: it does not read the checksums that torch.save writes."""
+    path = run
+    good = path.read_bytes()
+    for place in (len(good) // 5, len(good) // 2, 4 * len(good) // 5):
+        bad = bytearray(good)
+        bad[place] ^= 4
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="is damaged: .* does not have its checksum"):
+            small("--steps", "2")
+    path.write_bytes(good)
+    assert small("--steps", "2")["step"] == 2
+
+
+def test_a_checkpoint_cut_anywhere_is_one_line(run):
+    path = run
+    good = path.read_bytes()
+    for share in (0, 1e-5, 0.001, 0.3, 0.7, 0.999, 0.99999):
+        path.write_bytes(good[: int(share * len(good))])
+        with pytest.raises(ValueError, match="not a checkpoint of train.py") as error:
+            runtime.load_checkpoint(path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", [*runtime.ENTRIES, "settings.T", "settings.unet", "settings.task"])
+def test_a_checkpoint_that_lacks_something_is_one_line(key, run):
+    checkpoint = runtime.load_checkpoint(run)
+    *outer, name = key.split(".")
+    part = checkpoint[outer[0]] if outer else checkpoint
+    del part[name]
+    runtime.save_checkpoint("runs/small/checkpoint.pt", checkpoint)
+    for use in (lambda: train.main([*SMALL, "--steps", "1"]), lambda: denoiser.load_run("small")):
+        try:
+            use()
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error) and name in str(error)
+        else:
+            assert key == "settings.task" or use.__code__.co_names[0] == "train", key
+
+
+def test_weights_and_moments_of_another_shape_are_refused(run):
+    checkpoint = runtime.load_checkpoint(run)
+    checkpoint["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    runtime.save_checkpoint("runs/small/checkpoint.pt", checkpoint)
+    with pytest.raises(ValueError, match=r"optimizer's exp_avg is \(3,\), the weight"):
+        small("--steps", "2")
+
+
+def test_nothing_but_tensors_is_ever_unpickled():
+    """Each torch.load of ours says weights_only=True, and each np.load allow_pickle=False."""
+    found = 0
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            words = {k.arg: ast.unparse(k.value) for k in getattr(node, "keywords", [])}
+            if name == "torch.load":
+                assert words.get("weights_only") == "True", path
+            if name == "np.load":
+                assert words.get("allow_pickle", "False") == "False", path
+            found += name in ("torch.load", "np.load")
+            assert name not in ("pickle.load", "pickle.loads"), path
+    assert found >= 3
+
+
+# ------------------------------------------------------------------ signals, and who may write
+
+
+def test_a_signal_before_the_first_step_ends_in_one_line(capsys):
+    with runtime.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        raise AssertionError("the signal did not come")
+    assert stop.asked == "SIGTERM"
+    assert capsys.readouterr().out.startswith("stopped by SIGTERM before the first step. Run the")
+
+
+def test_workers_outlive_a_signal_to_all():
+    """Clusters send SIGTERM to every process of a job; the trainer needs its workers to finish."""
+    os.mkdir("images")
+    for i in range(40):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(f"images/{i:02}.png")
+    files = data.load("images", 8, 3, memory_limit=0)
+    stream = data.batches(files, 4, 0, 0, workers=2)
+    next(stream)
+    children = {int(p) for p in os.listdir("/proc") if p.isdigit() and parent(p) == os.getpid()}
+    for child in children:
+        os.kill(child, signal.SIGTERM)
+    whole = torch.cat([next(stream) for _ in range(9)])
+    assert len(whole) == 36 and whole.unique().numel() == 36
+
+
+def parent(pid):
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return None
+
+
+def test_a_killed_worker_is_one_line():
+    os.mkdir("images")
+    for i in range(8):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(f"images/{i}.png")
+    stream = data.batches(data.load("images", 8, 3, memory_limit=0), 4, 0, 0, workers=1)
+    next(stream)
+    worker = next(int(p) for p in os.listdir("/proc") if p.isdigit() and parent(p) == os.getpid())
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(OSError, match="reads images was killed.*fewer --workers") as error:
+        for _ in range(100):
+            next(stream)
+    assert "\n" not in str(error.value)
+
+
+def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
+    one, two = (runtime.Processes(0, 1, 0, torch.device("cpu")) for _ in range(2))
+    with one:
+        one.hold(tmp_path)
+        with two, pytest.raises(ValueError, match="another process is writing to"):
+            two.hold(tmp_path, seconds=0.3)
+        threading.Timer(0.5, lambda: one.__exit__()).start()
+        with two:
+            two.hold(tmp_path, seconds=10)  # it waits for one that is ending
+    with one:
+        one.hold(tmp_path)
+
+
+def test_what_killed_writers_left_is_swept(tmp_path):
+    """Of the same file, and of processes that are no more."""
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                          capture_output=True, text=True).stdout.strip()  # fmt: skip
+    for name in (f".a.npz.{gone}.tmp", f".a.npz.{os.getppid()}.tmp", f".b.npz.{gone}.tmp"):
+        (tmp_path / name).write_text("half")
+    runtime.write_text(tmp_path / "a.npz", "whole")
+    left = {f".a.npz.{os.getppid()}.tmp", f".b.npz.{gone}.tmp", "a.npz"}
+    assert set(os.listdir(tmp_path)) == left
+
+
+def test_an_npz_goes_on_from_its_parts(run, capsys):
+    words = "small -n 10 --nfe 2 --npz --batch-size 3 --sampler ddpm --out o".split()
+    sample.main(words)
+    whole = np.load("o/images.npz")["images"].astype(int)
+    os.remove("o/images.npz")
+    sample.write_npz(Path("o/part-000004.npz"), images=whole[[4, 7]].astype(np.uint8),
+                     indices=[4, 7])  # fmt: skip
+    capsys.readouterr()
+    sample.main(words)
+    assert "2 of 10 images are there already" in capsys.readouterr().out
+    again = np.load("o/images.npz")["images"].astype(int)
+    assert abs(again - whole).max() <= 1 and not list(Path("o").glob("part-*"))
+    sample.main([*words[:2], "12", *words[3:]])  # more of the same
+    assert "10 of 12 images are there already" in capsys.readouterr().out
+    assert len(np.load("o/images.npz")["images"]) == 12
+    Path("o/part-000000.npz").write_bytes(b"PK nonsense")
+    with pytest.raises(ValueError, match="part-000000.npz is damaged: delete it"):
+        sample.main(words)
+
+
+@pytest.mark.slow
+def test_memory_and_files_stay_flat(tmp_path):
+    """tests/soak.py for less than a minute; the whole hour is in NOTES.md."""
+    found = soak.report(soak.soak(tmp_path, minutes=0.75, every=0.5))
+    assert found["checkpoints"] >= 5
+    assert found["memory"] < 1.05
+    assert len(set(found["files"])) == 1
