@@ -463,7 +463,8 @@ def parse(argv=None):
     add = parser.add_argument_group("features").add_argument
     add("--inception", type=Path, metavar="PATH", help=f"file of Inception's weights, "
         f"{inception.NAME} (default: from the cache folder, else downloaded, 96 MB)")
-    add("--features", type=Path, metavar="FILE", help="another network instead of Inception")
+    add("--features", type=Path, metavar="FILE", help="another network instead of Inception; such "
+        "a file can run programs: give only one you trust")
     add = parser.add_argument_group("images").add_argument
     # -n too, since torchrun takes --num for the beginning of its own --numa-binding
     add("-n", "--num", type=int, help="images of a run or of shapes (default: 10000); a set on "
