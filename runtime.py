@@ -109,11 +109,11 @@ class Processes:
         dist.broadcast_object_list(box, src=0, group=self.patient, device=torch.device("cpu"))
         return box[0]
 
-    def hold(self, folder, seconds=20):
+    def hold(self, folder, seconds=2):
         """Nobody else writes to this folder until we end: rank 0 locks it, and the system unlocks
         it when we die, however that comes. ValueError: somebody else holds it.
 
-        It waits a little: the processes that read images outlive a killed trainer by seconds.
+        It waits a little, for one that is just ending.
         """
         if not self.first or fcntl is None:
             return
@@ -574,7 +574,8 @@ def run_program(main):
         # The one that failed may want to speak first. torchrun, meanwhile, asks us to end.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(1)
-        if not list(said()):
+        folder = attempt_folder()
+        if not (folder and list(folder.glob("said-*"))):
             complain("another process of this job has ended, or did not answer for "
                      f"{TIMEOUT.total_seconds() / 60:g} minutes. The same command goes on from the "
                      "last checkpoint")
@@ -590,30 +591,27 @@ def lost(error):
         "gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out", str(error))))
 
 
-def said(words="*"):
-    """Files that stand for these words having been said on this machine, in a folder that torchrun
-    makes for each attempt; none without torchrun."""
-    place = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/RANK/error.json
-    name = words if words == "*" else hashlib.sha256(words.encode()).hexdigest()[:16]
-    folder = Path(place).parents[1] if place else None
-    if folder is None or not folder.is_dir():
-        return []
-    return folder.glob("said-*") if words == "*" else [folder / f"said-{name}"]
+def attempt_folder():
+    """A folder that the processes of this machine share, which torchrun makes anew whenever it
+    starts them; None without torchrun."""
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/RANK/error.json
+    return Path(report).parents[1] if report else None
 
 
 def complain(error):
     """One line on stderr, and in torchrun's own report; once, where several processes of one
     machine find the same."""
     words = f"{Path(sys.argv[0]).name}: error: " + " ".join(str(error).splitlines())
-    for mark in said(words):
+    if folder := attempt_folder():
         try:
-            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+            (folder / f"said-{hashlib.sha256(words.encode()).hexdigest()[:16]}").touch(
+                exist_ok=False)
         except FileExistsError:
             return
         except OSError:
             pass
-    print(words, file=sys.stderr, flush=True)
-    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         stamp = dict(timestamp=str(int(time.time())))
         with contextlib.suppress(OSError):
-            Path(report).write_text(json.dumps(dict(message=dict(message=words, extraInfo=stamp))))
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
+                json.dumps(dict(message=dict(message=words, extraInfo=stamp))))
+    print(words, file=sys.stderr, flush=True)

@@ -53,7 +53,8 @@ def open_run(s, process):
     """(folder, checkpoint or None) of the run that the settings name. ValueError: another run's."""
     folder = runtime.RUNS / s["name"]
     path = folder / "checkpoint.pt"
-    process.first_does(lambda: process.hold(folder) if folder.is_dir() else None)
+    # 20 seconds: processes that read images outlive a trainer that was killed by up to five.
+    process.first_does(lambda: process.hold(folder, 20) if folder.is_dir() else None)
     # Every process reads the checkpoint itself, to the CPU, before DDP exists: reading on one and
     # sending it round is what hangs resumed runs elsewhere.
     checkpoint = runtime.load_checkpoint(path) if path.exists() else None
