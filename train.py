@@ -45,6 +45,7 @@ from settings import notes, parse, resolve
 MAY_CHANGE = ("images", "lr", "grad_clip", "microbatch", "recompute", "workers", "compile",
               "precision", "deterministic", "sample_every", "save_every", "skip_bad_images")
 BAD_STEPS = 25  # this many non-finite steps in a row end the run
+POINTS = 500  # of a curve in loss.png
 
 
 # ------------------------------------------------------------------ the run folder
@@ -102,7 +103,7 @@ class Log:
 
     def __init__(self, folder, step, terms):
         self.path, self.rows, self.since = folder / "log.csv", [], time.time()
-        self.terms = terms
+        self.terms, self.drawn = terms, 0.0  # when loss.png was drawn
         self.columns = ["step", "images", "loss", *terms, "grad_norm", "skipped", "images_per_s"]
         kept = []
         if self.path.exists():  # rows after the checkpoint's step will be made again
@@ -128,11 +129,18 @@ class Log:
                 raise
             self.rows, self.since = [], time.time()
 
-    def plot(self, path):
-        """The terms of the loss over the steps, readable in black and white."""
-        table = np.atleast_1d(np.genfromtxt(self.path, delimiter=",", names=True))
-        if len(table) < 2:
+    def plot(self, path, now=True):
+        """The terms of the loss over the steps, readable in black and white; unless `now`, at most
+        once a minute. It takes the time of several steps, and must not take more as a run goes on:
+        of many rows, it shows the means of POINTS parts."""
+        if not now and time.time() - self.drawn < 60:
             return
+        rows = self.path.read_text().splitlines()[1:]
+        if len(rows) < 2:
+            return
+        self.drawn = time.time()
+        parts = np.array_split(np.loadtxt(rows, delimiter=","), min(len(rows), POINTS))
+        table = dict(zip(self.columns, np.stack([part.mean(0) for part in parts]).T, strict=True))
         figure = runtime.figure(figsize=(7, 4))
         axes = figure.add_subplot()
         for term, style in zip(self.terms, ("k-", "k:", "k--"), strict=False):
@@ -292,7 +300,7 @@ def loop(s, process, folder, dataset, model, stop):
             saved = saved if failed else model.step
             if process.first and not failed:
                 bar.write(f"step {model.step}: saved {(folder / 'checkpoint.pt').resolve()}")
-                attempt(bar, "loss.png", log.plot, folder / "loss.png")
+                attempt(bar, "loss.png", log.plot, folder / "loss.png", done)
         # Grids come from the averaged weights: those are what sample.py will use. Whoever asks us
         # to stop may not wait for one.
         if process.first and not asked and (model.step % s["sample_every"] == 0 or done):
