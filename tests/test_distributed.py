@@ -114,14 +114,14 @@ def read_pictures(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["", "--npz"])
-def test_pictures_are_the_same(runs, kind, monkeypatch):
+@pytest.mark.parametrize("n, kind", [(2, ""), (2, "--npz"), (4, "")])
+def test_pictures_are_the_same(runs, n, kind, monkeypatch):
     # -n, because torchrun takes --num for an abbreviation of its own --numa-binding
     words = f"by1 -n 5 --nfe 4 --sampler ddpm --batch-size 2 {kind}".split()
     monkeypatch.chdir(runs)
     sample.main([*words, "--out", f"one{kind}"])
-    torchrun(2, ROOT / "sample.py", *words, "--out", f"two{kind}", cwd=runs)
-    one, two = read_pictures(runs / f"one{kind}"), read_pictures(runs / f"two{kind}")
+    torchrun(n, ROOT / "sample.py", *words, "--out", f"{n}{kind}", cwd=runs)
+    one, two = read_pictures(runs / f"one{kind}"), read_pictures(runs / f"{n}{kind}")
     assert len(one) == 5 and one.std() > 10
     assert np.abs(one - two).max() <= 1
 
