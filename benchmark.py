@@ -47,6 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import denoiser as denoisers
+import files
 import inception
 import metrics
 import plain
@@ -571,7 +572,7 @@ def precision(report, args):
     report.part("precision", f"tiny, {args.steps} steps, two seeds; figure: {args.figure}")
     source = args.data or "shapes"  # the runs are made in another folder
     source = source if source in sources.SETS else str(Path(source).resolve())
-    figure = runtime.figure(figsize=(7, 4))
+    figure = files.figure(figsize=(7, 4))
     axes, last = figure.add_subplot(), {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in (0, 1):
@@ -593,7 +594,7 @@ def precision(report, args):
     axes.set(xlabel="step", ylabel="loss, mean of 100 steps", yscale="log")
     axes.legend()
     figure.tight_layout()
-    runtime.save_figure(args.figure, figure)
+    files.save_figure(args.figure, figure)
     for seed in (0, 1):
         print(f"  seed {seed}: mean loss of the last quarter {last['fp32', seed]:.5f} in float32, "
               f"{last['bf16', seed]:.5f} in bf16")
@@ -664,7 +665,7 @@ def main(argv=None):
     machine(report, args)
     for name in args.parts:
         PARTS[name](report, args)
-        runtime.write_text(args.json, json.dumps(dict(machine=report.machine, rows=report.rows),
+        files.write_text(args.json, json.dumps(dict(machine=report.machine, rows=report.rows),
                                                  indent=1) + "\n")
     print(f"\nfigures: {args.json.resolve()}")
 

@@ -29,6 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import files
 import readers
 
 FEATURES = 64
@@ -126,7 +127,7 @@ def export(net, path, size):
     x = torch.zeros(2, 3, size, size)
     program = torch.export.export(Features(net.cpu()).eval(), (x,), dynamic_shapes=(
         {0: torch.export.Dim("N"), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},))
-    with runtime.atomic_write(path) as temporary, open(temporary, "wb") as f:
+    with files.atomic_write(path) as temporary, open(temporary, "wb") as f:
         torch.export.save(program, f)
 
 

@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 import data
 import denoiser as denoisers
+import files
 import schedules
 from spaces import Pixels
 
@@ -230,7 +231,7 @@ def read_gamma(denoiser):
 
 def estimate(run, args, process):
     """Γ of one run -> analytic.npz, .csv and .png in its folder."""
-    path = process.first_does(lambda: runtime.find_checkpoint(run))
+    path = process.first_does(lambda: files.find_checkpoint(run))
     denoiser = denoisers.load_run(path, args.weights)
     s, out, name = denoiser.settings, path.parent.resolve() / "analytic.npz", path.parent.name
     dataset = process.first_then_all(lambda: data.load(
@@ -247,10 +248,10 @@ def estimate(run, args, process):
     values = process.total(gamma(denoiser, x0, args.seed, args.batch_size, process.first and name,
                                  mine))
     if process.first:
-        with runtime.atomic_write(out) as temporary, open(temporary, "wb") as f:
+        with files.atomic_write(out) as temporary, open(temporary, "wb") as f:
             np.savez(f, gamma=values.numpy(), n=n, seed=args.seed, step=denoiser.step,
                      weights=args.weights)
-        runtime.write_csv(out.with_suffix(".csv"),
+        files.write_csv(out.with_suffix(".csv"),
                           [dict(t=t, gamma=value) for t, value in enumerate(values.tolist())])
         draw(out.with_suffix(".png"), denoiser, values)
         print(f"Γ: {out} (.csv and .png beside it)\nnext: python sample.py {path.parent} "
@@ -261,7 +262,7 @@ def draw(path, denoiser, values, points=50):
     """Γ_t, and the std that it gives the steps of a coarse grid; t falls to the right, as in
     sampling."""
     schedule, var_eps, bounds = denoiser.schedule, of_gamma(values), bounds_of(denoiser)
-    figure = runtime.figure(figsize=(9.5, 3.8), layout="constrained")
+    figure = files.figure(figsize=(9.5, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.axhline(1, color="0.7", lw=0.8)
     left.plot(range(1, len(values)), values[1:], "k", lw=1.2)
@@ -279,7 +280,7 @@ def draw(path, denoiser, values, points=50):
     right.legend()
     for ax in (left, right):
         ax.invert_xaxis()
-    runtime.save_figure(path, figure, 110)
+    files.save_figure(path, figure, 110)
 
 
 def parse(argv=None):

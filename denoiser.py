@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 
 import etsdm
-import runtime
+import files
 import schedules
 import spaces
 import unet
@@ -169,8 +169,8 @@ def load_run(run, weights="ema"):
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights are ema or raw, not {weights!r}")
-    path = runtime.find_checkpoint(run)
-    checkpoint = runtime.load_checkpoint(path)
+    path = files.find_checkpoint(run)
+    checkpoint = files.load_checkpoint(path)
     if checkpoint["settings"].get("task") == "autoencoder":
         raise ValueError(f"{path.parent} is an autoencoder, which draws nothing by itself: train a "
                          f"model of its latents, python train.py --latent {path.parent.name}")
@@ -180,7 +180,7 @@ def load_run(run, weights="ema"):
     except (KeyError, TypeError) as error:
         raise ValueError(f"the settings in {path} do not describe a model of this version "
                          f"({error})") from error
-    runtime.load_weights(denoiser.net, checkpoint[weights], path)
+    files.load_weights(denoiser.net, checkpoint[weights], path)
     denoiser.folder, denoiser.step, denoiser.weights = path.parent, checkpoint["step"], weights
     denoiser.net.eval().requires_grad_(False)
     return denoiser
@@ -195,15 +195,15 @@ def load_guided_diffusion(path, preset, schedule="linear"):
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        state = runtime.read_tensors(path)
+        state = files.read_tensors(path)
     except ValueError as error:
         raise ValueError(f"{path} holds no weights ({error})") from error
-    if isinstance(state, dict) and state.get("format") == runtime.FORMAT:
+    if isinstance(state, dict) and state.get("format") == files.FORMAT:
         raise ValueError(f"{path} is a run of train.py: give it as RUN")
     tensors = isinstance(state, dict) and all(torch.is_tensor(v) for v in state.values())
     if not tensors or not state:
         raise ValueError(f"{path} is no state dict of a network: it holds "
-                         f"{runtime.describe(state)}")
+                         f"{files.describe(state)}")
     state = unet.from_guided_diffusion(state)
     channels, outputs = len(state["input_blocks.0.0.weight"][0]), len(state["out_conv.weight"])
     if channels not in (1, 3) or outputs not in (channels, 2 * channels):
@@ -211,7 +211,7 @@ def load_guided_diffusion(path, preset, schedule="linear"):
                          "draw images from noise can be loaded, no upsamplers")
     size = dict(unet.PRESETS[preset], in_channels=channels, out_channels=outputs)
     net = unet.UNet(**size)
-    runtime.load_weights(net, state, path, f"the preset {preset}")
+    files.load_weights(net, state, path, f"the preset {preset}")
     side = size["image_size"]
     denoiser = from_settings(dict(
         schedule=schedule, T=1000, continuous=False, image_size=side, channels=channels,

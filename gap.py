@@ -57,6 +57,7 @@ from tqdm import tqdm
 import covariance
 import data
 import denoiser as denoisers
+import files
 import samplers
 import schedules
 import sources
@@ -216,7 +217,7 @@ def draw(path, runs, weights):
     if any("reducible_norm" in rows[0] for rows in runs.values()):
         panels += [("reducible_systematic", "reducible: systematic"),
                    ("reducible_norm", "reducible: mean of norms")]
-    figure = runtime.figure(figsize=(3.6 * (len(panels) + 1), 3.8), layout="constrained")
+    figure = files.figure(figsize=(3.6 * (len(panels) + 1), 3.8), layout="constrained")
     axes = figure.subplots(1, len(panels) + 1)
     for ax, (key, title) in zip(axes, panels, strict=False):
         for (name, rows), style in zip(runs.items(), cycle(STYLES), strict=False):
@@ -237,7 +238,7 @@ def draw(path, runs, weights):
     axes[-1].legend(fontsize="small")
     for ax in axes:
         ax.invert_xaxis()
-    runtime.save_figure(path, figure, 110)
+    files.save_figure(path, figure, 110)
 
 
 def table(runs, boots):
@@ -265,7 +266,7 @@ def illustrate(path, nfe=50, size=0.15):
     always to the same side, one by turns."""
     schedule, mixture = schedules.make_schedule("linear"), toy.two_bumps()
     exact, x_T = toy.oracle(mixture, schedule), torch.tensor([[0.4]], dtype=torch.float64)
-    figure = runtime.figure(figsize=(10, 3.8), layout="constrained")
+    figure = files.figure(figsize=(10, 3.8), layout="constrained")
     (left, right), rows, right_path = figure.subplots(1, 2), [], None
     for (name, sign), style in zip({"ideal network": lambda i: 0, "errors add up": lambda i: 1,
                                     "errors cancel": lambda i: (-1) ** i}.items(), STYLES,
@@ -289,8 +290,8 @@ def illustrate(path, nfe=50, size=0.15):
     for ax in (left, right):
         ax.invert_xaxis()
         ax.legend()
-    runtime.save_figure(path, figure, 110)
-    runtime.write_csv(path.with_suffix(".csv"), rows)
+    files.save_figure(path, figure, 110)
+    files.write_csv(path.with_suffix(".csv"), rows)
 
 
 def parse(argv=None):
@@ -352,7 +353,7 @@ def main(argv=None):
             weights[kind] = gap_weights(denoiser.schedule)
     if runs:
         draw(args.out, runs, weights)
-        runtime.write_csv(args.out.with_suffix(".csv"), [r for rows in runs.values() for r in rows])
+        files.write_csv(args.out.with_suffix(".csv"), [r for rows in runs.values() for r in rows])
         print(table(runs, boots))
     print(f"figure: {args.out.resolve()}\nnumbers: {args.out.with_suffix('.csv').resolve()}")
 

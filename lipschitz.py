@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import files
 import losses
 import sources
 from schedules import diffuse
@@ -160,7 +161,7 @@ def measure(args, name, d, x0):
 
 def write(args, curves):
     """The .csv, and the picture: means as lines, the middle 80 % of the images as shades."""
-    axes = runtime.figure(figsize=(7.5, 4.5), layout="constrained").add_subplot()
+    axes = files.figure(figsize=(7.5, 4.5), layout="constrained").add_subplot()
     rows = []
     for i, (name, (xs, k, edges, _)) in enumerate(curves.items()):
         mean, (p10, p50, p90) = k.mean(1), np.percentile(k, (10, 50, 90), axis=1)
@@ -183,8 +184,8 @@ def write(args, curves):
         axes.set(xlim=(0, max(row["t"] for row in rows) + 2 * args.dt), xlabel="t (timesteps)",
                  ylabel=f"K(t, t + {args.dt:g}) per timestep")
     axes.legend()
-    runtime.save_figure(args.out, axes.figure, 150)
-    runtime.write_csv(args.out.with_suffix(".csv"), rows)
+    files.save_figure(args.out, axes.figure, 150)
+    files.write_csv(args.out.with_suffix(".csv"), rows)
 
 
 def main(argv=None):

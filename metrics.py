@@ -39,6 +39,7 @@ from torch.export.passes import move_to_device_pass
 from tqdm import tqdm
 
 import data
+import files
 import inception
 import sampling
 from sources import (Generated, Reconstructed, find_autoencoder, open_all, own_data,
@@ -217,7 +218,7 @@ def open_exported(path, device):
     what = "it is cut short, a zip of something else, or of another version of PyTorch"
     try:
         if not zipfile.is_zipfile(path):
-            what = runtime.what_is(path)
+            what = files.what_is(path)
         with zipfile.ZipFile(path) as archive:
             script = any("/code/" in name for name in archive.namelist())
         if script:
@@ -425,7 +426,7 @@ def save_statistics(sources, sides, args, process):
     found = statistics(sides[0], net, about, args, process, sources[0])
 
     def save():
-        with runtime.atomic_write(args.out) as temporary, open(temporary, "wb") as f:
+        with files.atomic_write(args.out) as temporary, open(temporary, "wb") as f:
             np.savez(f, **{k: v for k, v in found.items() if k != "root"})
 
     process.first_does(save)

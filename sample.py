@@ -32,6 +32,7 @@ from tqdm import tqdm
 import covariance
 import data
 import denoiser as denoisers
+import files
 import samplers
 import sampling
 import unet
@@ -138,7 +139,7 @@ def prepare_folder(args, process, denoiser, arguments, known):
                              "something else: give another --out")
     out.mkdir(parents=True, exist_ok=True)
     process.hold(out)
-    runtime.remove_leftovers(out)
+    files.remove_leftovers(out)
     try:
         same = mine and json.loads(note.read_text()) == made
     except ValueError:
@@ -147,7 +148,7 @@ def prepare_folder(args, process, denoiser, arguments, known):
         for old in out.iterdir():
             if re.fullmatch(r"\d{6,}\.png|images\.npz|part-\d{6,}\.npz", old.name):
                 old.unlink()
-    runtime.write_text(note, json.dumps(made, indent=1) + "\n")
+    files.write_text(note, json.dumps(made, indent=1) + "\n")
     return out
 
 
@@ -159,7 +160,7 @@ def open_denoiser(args):
         file = args.guided_diffusion.resolve()
         denoiser.source = [str(file), file.stat().st_size, args.preset, args.schedule or "linear"]
         return denoiser, f"weights: {file}, as {args.preset}"
-    path = runtime.find_checkpoint(args.run).resolve()
+    path = files.find_checkpoint(args.run).resolve()
     denoiser, name = denoisers.load_run(path, args.weights), path.parent.name
     denoiser.source = str(path)
     enlarges = denoiser.settings.get("task") == "sr"
@@ -269,13 +270,13 @@ def png_path(out, i):
 
 def write_png(path, image):
     """A PIL image -> a file, whole or not at all."""
-    with runtime.atomic_write(path, sweep=False) as temporary:  # prepare_folder has swept, once
+    with files.atomic_write(path, sweep=False) as temporary:  # prepare_folder has swept, once
         image.save(temporary, format="png")
 
 
 def write_npz(path, **arrays):
     """Arrays -> an .npz file, whole or not at all."""
-    with runtime.atomic_write(path) as temporary, open(temporary, "wb") as f:
+    with files.atomic_write(path) as temporary, open(temporary, "wb") as f:
         np.savez(f, **arrays)
 
 
@@ -330,8 +331,8 @@ def write_beside(out, known, num):
     """Fill them, pair by pair."""
     for folder in beside(out, known):
         folder.mkdir(exist_ok=True)
-        runtime.remove_leftovers(folder)
-        runtime.write_text(folder / "settings.json", (out / "settings.json").read_text())
+        files.remove_leftovers(folder)
+        files.write_text(folder / "settings.json", (out / "settings.json").read_text())
         for old in folder.glob("[0-9]*.png"):  # partners of pictures that are gone
             if not (out / old.name).exists():
                 old.unlink()
@@ -361,7 +362,7 @@ def finish(args, process, out, known):
         bicubic, *originals = known.columns(range(first))
         parts = [bicubic, grid, *originals]
         shown, columns = torch.stack(parts, dim=1).flatten(0, 1), len(parts) * -(-columns // 2)
-    with runtime.atomic_write(grid_path(out)) as temporary:
+    with files.atomic_write(grid_path(out)) as temporary:
         data.grid(shown, columns).save(temporary, format="png")
     # A colour tint of the whole set is the commonest silent fault of a sampler.
     means = ", ".join(f"{m:.1f}" for m in grid.double().mean((0, 2, 3)))

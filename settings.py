@@ -23,8 +23,8 @@ import autoencoder
 import data
 import denoiser as denoisers
 import etsdm
+import files
 import losses
-import runtime
 import schedules
 import spaces
 import unet
@@ -201,7 +201,7 @@ def resolve(args):
     s["name"] = args.name or default_name(s)
     if Path(s["name"]).name != s["name"] or s["name"].startswith("."):
         raise ValueError(f"--name {s['name']!r} must be a plain name: runs go to "
-                         f"{runtime.RUNS}/NAME")
+                         f"{files.RUNS}/NAME")
     return s
 
 
@@ -246,8 +246,8 @@ def denoiser_settings(args, s, given):
 
 def first_stage(args, s, given):
     """The settings of the autoencoder run that --latent names; s takes its images over."""
-    path = runtime.find_checkpoint(args.latent)
-    first = runtime.load_checkpoint(path)["settings"]
+    path = files.find_checkpoint(args.latent)
+    first = files.load_checkpoint(path)["settings"]
     if first.get("task") != "autoencoder":
         raise ValueError(f"{args.latent} is no autoencoder: python train.py --task autoencoder "
                          "trains one")
@@ -279,8 +279,8 @@ def head_settings(args, s, given):
     run = vars(args)["from"]  # a word of Python: args.from is no name
     if run is None:
         raise ValueError("--head needs --from RUN, the run whose variance it learns")
-    path = runtime.find_checkpoint(run)
-    base = runtime.load_checkpoint(path)["settings"]
+    path = files.find_checkpoint(run)
+    base = files.load_checkpoint(path)["settings"]
     if base.get("task") == "autoencoder" or base.get("head"):
         raise ValueError(f"{path.parent} is no denoiser without a head: give one to --from")
     recipe = RECIPES["head of tiny" if base["preset"] == "tiny" else "head"]

@@ -27,6 +27,7 @@ import torch
 import autoencoder
 import data
 import denoiser as denoisers
+import files
 import runtime
 import samplers
 import sampling
@@ -39,7 +40,7 @@ class Generated:
     """Images of a run, made when asked for: image i is what sample.py makes of seed + i."""
 
     def __init__(self, run, args, device):
-        path = runtime.find_checkpoint(run)
+        path = files.find_checkpoint(run)
         self.denoiser, self.device = denoisers.load_run(path, args.weights), device
         self.denoiser.net = runtime.for_inference(self.denoiser.net, device, args.precision,
                                                   args.compile)
@@ -89,14 +90,14 @@ class Reconstructed:
     """Images of another side, there and back through the autoencoder of a run."""
 
     def __init__(self, path, side, args, device):
-        checkpoint = runtime.load_checkpoint(path)
+        checkpoint = files.load_checkpoint(path)
         size = checkpoint["settings"]["autoencoder"]
         if side.shape != (size["channels"], *[size["image_size"]] * 2):
             raise ValueError(f"{path.parent.name} encodes images of {size['image_size']} pixels in "
                              f"{size['channels']} channels, and these are "
                              + "x".join(map(str, side.shape)) + ": give --image-size, --channels")
         self.net = autoencoder.Autoencoder(**size)
-        runtime.load_weights(self.net, checkpoint[args.weights], path)
+        files.load_weights(self.net, checkpoint[args.weights], path)
         self.net.to(device).eval()
         self.side, self.device = side, device
         self.n, self.shape, self.paths = side.n, side.shape, []
@@ -113,7 +114,7 @@ class Reconstructed:
 def find_autoencoder(source):
     """The checkpoint of the autoencoder run that `source` names, or None."""
     path = find_run(source)
-    task = runtime.load_checkpoint(path)["settings"].get("task") if path else None
+    task = files.load_checkpoint(path)["settings"].get("task") if path else None
     return path if task == "autoencoder" else None
 
 
@@ -129,7 +130,7 @@ def read_statistics(source):
             wanted = ("mu", "sigma", "n", "network", "sha256", "size", "precision")
             found = {k: archive[k] for k in archive.files if k in wanted}
     except Exception as error:  # of zip, zlib, NumPy
-        raise ValueError(f"{source} is no readable .npz file ({runtime.what_is(source)})"
+        raise ValueError(f"{source} is no readable .npz file ({files.what_is(source)})"
                          ) from error
     mu, sigma = found["mu"], found["sigma"]
     if not mu.dtype.kind == sigma.dtype.kind == "f" or sigma.shape != (*mu.shape, *mu.shape):
@@ -147,11 +148,11 @@ def find_run(source):
         return None
     if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "checkpoint.pt")):
         return None
-    if os.path.exists(source) or (runtime.RUNS / source / "checkpoint.pt").is_file():
-        return runtime.find_checkpoint(source)
-    names = sorted(p.parent.name for p in runtime.RUNS.glob("*/checkpoint.pt"))
+    if os.path.exists(source) or (files.RUNS / source / "checkpoint.pt").is_file():
+        return files.find_checkpoint(source)
+    names = sorted(p.parent.name for p in files.RUNS.glob("*/checkpoint.pt"))
     raise FileNotFoundError(f"{source} is no file, folder, data set ({' '.join(SETS)}) or run; "
-                            f"under {runtime.RUNS}/ there are: {' '.join(names) or 'none'}")
+                            f"under {files.RUNS}/ there are: {' '.join(names) or 'none'}")
 
 
 def open_all(sources, args, process, may_be_statistics=False):
@@ -207,7 +208,7 @@ def own_data(source):
     run = find_run(source)
     if run is None:
         raise ValueError(f"{source} is no run: say what to compare it with")
-    return here(runtime.load_checkpoint(run)["settings"]["data"], source)
+    return here(files.load_checkpoint(run)["settings"]["data"], source)
 
 
 @lru_cache(maxsize=2)
@@ -227,7 +228,7 @@ def opened(args, device):
     """
     names = set()
     for run in args.runs or [None]:
-        path = runtime.find_checkpoint(run).resolve()
+        path = files.find_checkpoint(run).resolve()
         denoiser, name = denoisers.load_run(path, args.weights), path.parent.name
         while name in names:  # the same run twice, or two of one name
             name += "'"

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 import autoencoder
 import data
-import runtime
+import files
 
 
 class Pixels:
@@ -90,7 +90,7 @@ class Latents:
 
     def __init__(self, first_stage):
         self.net = autoencoder.Autoencoder(**first_stage["autoencoder"])
-        runtime.load_weights(self.net, first_stage["weights"], "the first stage")
+        files.load_weights(self.net, first_stage["weights"], "the first stage")
         self.net.eval().requires_grad_(False)
         self.shape = self.net.latent_shape
         self.mean, self.std = (first_stage[k].float()[:, None, None] for k in ("mean", "std"))
@@ -126,10 +126,10 @@ def from_settings(s, first_stage=None):
 def first_stage_of(run, batches):
     """The averaged weights of an autoencoder run, and the mean and std of its latents over some
     batches of images: all that a latent run has to keep of it, as a checkpoint's entry."""
-    checkpoint = runtime.load_checkpoint(runtime.find_checkpoint(run))
+    checkpoint = files.load_checkpoint(files.find_checkpoint(run))
     settings = checkpoint["settings"]
     net = autoencoder.Autoencoder(**settings["autoencoder"])
-    runtime.load_weights(net, checkpoint["ema"], run)
+    files.load_weights(net, checkpoint["ema"], run)
     mean, std = autoencoder.moments(net.eval(), batches)
     std = torch.where(std > 0, std, 1.0)  # a channel that says nothing stays 0
     return dict(autoencoder=settings["autoencoder"], weights=checkpoint["ema"], mean=mean, std=std)

@@ -27,8 +27,8 @@ import autoencoder
 import covariance
 import data
 import denoiser as denoisers
+import files
 import losses
-import runtime
 import samplers
 import spaces
 import unet
@@ -84,7 +84,7 @@ class Head(Denoising):
         self.net.second_head.requires_grad_(True)
         if trunk := extra.pop("trunk", None):  # of a new run; else all comes from the checkpoint
             own = {f"second_head.{k}": v for k, v in self.net.second_head.state_dict().items()}
-            runtime.load_weights(self.net, trunk | own, s["from"])
+            files.load_weights(self.net, trunk | own, s["from"])
 
     def losses(self, net, images, numbers):
         x0, denoiser = self.denoiser.but(net=net).on(images)
@@ -131,7 +131,7 @@ def choose(s, checkpoint, dataset):
 def extra_of(s, dataset):
     """What a new run with settings s takes from another run, and keeps."""
     if s["head"]:
-        base = runtime.load_checkpoint(runtime.find_checkpoint(s["from"]))  # as settings.py did
+        base = files.load_checkpoint(files.find_checkpoint(s["from"]))  # as settings.py did
         return {**base.get("extra", {}), "trunk": base["ema"]}
     if s["latent"]:  # the moments of a thousand images or so; of fewer, if there are fewer
         n = min(1024, len(dataset))

@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+import files
 import tasks
 from settings import notes, parse, resolve
 
@@ -52,13 +53,13 @@ POINTS = 500  # of a curve in loss.png
 
 def open_run(s, process):
     """(folder, checkpoint or None) of the run that the settings name. ValueError: another run's."""
-    folder = runtime.RUNS / s["name"]
+    folder = files.RUNS / s["name"]
     path = folder / "checkpoint.pt"
     # 20 seconds: processes that read images outlive a trainer that was killed by up to five.
     process.first_does(lambda: process.hold(folder, 20) if folder.is_dir() else None)
     # Every process reads the checkpoint itself, to the CPU, before DDP exists: reading on one and
     # sending it round is what hangs resumed runs elsewhere.
-    checkpoint = runtime.load_checkpoint(path) if path.exists() else None
+    checkpoint = files.load_checkpoint(path) if path.exists() else None
     if checkpoint:
         old = checkpoint["settings"]
         changed = [k for k in s if k not in MAY_CHANGE and old.get(k) != s[k]]
@@ -69,7 +70,7 @@ def open_run(s, process):
     step = checkpoint["step"] if checkpoint else 0
     if process.sum(abs(step - process.share(step)))[0]:  # also: nobody writes before all have read
         raise ValueError(f"the processes see different checkpoints of {folder}: all machines must "
-                         f"share one folder {runtime.RUNS}/")
+                         f"share one folder {files.RUNS}/")
     return folder, checkpoint
 
 
@@ -78,12 +79,12 @@ def make_folder(folder, s, process, size):
     settings, and what they ran on. size: bytes of a checkpoint, of which there will be room for
     two: the next one is written before the last is let go."""
     there = (folder / "checkpoint.pt").exists()
-    runtime.check_space(folder, size if there else 2 * size)
+    files.check_space(folder, size if there else 2 * size)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     if not process.held:
         process.hold(folder)
     for place in (folder, folder / "samples"):
-        runtime.remove_leftovers(place)
+        files.remove_leftovers(place)
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
                                 timeout=5, cwd=Path(__file__).parent).stdout.strip()
@@ -92,7 +93,7 @@ def make_folder(folder, s, process, size):
     about = dict(torch=torch.__version__, numpy=np.__version__, commit=commit,
                  python=platform.python_version(), processes=process.world,
                  device=process.device.type, command=" ".join(sys.argv))
-    runtime.write_text(folder / "config.json", json.dumps({**s, "ran_on": about}, indent=1) + "\n")
+    files.write_text(folder / "config.json", json.dumps({**s, "ran_on": about}, indent=1) + "\n")
 
 
 class Log:
@@ -110,7 +111,7 @@ class Log:
             with open(self.path, newline="") as f:
                 kept = [r for r in csv.reader(f) if len(r) == len(self.columns)
                         and r[0].isdigit() and int(r[0]) <= step]
-        runtime.write_text(self.path, "".join(",".join(r) + "\n" for r in [self.columns, *kept]))
+        files.write_text(self.path, "".join(",".join(r) + "\n" for r in [self.columns, *kept]))
 
     def add(self, step, batch, values, skipped):
         """values: (loss, *terms, grad_norm) of this step."""
@@ -141,7 +142,7 @@ class Log:
         self.drawn = time.time()
         parts = np.array_split(np.loadtxt(rows, delimiter=","), min(len(rows), POINTS))
         table = dict(zip(self.columns, np.stack([part.mean(0) for part in parts]).T, strict=True))
-        figure = runtime.figure(figsize=(7, 4))
+        figure = files.figure(figsize=(7, 4))
         axes = figure.add_subplot()
         for term, style in zip(self.terms, ("k-", "k:", "k--"), strict=False):
             if table[term].any():
@@ -150,7 +151,7 @@ class Log:
         axes.set(xlabel="step", ylabel="loss, mean over pixels", yscale="log")
         axes.legend()
         figure.tight_layout()
-        runtime.save_figure(path, figure)
+        files.save_figure(path, figure)
 
 
 # ------------------------------------------------------------------ training
@@ -167,16 +168,16 @@ class Model:
         self.optimizer = torch.optim.Adam(trained, lr=s["lr"], betas=(0.9, s["beta2"]), fused=True)
         self.step = self.skipped = 0
         if checkpoint:
-            runtime.load_weights(self.net, checkpoint["raw"], s["name"])
-            runtime.load_weights(self.ema, checkpoint["ema"], s["name"])
-            runtime.load_moments(self.optimizer, checkpoint["optimizer"], s["name"])
+            files.load_weights(self.net, checkpoint["raw"], s["name"])
+            files.load_weights(self.ema, checkpoint["ema"], s["name"])
+            files.load_moments(self.optimizer, checkpoint["optimizer"], s["name"])
             self.step, self.skipped = checkpoint["step"], checkpoint["skipped"]
 
     def size(self):
         """Bytes of a checkpoint: the weights, their average, and Adam's two moments of what is
         trained."""
         moments = 2 * [p for p in self.net.parameters() if p.requires_grad]
-        return runtime.size_of([self.net.state_dict(), self.ema.state_dict(), moments])
+        return files.size_of([self.net.state_dict(), self.ema.state_dict(), moments])
 
     def state(self):
         """From the bare modules: names that DDP or compile prefixed would fit nowhere else."""
@@ -329,7 +330,7 @@ def kept(folder, step):
 
 def save(folder, s, process, dataset, model):
     """checkpoint.pt: all that it takes to go on, or to sample."""
-    runtime.save_checkpoint(folder / "checkpoint.pt", {
+    files.save_checkpoint(folder / "checkpoint.pt", {
         "settings": s, "processes": process.world, "dataset": len(dataset), **model.state()})
 
 
@@ -339,7 +340,7 @@ def picture(model, dataset, path, device):
     images = torch.stack([dataset[i] for i in range(min(side**2, len(dataset)))]).to(device)
     shown, together = model.task.pictures(model.ema, images)
     columns = max(1, round(len(shown)**0.5 / together)) * together
-    with runtime.atomic_write(path) as temporary:
+    with files.atomic_write(path) as temporary:
         data.grid(shown, columns).save(temporary, format="png")
 
 

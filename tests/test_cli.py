@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 import classifier
 import denoiser
+import files
 import gap
 import lipschitz
 import metrics
@@ -180,7 +181,7 @@ def test_load_run_gives_what_the_run_describes(inside):
     ema, raw = (denoiser.load_run("runs/shapes-tiny-sa2", weights) for weights in ("ema", "raw"))
     assert ema.prediction == "v" and ema.schedule.name == "cosine" and ema.settings["sa_k"] == 2
     assert not ema.net.training and not any(p.requires_grad for p in ema.net.parameters())
-    checkpoint = runtime.load_checkpoint(runtime.find_checkpoint())
+    checkpoint = files.load_checkpoint(files.find_checkpoint())
     assert_close(ema.net.state_dict(), checkpoint["ema"], rtol=0, atol=0)
     assert_close(raw.net.state_dict(), checkpoint["raw"], rtol=0, atol=0)
     assert any(
@@ -272,14 +273,14 @@ def test_a_stopped_run_resumes_to_the_same_weights(number, tmp_path):
     else:
         assert process.returncode == 0 and "Traceback" not in err, err
         assert f"stopped by {number.name} at step" in out and "same command" in out
-    step = runtime.load_checkpoint(checkpoint)["step"]
+    step = files.load_checkpoint(checkpoint)["step"]
     assert 0 < step < 20, "the signal must land inside the run"
     done = run(*words, "--name", "stopped", cwd=tmp_path)
     assert f"from step {step}" in done.stdout and "done:" in done.stdout
     os.chdir(tmp_path)
     train.main([*words, "--name", "whole"])
-    whole = runtime.load_checkpoint(tmp_path / "runs" / "whole" / "checkpoint.pt")
-    again = runtime.load_checkpoint(checkpoint)
+    whole = files.load_checkpoint(tmp_path / "runs" / "whole" / "checkpoint.pt")
+    again = files.load_checkpoint(checkpoint)
     for key in ("raw", "ema", "optimizer"):
         assert_close(again[key], whole[key], rtol=0, atol=0)
     assert not list((tmp_path / "runs" / "stopped").rglob("*.tmp"))

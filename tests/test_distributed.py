@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-import runtime
+import files
 import sample
 import train
 
@@ -92,7 +92,7 @@ def test_losses_are_the_same(runs):
 @pytest.mark.slow
 def test_resuming_with_two_processes_changes_nothing(runs):
     whole, parts = (
-        runtime.load_checkpoint(runs / "runs" / name / "checkpoint.pt")
+        files.load_checkpoint(runs / "runs" / name / "checkpoint.pt")
         for name in ("by2", "resumed")
     )
     for key in ("raw", "ema", "optimizer"):
@@ -104,7 +104,7 @@ def test_resuming_with_two_processes_changes_nothing(runs):
 def test_another_number_of_processes_goes_on(runs):
     done = torchrun(1, ROOT / "train.py", *TINY, "--steps", "12", "--name", "resumed", cwd=runs)
     assert "from step 10" in done.stdout
-    assert runtime.load_checkpoint(runs / "runs" / "resumed" / "checkpoint.pt")["step"] == 12
+    assert files.load_checkpoint(runs / "runs" / "resumed" / "checkpoint.pt")["step"] == 12
 
 
 def read_pictures(folder):
@@ -161,11 +161,11 @@ def test_sigterm_to_torchrun_saves_and_resumes(tmp_path):
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert "stopped by SIGTERM at step" in out
-    step = runtime.load_checkpoint(checkpoint)["step"]
+    step = files.load_checkpoint(checkpoint)["step"]
     assert 0 < step < 300
     words[words.index("--steps") + 1] = str(step + 2)
     assert f"from step {step}" in torchrun(2, ROOT / "train.py", *words, cwd=tmp_path).stdout
-    assert runtime.load_checkpoint(checkpoint)["step"] == step + 2
+    assert files.load_checkpoint(checkpoint)["step"] == step + 2
 
 
 @pytest.mark.slow
@@ -230,7 +230,7 @@ def test_a_process_that_fails_takes_the_others_down_with_one_line(how, rank, tmp
     expected = "no good" if how == "refuse" else "another process of this job has ended"
     assert expected in lines[0]
     assert "RuntimeError" not in done.stderr and "gloo" not in done.stderr
-    assert runtime.load_checkpoint(tmp_path / "runs/lost/checkpoint.pt")["step"] == 6
+    assert files.load_checkpoint(tmp_path / "runs/lost/checkpoint.pt")["step"] == 6
 
 
 @pytest.mark.slow
@@ -244,7 +244,7 @@ def test_torchrun_brings_a_dead_process_back(tmp_path):
     assert "from step 6" in done.stdout and done.stdout.count("done:") == 1
     torchrun(2, ROOT / "train.py", *words, "--name", "whole", cwd=tmp_path)
     back, whole = (
-        runtime.load_checkpoint(tmp_path / "runs" / name / "checkpoint.pt")
+        files.load_checkpoint(tmp_path / "runs" / name / "checkpoint.pt")
         for name in ("back", "whole")
     )
     for key in ("raw", "ema", "optimizer"):
@@ -275,7 +275,7 @@ def test_two_machines(runs):
     assert [agent.returncode for agent in agents] == [0, 0], outs
     assert sum(out.count("done:") for out, _ in outs) == 1, "rank 0 alone speaks"
     one, two = (
-        runtime.load_checkpoint(runs / "runs" / name / "checkpoint.pt")
+        files.load_checkpoint(runs / "runs" / name / "checkpoint.pt")
         for name in ("by2", "machines")
     )
     assert_close(two["raw"], one["raw"], rtol=0, atol=0)

@@ -26,6 +26,7 @@ from test_train import SMALL
 
 import data
 import denoiser
+import files
 import losses
 import runtime
 import sample
@@ -41,7 +42,7 @@ def in_a_folder(tmp_path, monkeypatch):
 
 def small(*flags):
     train.main([*SMALL, *flags])
-    return runtime.load_checkpoint("runs/small/checkpoint.pt")
+    return files.load_checkpoint("runs/small/checkpoint.pt")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_the_run_stops_when_no_step_is_finite(precision, monkeypatch):
         ValueError, match="up to step 29; the last checkpoint is of step 4 in .*: try --precision"
     ):
         small(*words)
-    assert runtime.load_checkpoint("runs/small/checkpoint.pt")["step"] == 4
+    assert files.load_checkpoint("runs/small/checkpoint.pt")["step"] == 4
 
 
 # ------------------------------------------------------------------ disks
@@ -119,16 +120,16 @@ def test_the_run_stops_when_no_step_is_finite(precision, monkeypatch):
 def test_torch_on_a_full_disk_is_an_oserror(tmp_path):
     """A limit that the system enforces: torch's writer makes a RuntimeError of it, ours not."""
     path = tmp_path / "checkpoint.pt"
-    runtime.save_checkpoint(path, {"step": 1})
+    files.save_checkpoint(path, {"step": 1})
     before = path.read_bytes()
     code = f"""if True:
         import resource, signal, sys
         sys.path.insert(0, {str(ROOT)!r})
-        import runtime, torch
+        import files, torch
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         try:
-            runtime.save_checkpoint({str(path)!r}, dict(raw=torch.zeros(100_000)))
+            files.save_checkpoint({str(path)!r}, dict(raw=torch.zeros(100_000)))
         except OSError as error:
             print(error.errno)
     """
@@ -139,7 +140,7 @@ def test_torch_on_a_full_disk_is_an_oserror(tmp_path):
 
 def full(monkeypatch, until=10**9):
     """Checkpoints up to this call find a disk without room -> the list of calls."""
-    calls, real = [], runtime.check_space
+    calls, real = [], files.check_space
 
     def no_room(folder, size):
         calls.append(size)
@@ -147,7 +148,7 @@ def full(monkeypatch, until=10**9):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(folder, size)
 
-    monkeypatch.setattr(runtime, "check_space", no_room)
+    monkeypatch.setattr(files, "check_space", no_room)
     return calls
 
 
@@ -166,24 +167,24 @@ def test_a_disk_that_stays_full_ends_it_with_what_there_is(monkeypatch):
         OSError, match="step 6 could not be saved.*last checkpoint is of step 2.*make room"
     ):
         small("--steps", "6", "--save-every", "2")
-    assert runtime.load_checkpoint("runs/small/checkpoint.pt")["step"] == 2
+    assert files.load_checkpoint("runs/small/checkpoint.pt")["step"] == 2
 
 
 def test_room_for_checkpoints_is_asked_for_at_the_start(monkeypatch):
     class Usage:
         free = 30_000_000  # a checkpoint of tiny has 18 MB, and there are two while one is written
 
-    monkeypatch.setattr(runtime.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(OSError, match="36.7 MB are needed and 30.0 MB are free") as error:
         small("--steps", "2")
     assert "\n" not in str(error.value) and not os.path.exists("runs")
 
 
 def test_the_size_of_a_checkpoint_is_foreseen(run):
-    checkpoint = runtime.load_checkpoint(run)
+    checkpoint = files.load_checkpoint(run)
     s = checkpoint["settings"]
     foreseen = train.Model(s, torch.device("cpu")).size()
-    assert abs(foreseen - runtime.size_of(checkpoint)) < 2000
+    assert abs(foreseen - files.size_of(checkpoint)) < 2000
     assert abs(foreseen / os.path.getsize("runs/small/checkpoint.pt") - 1) < 0.03
 
 
@@ -240,17 +241,17 @@ def test_a_checkpoint_cut_anywhere_is_one_line(run):
     for share in (0, 1e-5, 0.001, 0.3, 0.7, 0.999, 0.99999):
         path.write_bytes(good[: int(share * len(good))])
         with pytest.raises(ValueError, match="not a checkpoint of train.py") as error:
-            runtime.load_checkpoint(path)
+            files.load_checkpoint(path)
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", [*runtime.ENTRIES, "settings.T", "settings.unet", "settings.task"])
+@pytest.mark.parametrize("key", [*files.ENTRIES, "settings.T", "settings.unet", "settings.task"])
 def test_a_checkpoint_that_lacks_something_is_one_line(key, run):
-    checkpoint = runtime.load_checkpoint(run)
+    checkpoint = files.load_checkpoint(run)
     *outer, name = key.split(".")
     part = checkpoint[outer[0]] if outer else checkpoint
     del part[name]
-    runtime.save_checkpoint("runs/small/checkpoint.pt", checkpoint)
+    files.save_checkpoint("runs/small/checkpoint.pt", checkpoint)
     for use in (lambda: train.main([*SMALL, "--steps", "1"]), lambda: denoiser.load_run("small")):
         try:
             use()
@@ -261,9 +262,9 @@ def test_a_checkpoint_that_lacks_something_is_one_line(key, run):
 
 
 def test_weights_and_moments_of_another_shape_are_refused(run):
-    checkpoint = runtime.load_checkpoint(run)
+    checkpoint = files.load_checkpoint(run)
     checkpoint["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
-    runtime.save_checkpoint("runs/small/checkpoint.pt", checkpoint)
+    files.save_checkpoint("runs/small/checkpoint.pt", checkpoint)
     with pytest.raises(ValueError, match=r"optimizer's exp_avg is \(3,\), the weight"):
         small("--steps", "2")
 
@@ -301,8 +302,8 @@ def test_workers_outlive_a_signal_to_all():
     os.mkdir("images")
     for i in range(40):
         Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(f"images/{i:02}.png")
-    files = data.load("images", 8, 3, memory_limit=0)
-    stream = data.batches(files, 4, 0, 0, workers=2)
+    images = data.load("images", 8, 3, memory_limit=0)
+    stream = data.batches(images, 4, 0, 0, workers=2)
     next(stream)
     children = {int(p) for p in os.listdir("/proc") if p.isdigit() and parent(p) == os.getpid()}
     for child in children:
@@ -351,7 +352,7 @@ def test_what_killed_writers_left_is_swept(tmp_path):
                           capture_output=True, text=True).stdout.strip()  # fmt: skip
     for name in (f".a.npz.{gone}.tmp", f".a.npz.{os.getppid()}.tmp", f".b.npz.{gone}.tmp"):
         (tmp_path / name).write_text("half")
-    runtime.write_text(tmp_path / "a.npz", "whole")
+    files.write_text(tmp_path / "a.npz", "whole")
     left = {f".a.npz.{os.getppid()}.tmp", f".b.npz.{gone}.tmp", "a.npz"}
     assert set(os.listdir(tmp_path)) == left
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import denoiser
+import files
 import metrics
 import runtime
 import sample
@@ -211,7 +212,7 @@ def walk(training, drawing, features, capsys):
         return 0
     idle = [part for part in without_effect(training, printed) if tuple(part) not in DEFAULTS]
     assert not idle, f"{idle} of {training} has no effect, and nothing is said of it"
-    checkpoint = runtime.load_checkpoint("runs/r/checkpoint.pt")
+    checkpoint = files.load_checkpoint("runs/r/checkpoint.pt")
     assert checkpoint["step"] == 2
     finite = [v.isfinite().all() for v in checkpoint["raw"].values() if v.is_floating_point()]
     assert all(finite)
@@ -282,7 +283,7 @@ def weights_of(folder, extra):
     try:
         base = ["--image-size", "8", "--batch-size", "4", "--precision", "fp32", "--warmup", "0"]
         train.main([*base, "--steps", "3", "--name", "w", *extra])
-        checkpoint = runtime.load_checkpoint("runs/w/checkpoint.pt")
+        checkpoint = files.load_checkpoint("runs/w/checkpoint.pt")
     finally:
         os.chdir(before)
         torch.use_deterministic_algorithms(False)
@@ -432,7 +433,7 @@ def test_the_same_command_gives_the_same_bits(threads, features, tmp_path):
         score = run("metrics", "fid", "r", "shapes", "-n", "60", "--nfe", "2", "--features",
                     str(features), "--json")  # fmt: skip
         pictures = [p.read_bytes() for p in sorted((folder / "o").glob("0*.png"))]
-        checkpoint = runtime.load_checkpoint(folder / "runs/r/checkpoint.pt")
+        checkpoint = files.load_checkpoint(folder / "runs/r/checkpoint.pt")
         found.append((checkpoint, pictures, json.loads(score)["value"]))
     (one, pictures, score), (two, others, again) = found
     for part in ("raw", "ema", "optimizer"):

@@ -29,6 +29,7 @@ ROWS = [
         "inception",
         "autoencoder",
         "data",
+        "files",
         "pictures",
         "readers",
         "runtime",
@@ -46,13 +47,14 @@ ROWS = [
 ]
 # What the forward process is, everybody may know.
 ALLOWED = {
+    "files": set(),
     "runtime": set(),
     "pictures": set(),
-    "readers": {"runtime"},
+    "readers": {"files"},
     "data": {"readers", "pictures"},
     "inception": {"readers"},
     "autoencoder": {"unet"},
-    "spaces": {"autoencoder", "data", "runtime"},
+    "spaces": {"autoencoder", "data", "files"},
     "denoiser": (ROWS[0] - {"inception"}) | ROWS[1],
 }
 RUNTIME = {"torch", "numpy", "PIL", "scipy", "tqdm", "matplotlib"}

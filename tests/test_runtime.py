@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import files
 import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,48 +57,48 @@ def test_ema_follows_buffers_too():
 
 def test_atomic_write_is_all_or_nothing(tmp_path):
     path = tmp_path / "a.txt"
-    runtime.write_text(path, "old")
-    with pytest.raises(OSError, match="disk full"), runtime.atomic_write(path) as temporary:
+    files.write_text(path, "old")
+    with pytest.raises(OSError, match="disk full"), files.atomic_write(path) as temporary:
         temporary.write_text("half of the n")
         raise OSError("disk full")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
-    runtime.write_text(path, "new")
+    files.write_text(path, "new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     (tmp_path / ".checkpoint.pt.123.tmp").write_text("half")
     (tmp_path / "checkpoint.pt").write_text("whole")
-    runtime.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 def whole(**more):
     """A checkpoint with all that one has, empty."""
-    empty = {name: kind() for name, kind in runtime.ENTRIES.items()}
+    empty = {name: kind() for name, kind in files.ENTRIES.items()}
     return {**empty, **more}
 
 
 def test_a_kill_during_the_write_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    runtime.save_checkpoint(path, whole(step=1))
+    files.save_checkpoint(path, whole(step=1))
     code = (
         f"import sys, os, signal; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import runtime\n"
-        f"with runtime.atomic_write({str(path)!r}) as t:\n"
+        "import files\n"
+        f"with files.atomic_write({str(path)!r}) as t:\n"
         "    t.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", code])
     assert done.returncode == -signal.SIGKILL
-    assert runtime.load_checkpoint(path)["step"] == 1
-    runtime.remove_leftovers(tmp_path)
+    assert files.load_checkpoint(path)["step"] == 1
+    files.remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 def test_checkpoint_round_trip(tmp_path):
     tensors = {"a": torch.randn(3), "b": torch.arange(4)}
-    runtime.save_checkpoint(tmp_path / "c.pt", whole(step=7, raw=tensors, settings={"x": None}))
-    back = runtime.load_checkpoint(tmp_path / "c.pt")
+    files.save_checkpoint(tmp_path / "c.pt", whole(step=7, raw=tensors, settings={"x": None}))
+    back = files.load_checkpoint(tmp_path / "c.pt")
     assert back["step"] == 7 and back["settings"] == {"x": None}
     assert_close(back["raw"], tensors, rtol=0, atol=0)
 
@@ -137,32 +138,32 @@ def test_other_files_are_named_for_what_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, words in foreign_files(tmp_path).items():
         with pytest.raises(ValueError, match=words) as error:
-            runtime.load_checkpoint(tmp_path / name)
+            files.load_checkpoint(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "trapped").exists(), "nothing in a file is ever executed"
     with pytest.raises(FileNotFoundError):
-        runtime.load_checkpoint(tmp_path / "nowhere.pt")
+        files.load_checkpoint(tmp_path / "nowhere.pt")
 
 
 def test_find_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="train one first"):
-        runtime.find_checkpoint()
+        files.find_checkpoint()
     for i, name in enumerate(("one", "two", "three")):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         (folder / "checkpoint.pt").write_text("x")
         os.utime(folder / "checkpoint.pt", (100 - i, 100 - i))
-    assert runtime.find_checkpoint().parent.name == "one"
-    assert runtime.find_checkpoint("two").parent.name == "two"
-    assert runtime.find_checkpoint(str(tmp_path / "runs" / "three")).parent.name == "three"
-    assert runtime.find_checkpoint("runs/three/checkpoint.pt").name == "checkpoint.pt"
+    assert files.find_checkpoint().parent.name == "one"
+    assert files.find_checkpoint("two").parent.name == "two"
+    assert files.find_checkpoint(str(tmp_path / "runs" / "three")).parent.name == "three"
+    assert files.find_checkpoint("runs/three/checkpoint.pt").name == "checkpoint.pt"
     with pytest.raises(
         FileNotFoundError, match="no run four; under runs/ there are: one three two"
     ):
-        runtime.find_checkpoint("four")
+        files.find_checkpoint("four")
     with pytest.raises(FileNotFoundError, match="is it a run folder"):
-        runtime.find_checkpoint(str(tmp_path))
+        files.find_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import denoiser as denoisers
+import files
 import metrics
 import runtime
 import sample
@@ -73,10 +74,10 @@ def make_run(folder, name="run", channels=3, size=8, seed=0, **more):
         weights[kind] = {k: v + 0.1 * torch.randn(v.shape) for k, v in net.state_dict().items()}
     path = folder / "runs" / name
     path.mkdir(parents=True)
-    runtime.save_checkpoint(
+    files.save_checkpoint(
         path / "checkpoint.pt",
         {
-            **{name: kind() for name, kind in runtime.ENTRIES.items()},
+            **{name: kind() for name, kind in files.ENTRIES.items()},
             **dict(settings=settings, step=7, **weights),
         },
     )

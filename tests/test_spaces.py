@@ -15,8 +15,8 @@ import autoencoder
 import covariance
 import data
 import denoiser as denoisers
+import files
 import metrics
-import runtime
 import sample
 import samplers
 import sampling
@@ -260,10 +260,10 @@ def test_latents_have_unit_variance_over_the_data(latent_run):
 
 
 def test_a_latent_run_resumes_with_the_first_stage_it_began_with(latent_run):
-    before = runtime.load_checkpoint("runs/latent/checkpoint.pt")["extra"]["first_stage"]
+    before = files.load_checkpoint("runs/latent/checkpoint.pt")["extra"]["first_stage"]
     train.main([*SMALL, *CODE, "--steps", "4"])
     train.main([*SMALL, *LATENT, "--steps", "3"])
-    after = runtime.load_checkpoint("runs/latent/checkpoint.pt")
+    after = files.load_checkpoint("runs/latent/checkpoint.pt")
     assert after["step"] == 3
     assert_close(after["extra"]["first_stage"], before, rtol=0, atol=0)
 
@@ -289,7 +289,7 @@ def test_reconstructions_have_a_psnr(runs, capsys):
     metrics.main("psnr code shapes -n 5 --image-size 16 --batch-size 2".split())
     out = capsys.readouterr().out
     assert "reconstructions by code at step 2, from 4x4x4 latents" in out
-    state = runtime.load_checkpoint("runs/code/checkpoint.pt")
+    state = files.load_checkpoint("runs/code/checkpoint.pt")
     net = autoencoder.Autoencoder(**state["settings"]["autoencoder"])
     net.load_state_dict(state["ema"])
     originals = images(5, 16)

@@ -10,8 +10,8 @@ import torch
 from torch.testing import assert_close
 
 import denoiser as denoisers
+import files
 import losses
-import runtime
 import sample
 import tasks
 import train
@@ -44,7 +44,7 @@ def runs(trained, tmp_path, monkeypatch):
 
 
 def checkpoint(name):
-    return runtime.load_checkpoint(f"runs/{name}/checkpoint.pt")
+    return files.load_checkpoint(f"runs/{name}/checkpoint.pt")
 
 
 def rows(name):
@@ -236,7 +236,7 @@ def test_runs_of_before_these_flags_still_resume(runs):
     new = "task factor latent head from head_size lipschitz_reg train_times kl_weight".split()
     old["settings"] = {k: v for k, v in old["settings"].items() if k not in new}
     del old["extra"]
-    runtime.save_checkpoint("runs/base/checkpoint.pt", old)
+    files.save_checkpoint("runs/base/checkpoint.pt", old)
     assert denoisers.load_run("base").space.shape == (3, 8, 8)
     train.main([*SHARED, "--steps", "3"])
     assert checkpoint("base")["step"] == 3
@@ -247,7 +247,7 @@ def test_the_trunk_is_that_of_the_folder_that_was_named(runs):
     shutil.copytree("runs", "elsewhere")
     other = checkpoint("base")
     other["ema"] = {k: v + 1 for k, v in other["ema"].items()}
-    runtime.save_checkpoint("elsewhere/base/checkpoint.pt", other)
+    files.save_checkpoint("elsewhere/base/checkpoint.pt", other)
     flags = [*SMALL, "--head", "npr", "--from", "elsewhere/base", "--steps", "1"]
     train.main(flags)
     head = checkpoint("base-npr")["ema"]

@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 import denoiser as denoisers
+import files
 import losses
 import runtime
 import train
@@ -40,7 +41,7 @@ def in_a_folder(tmp_path, monkeypatch):
 
 def small(*flags):
     train.main([*SMALL, *flags])
-    return runtime.load_checkpoint("runs/small/checkpoint.pt")
+    return files.load_checkpoint("runs/small/checkpoint.pt")
 
 
 def rows():
@@ -72,7 +73,7 @@ def test_a_run_leaves_what_it_promises(capsys):
     row = rows()[-1]
     assert math.isclose(float(row["loss"]), float(row["simple"]) + float(row["sa"]), rel_tol=1e-4)
     out = capsys.readouterr().out
-    assert "next: python sample.py small" in out and str(runtime.RUNS.resolve()) in out
+    assert "next: python sample.py small" in out and str(files.RUNS.resolve()) in out
     assert "batch: 4 = 4 at a time x 1 accumulated x 1 processes" in out
 
 
@@ -90,7 +91,7 @@ def test_n_steps_equal_k_and_the_rest_bit_for_bit(flags):
     log = [r["loss"] for r in rows()]
     train.main([*SMALL, *flags, "--steps", "4", "--name", "parts"])
     train.main([*SMALL, *flags, "--steps", "11", "--name", "parts"])
-    parts = runtime.load_checkpoint("runs/parts/checkpoint.pt")
+    parts = files.load_checkpoint("runs/parts/checkpoint.pt")
     for key in ("raw", "ema", "optimizer"):
         assert_close(parts[key], whole[key], rtol=0, atol=0)
     with open("runs/parts/log.csv", newline="") as f:
@@ -159,7 +160,7 @@ def test_the_numbers_of_a_step_depend_on_seed_and_step_alone():
 def test_weight_zero_is_the_plain_model():
     plain = small("--steps", "3")["raw"]
     train.main([*SMALL, "--steps", "3", "--sa-k", "3", "--sa-weight", "0", "--name", "zero"])
-    assert_close(runtime.load_checkpoint("runs/zero/checkpoint.pt")["raw"], plain, rtol=0, atol=0)
+    assert_close(files.load_checkpoint("runs/zero/checkpoint.pt")["raw"], plain, rtol=0, atol=0)
 
 
 def test_a_finished_run_says_so(capsys):
@@ -215,7 +216,7 @@ def test_non_finite_steps_are_skipped_and_counted(monkeypatch):
 
 def test_too_many_non_finite_steps_stop_the_run(monkeypatch):
     small("--steps", "2")
-    good = runtime.load_checkpoint("runs/small/checkpoint.pt")["raw"]
+    good = files.load_checkpoint("runs/small/checkpoint.pt")["raw"]
     spoil(monkeypatch, float("nan"))
     with pytest.raises(
         ValueError,
@@ -223,7 +224,7 @@ def test_too_many_non_finite_steps_stop_the_run(monkeypatch):
         "of step 2 .*--precision fp32",
     ):
         small("--steps", "100", "--save-every", "1")
-    assert_close(runtime.load_checkpoint("runs/small/checkpoint.pt")["raw"], good, rtol=0, atol=0)
+    assert_close(files.load_checkpoint("runs/small/checkpoint.pt")["raw"], good, rtol=0, atol=0)
 
 
 def test_a_nan_never_reaches_the_weights(monkeypatch):
@@ -272,7 +273,7 @@ def test_training_grids_show_the_average(monkeypatch):
 def test_notes_when_something_else_changed(capsys):
     checkpoint = small("--steps", "2", "--dropout", "0.1")
     path = "runs/small/checkpoint.pt"
-    runtime.save_checkpoint(path, {**checkpoint, "processes": 2, "dataset": 5})
+    files.save_checkpoint(path, {**checkpoint, "processes": 2, "dataset": 5})
     small("--steps", "3", "--dropout", "0.1")
     out = capsys.readouterr().out
     assert "2 processes before, 1 now: dropout draws other numbers" in out
@@ -282,7 +283,7 @@ def test_notes_when_something_else_changed(capsys):
 def test_weights_that_are_not_this_networks_are_refused():
     checkpoint = small("--steps", "2")
     checkpoint["raw"].pop("out_conv.bias")
-    runtime.save_checkpoint("runs/small/checkpoint.pt", checkpoint)
+    files.save_checkpoint("runs/small/checkpoint.pt", checkpoint)
     with pytest.raises(ValueError, match="does not fit its own settings.*out_conv.bias"):
         small("--steps", "3")
     with pytest.raises(ValueError, match="does not fit its own settings.*out_conv.bias"):
@@ -294,7 +295,7 @@ def test_weights_that_are_not_this_networks_are_refused():
 def test_compile_trains_the_same_and_saves_bare_names():
     plain = small("--steps", "2")
     train.main([*SMALL, "--steps", "2", "--compile", "--name", "compiled"])
-    compiled = runtime.load_checkpoint("runs/compiled/checkpoint.pt")
+    compiled = files.load_checkpoint("runs/compiled/checkpoint.pt")
     assert compiled["raw"].keys() == plain["raw"].keys()
     assert_close(compiled["ema"], plain["ema"], rtol=1e-3, atol=1e-3)
 

@@ -32,6 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import runtime  # isort: skip  (before torch)
+import files  # isort: skip
 import numpy as np
 import torch
 from PIL import Image
@@ -52,10 +53,10 @@ def die():
 
 def arm(kind, nth, pattern):
     """Prepare this process to fail at its nth write of a file that matches `pattern`."""
-    real, seen = runtime.atomic_write, []
+    real, seen = files.atomic_write, []
 
     class Spoilt:
-        """runtime.atomic_write, with one fault in it."""
+        """files.atomic_write, with one fault in it."""
 
         def __init__(self, path, *rest, **more):
             self.real, self.now = real(path, *rest, **more), False
@@ -87,7 +88,7 @@ def arm(kind, nth, pattern):
                     no = resource.RLIM_INFINITY
                     resource.setrlimit(resource.RLIMIT_FSIZE, (no, no))
 
-    runtime.atomic_write = Spoilt
+    files.atomic_write = Spoilt
 
 
 def victim(program, kind, nth, pattern, words):
@@ -214,13 +215,13 @@ def torture_training(folder, kills, seed, steps=None):
         left = run.leftovers()
         assert len(left) <= 1, left
         if checkpoint.exists():
-            now = runtime.load_checkpoint(checkpoint)["step"]
+            now = files.load_checkpoint(checkpoint)["step"]
             assert now >= step, (kind, now, step)
             step = now
         assert came, "finished before it could be killed: give it more steps"
     run.finish()
     one, two = (
-        runtime.load_checkpoint(run.folder / "runs" / name / "checkpoint.pt")
+        files.load_checkpoint(run.folder / "runs" / name / "checkpoint.pt")
         for name in ("whole", "killed")
     )
     assert one["step"] == two["step"] == steps and one["skipped"] == two["skipped"] == 0
