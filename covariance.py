@@ -231,7 +231,7 @@ def read_gamma(denoiser):
 
 def estimate(run, args, process):
     """Γ of one run -> analytic.npz, .csv and .png in its folder."""
-    path = process.first_does(lambda: files.find_checkpoint(run))
+    path = process.first_does(files.find_checkpoint, run)
     denoiser = denoisers.load_run(path, args.weights)
     s, out, name = denoiser.settings, path.parent.resolve() / "analytic.npz", path.parent.name
     dataset = process.first_then_all(lambda: data.load(

@@ -40,6 +40,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", "
 # The contents are held to the same list: Pillow would run Ghostscript on an EPS called cat.png.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 LARGEST = 2**30  # bytes of a file or member: beyond are hardly images that Pillow would open
+LARGEST_SIDE = 8192  # pixels; a batch of such images fills the memory of any machine
 ENDLESS = 2**31  # this many images or more: too many to permute, never seen twice anyway
 
 
@@ -339,6 +340,8 @@ def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30,
     """
     if channels not in (1, 3) or size is not None and size < 1:
         raise ValueError(f"channels is 1 or 3 and size at least 1, not {channels} and {size}")
+    if size is not None and size > LARGEST_SIDE:
+        raise ValueError(f"{size} pixels a side are too many: {LARGEST_SIDE} at most")
     if source == "shapes":
         return Shapes(size or 32, channels, seed)
     path, key = readers.cifar_archive() if source == "cifar10" else str(source), None

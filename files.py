@@ -19,6 +19,7 @@ import csv
 import errno
 import glob
 import os
+import platform
 import shutil
 import zipfile
 from pathlib import Path
@@ -38,8 +39,9 @@ def atomic_write(path, sweep=True):
     without an error. sweep: first remove what killed processes left of the same; takes longer in
     folders of many files."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if sweep else ():
+    here = f".{path.name}.{platform.node().replace('.', '-')}"  # machines may share the folder
+    temporary = path.with_name(f"{here}.{os.getpid()}.tmp")
+    for old in path.parent.glob(glob.escape(here) + ".*.tmp") if sweep else ():
         if not alive(old.name.split(".")[-2]):
             old.unlink(missing_ok=True)
     try:
@@ -52,7 +54,7 @@ def atomic_write(path, sweep=True):
 
 
 def alive(pid):
-    """Is there a process of this number (a string)? Of another machine's we cannot know: yes."""
+    """Is there a process of this number (a string) on this machine?"""
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
@@ -164,23 +166,40 @@ def load_checkpoint(path):
 
 
 def load_weights(module, weights, path, what="its own settings"):
-    """module.load_state_dict, strict; ValueError in one line where a checkpoint does not fit."""
+    """module.load_state_dict, strict; ValueError in one line where a checkpoint does not fit, or
+    holds what is no number."""
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()[:160]  # it names every key that is missing
         raise ValueError(f"{path} does not fit {what}: {first}") from error
+    if not finite(module.state_dict()):
+        raise ValueError(f"{path} holds weights that are not finite: that training has failed")
 
 
 def load_moments(optimizer, state, path):
-    """optimizer.load_state_dict; ValueError in one line where shapes differ: it does not look."""
-    optimizer.load_state_dict(state)  # ValueError where the number of parameters differs
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            for name, value in optimizer.state[p].items():
-                if name.startswith("exp_avg") and value.shape != p.shape:
-                    raise ValueError(f"{path} does not fit its own settings: the optimizer's "
-                                     f"{name} is {tuple(value.shape)}, the weight {tuple(p.shape)}")
+    """optimizer.load_state_dict; ValueError in one line where it does not fit, which PyTorch finds
+    late or never: shapes, numbers that are not finite, entries that are missing."""
+    wanted = {k for group in optimizer.param_groups for k in group}
+    try:
+        optimizer.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has no state of this optimizer (at {error})") from error
+    if missing := wanted - {k for group in optimizer.param_groups for k in group}:
+        raise ValueError(f"{path} has no state of this optimizer: no {' '.join(sorted(missing))}")
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        for name, value in optimizer.state[p].items():
+            if name.startswith("exp_avg") and value.shape != p.shape:
+                raise ValueError(f"{path} does not fit its own settings: the optimizer's {name} is "
+                                 f"{tuple(value.shape)}, the weight {tuple(p.shape)}")
+        if not finite(optimizer.state[p]):
+            raise ValueError(f"{path}: the optimizer's state holds values that are not finite")
+
+
+def finite(tensors):
+    """Are all numbers finite, of a dict of tensors (and other things)?"""
+    return all(bool(v.isfinite().all()) for v in tensors.values()
+               if isinstance(v, torch.Tensor) and v.is_floating_point())
 
 
 def what_is(path):

@@ -309,7 +309,7 @@ def fid(sources, sides, args, process):
         net, about = open_features(args, process)
     both = [statistics(side, net, about, args, process, name)
             for side, name in zip(sides, sources, strict=True)]
-    value = process.first_does(lambda: distance(*both))
+    value = process.first_does(distance, *both)
     features = len(both[0]["mu"])
     counts = [int(s["n"]) if "n" in s else None for s in both]
     warnings = other_weights(about) + rounded([s.get("precision", "fp32") for s in both])
@@ -496,8 +496,10 @@ def parse(argv=None):
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {path}")
     args.out = Path(args.images.pop()) if args.metric == "stats" else None
-    if args.batch_size < 1 or args.num is not None and args.num < 1 or args.seed < 0:
-        raise ValueError("--num and --batch-size must be at least 1, --seed at least 0")
+    if args.batch_size < 1 or args.num is not None and args.num < 1:
+        raise ValueError("--num and --batch-size must be at least 1")
+    if not 0 <= args.seed < 2**62:
+        raise ValueError(f"--seed must not be negative or beyond 2^62, and is {args.seed}")
     return args
 
 
@@ -519,7 +521,7 @@ def main(argv=None):
         runtime.keep_memory()
         names = list(args.images)
         if args.metric == "fid" and len(names) == 1:
-            names.append(process.first_does(lambda: own_data(names[0])))
+            names.append(process.first_does(own_data, names[0]))
         sides = process.first_then_all(lambda: open_sides(names, args, process))
         what = {"fid": fid, "is": score, "psnr": compare, "stats": save_statistics}[args.metric]
         result = what(names, sides, args, process)

@@ -119,13 +119,13 @@ class Processes:
             except OSError:  # a file system without locks
                 return
 
-    def first_does(self, work):
-        """work() on rank 0 alone: what it returns, on every process. An error there is reported
-        once, by rank 0, and ends all."""
+    def first_does(self, work, *inputs):
+        """work(*inputs) on rank 0 alone: what it returns, on every process. An error there is
+        raised on rank 0, which says it; the others end without a word."""
         value, error = None, None
         if self.first:
             try:
-                value = work()
+                value = work(*inputs)
             except (ValueError, OSError) as e:
                 error = e
         value, failed = self.share((value, error is not None))
@@ -137,13 +137,17 @@ class Processes:
 
     def first_then_all(self, work):
         """work() on every process, on rank 0 before the others: a download happens once, and an
-        error is said once."""
-        done = []
-        self.first_does(lambda: done.append(work()))
+        error is said once. Its result need not travel: every process has its own."""
+        mine = []
+
+        def keep():
+            mine.append(work())
+
+        self.first_does(keep)
         if not self.first:
-            done.append(work())
+            keep()
         self.barrier()  # here, with patience: the next thing we do together may have none
-        return done[0]
+        return mine[0]
 
     def gather(self, value):
         """Every process's value (any plain object) as a list, on rank 0; None elsewhere."""
@@ -164,8 +168,13 @@ def setup(tf32=True, deterministic=False, timeout=PATIENCE):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    names = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    words = {name: os.environ.get(name, usual) for name, usual in names.items()}
+    if not all(map(str.isdecimal, words.values())) or int(words["RANK"]) >= int(
+            words["WORLD_SIZE"]):
+        raise ValueError(" ".join(f"{k}={v}" for k, v in words.items()) + " in the environment do "
+                         "not fit together: start with torchrun, or unset them")
+    rank, world, local_rank = map(int, words.values())
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -342,6 +351,9 @@ def forgive_output():
 def run_program(main):
     """Run main(); a bad argument or file ends in one line and exit status 2. TRACEBACK=1 shows
     where it came from."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show ends no program
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as error:
@@ -349,12 +361,12 @@ def run_program(main):
             raise
         complain(error)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"out of GPU memory ({str(error).splitlines()[0]}): try a smaller --batch-size, "
-                 "or, in train.py, --microbatch")
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):
-            sys.exit("out of memory: try a smaller --batch-size, or, in train.py, --microbatch")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+                "can't allocate memory" in str(error)):
+            complain(f"out of memory ({(str(error).splitlines() or [''])[0]}): try a smaller "
+                     "--batch-size or, in train.py, --microbatch or --recompute")
+            sys.exit(2)
         if os.environ.get("TRACEBACK") or not lost(error):
             raise
         # The one that failed may want to speak first. torchrun, meanwhile, asks us to end.

@@ -92,8 +92,10 @@ def parse(argv=None):
                          "leave out --weights and --variance")
     if args.num is not None and args.num < 1 or args.batch_size < 1:
         raise ValueError("--num and --batch-size must be at least 1")
-    if args.seed < 0:
-        raise ValueError(f"--seed must not be negative, and is {args.seed}")
+    if not 0 <= args.seed < 2**62:
+        raise ValueError(f"--seed must not be negative or beyond 2^62, and is {args.seed}")
+    if args.run == "":
+        raise ValueError("RUN is empty: leave it out for the newest run")
     return args
 
 
@@ -110,38 +112,48 @@ def digest(*tensors):
     return found.hexdigest()[:16]
 
 
-def prepare_folder(args, process, denoiser, arguments, known):
-    """The output folder. Pictures of ours that were made differently are removed, others never."""
-    # settings.json says how the pictures beside it were made. If that has changed, a longer run
-    # or another seed, the old ones would mix with the new: a set for an FID must be of one kind.
-    tag = f"{args.sampler}-{args.nfe}" + (f"-{args.variance}" if args.variance else "")
-    out = (args.out or denoiser.folder / "generated" / tag).resolve()
+def how_made(args, denoiser, arguments, known):
+    """All that the pictures depend on, as plain values: the settings.json beside them."""
     made = dict(source=denoiser.source, step=denoiser.step, weights=denoiser.weights,
-                seed=args.seed, **{**arguments, "variance": args.variance})
+                digest=denoiser.digest, seed=args.seed, **{**arguments, "variance": args.variance})
     if args.precision != "fp32":
         made["precision"] = args.precision
     if args.variance == "analytic":  # estimated anew, it is another
         made["gamma"] = digest(covariance.read_gamma(denoiser))
     if known:
         made["low_res"] = digest(*(known.set[i] for i in range(min(args.num, 4096))))
-    made = json.loads(json.dumps(made, default=torch.Tensor.tolist))  # as it will be read back
-    note = out / "settings.json"
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: give a folder")
-    mine = note.exists()
+    return json.loads(json.dumps(made, default=torch.Tensor.tolist))  # as it will be read back
+
+
+def refuse_foreign(out, known):
+    """ValueError where files would be mixed with, or put in place of, what is not ours."""
     strange = out if out.exists() and any(out.iterdir()) else grid_path(out)
-    if not mine and strange.exists():
+    if not (out / "settings.json").exists() and strange.exists():
         raise ValueError(f"{out} would mix with what sample.py did not write, {strange}: "
                          "give an empty or new folder with --out")
     for folder in beside(out, known):  # what is in them is replaced: it must be ours
         if folder.exists() and any(folder.iterdir()) and not (folder / "settings.json").exists():
             raise ValueError(f"what the pictures are compared with goes to {folder}, which holds "
                              "something else: give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    process.hold(out)
+
+
+def prepare_folder(args, process, denoiser, arguments, known):
+    """The output folder. Pictures of ours that were made differently are removed, others never."""
+    tag = f"{args.sampler}-{args.nfe}" + (f"-{args.variance}" if args.variance else "")
+    out = (args.out or denoiser.folder / "generated" / tag).resolve()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
+    if not out.exists():
+        refuse_foreign(out, known)  # now, so that a refusal leaves no folder behind
+        out.mkdir(parents=True)
+    process.hold(out)  # what is in it from here on does not change but by us
+    refuse_foreign(out, known)
     files.remove_leftovers(out)
+    # If how pictures are made has changed, a longer run or another seed, the old ones would mix
+    # with the new: a set for an FID must be of one kind.
+    note, made = out / "settings.json", how_made(args, denoiser, arguments, known)
     try:
-        same = mine and json.loads(note.read_text()) == made
+        same = note.exists() and json.loads(note.read_text()) == made
     except ValueError:
         same = False
     if not same:
@@ -158,11 +170,13 @@ def open_denoiser(args):
         denoiser = denoisers.load_guided_diffusion(args.guided_diffusion, args.preset,
                                                    args.schedule or "linear")
         file = args.guided_diffusion.resolve()
-        denoiser.source = [str(file), file.stat().st_size, args.preset, args.schedule or "linear"]
+        denoiser.source = [str(file), args.preset, args.schedule or "linear"]
+        denoiser.digest = digest(*denoiser.net.state_dict().values())
         return denoiser, f"weights: {file}, as {args.preset}"
     path = files.find_checkpoint(args.run).resolve()
     denoiser, name = denoisers.load_run(path, args.weights), path.parent.name
-    denoiser.source = str(path)
+    # Of the same name and step, a run made anew has other weights.
+    denoiser.source, denoiser.digest = str(path), digest(*denoiser.net.state_dict().values())
     enlarges = denoiser.settings.get("task") == "sr"
     if enlarges and not args.low_res:
         raise ValueError(f"{name} was trained to enlarge images: say which, with --low-res IMAGES")
@@ -229,8 +243,7 @@ def main(argv=None):
             args.num = min(args.num or (64 if n >= data.ENDLESS else n), n)
             process.say(f"to be enlarged: {args.num} of {known.summary}")
         args.num = args.num or 64
-        out = process.first_does(lambda: prepare_folder(args, process, denoiser, arguments,
-                                                          known))
+        out = process.first_does(prepare_folder, args, process, denoiser, arguments, known)
         generate(args, process, denoiser, arguments, out, known)
         process.barrier()
         finish(args, process, out, known)
@@ -242,7 +255,7 @@ def generate(args, process, denoiser, arguments, out, known):
     # what is missing is simply dealt out, like cards. It must be one list: a process that looked
     # for itself would miss what another has finished meanwhile.
     space = denoiser.space
-    there = process.first_does(lambda: on_disk(args, out))
+    there = process.first_does(on_disk, args, out)
     todo = [i for i in range(args.num) if i not in there]
     if len(todo) < args.num:
         process.say(f"{args.num - len(todo)} of {args.num} images are there already")
@@ -303,18 +316,15 @@ def on_disk(args, out):
 
 
 def put_together(args, out):
-    """The parts -> images.npz; the array, uint8 (num, H, W, C)."""
-    pixels, missing = None, set(range(args.num))
+    """The parts -> images.npz; the array, uint8 (num, H, W, C). A longer one stays as long."""
+    found = {}
     for indices, images in read_parts(out):
-        if pixels is None:
-            pixels = np.empty((args.num, *images.shape[1:]), np.uint8)
-        for i, image in zip(indices, images, strict=True):
-            if i < args.num:
-                pixels[i] = image
-                missing.discard(int(i))
-    if missing:
-        raise ValueError(f"{len(missing)} of {args.num} images are not in {out}: do all machines "
-                         "share that folder? The same command makes what is missing")
+        found.update(zip(map(int, indices), images, strict=True))
+    whole = next(i for i in range(len(found) + 1) if i not in found)  # images 0 .. whole - 1
+    if whole < args.num:
+        raise ValueError(f"{args.num - len(found)} of {args.num} images are not in {out}: do all "
+                         "machines share that folder? The same command makes what is missing")
+    pixels = np.stack([found[i] for i in range(whole)])
     write_npz(out / "images.npz", images=pixels)
     for part in out.glob("part-*.npz"):
         part.unlink()
@@ -366,9 +376,9 @@ def finish(args, process, out, known):
         data.grid(shown, columns).save(temporary, format="png")
     # A colour tint of the whole set is the commonest silent fault of a sampler.
     means = ", ".join(f"{m:.1f}" for m in grid.double().mean((0, 2, 3)))
-    more = len(list(out.glob("[0-9]*.png"))) - args.num
-    if more > 0 and not args.npz:
-        print(f"note: an earlier call made {more} more like these, which are in the folder too")
+    more = (len(pixels) if args.npz else len(list(out.glob("[0-9]*.png")))) - args.num
+    if more > 0:
+        print(f"note: an earlier call made {more} more like these, which are there too")
     print(f"{args.num} images; mean of each channel: {means} of 255")
     print(f"images: {(out / 'images.npz' if args.npz else out).resolve()}")
     print(f"grid: {grid_path(out).resolve()}")

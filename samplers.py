@@ -370,11 +370,15 @@ class SeededNoise:
 
 def from_seeds(denoiser, seeds, shape, device="cpu", **arguments):
     """One image per seed, a function of that seed alone: (B, *shape). arguments: those of
-    sample()."""
+    sample(). ValueError: what came out is not finite, and would be seen as black pictures."""
     # The first draw of each generator is x_T; samplers that add noise go on drawing from it.
     noise = SeededNoise(seeds, device)
     x = start_std(denoiser.schedule, **arguments) * noise((len(seeds), *shape))
-    return sample(denoiser, x, noise=noise, **arguments)
+    x = sample(denoiser, x, noise=noise, **arguments)
+    if not x.isfinite().all():
+        raise ValueError("the samples are not finite numbers: the weights, or the sampler's "
+                         "settings, are beyond what the arithmetic can do")
+    return x
 
 
 def start_std(schedule, spacing=None, t_start=None, **others):

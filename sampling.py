@@ -21,6 +21,9 @@ from schedules import SPACINGS, time_grid
 from spaces import Pixels
 
 
+MOST = 100_000  # network calls per image that anybody may mean
+
+
 def add_flags(parser):
     """The command-line flags, for an argparse parser or group, that choose a sampler."""
     add = parser.add_argument
@@ -62,6 +65,8 @@ def check_flags(args):
     if args.variance in covariance.KINDS and args.sampler not in ("ddpm", "ddim"):
         raise ValueError(f"--variance {args.variance} belongs to ddpm and ddim, not to "
                          f"{args.sampler}")
+    if args.nfe > MOST:
+        raise ValueError(f"--nfe {args.nfe} is more than {MOST:,}: DDPM has 1,000 steps")
     churned = [k for k in ("churn", "churn_min", "churn_max", "churn_noise")
                if getattr(args, k) is not None]
     if churned and args.sampler != "heun":

@@ -199,7 +199,7 @@ def resolve(args):
         s["images"] = args.steps * s["batch_size"]
     refuse_contradictions(args, s)
     s["name"] = args.name or default_name(s)
-    if Path(s["name"]).name != s["name"] or s["name"].startswith("."):
+    if Path(s["name"]).name != s["name"] or s["name"][0] == "." or not s["name"].isprintable():
         raise ValueError(f"--name {s['name']!r} must be a plain name: runs go to "
                          f"{files.RUNS}/NAME")
     return s
@@ -302,6 +302,10 @@ def refuse_contradictions(args, s):
                          "--sa-weight 0, there is one")
     if not args.etsdm and (args.etsdm_interval is not None or args.etsdm_n is not None):
         raise ValueError("--etsdm-interval and --etsdm-n shape what --etsdm does: give that too")
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps must be above 0, not {args.steps}")
+    if s["seed"] >= 2**62:
+        raise ValueError(f"--seed must be below 2^62, not {s['seed']}")
     for key in ("batch_size", "images", "lr", "sample_every", "save_every", "image_size"):
         if not 0 < s[key] < math.inf:
             raise ValueError(f"--{key.replace('_', '-')} must be above 0, not {s[key]}")
@@ -344,6 +348,9 @@ def notes(args, s, dataset, world):
     if s["microbatch"] and s["microbatch"] >= b:
         found.append(f"--microbatch {s['microbatch']} is no less than the {b} images of a process: "
                      "it has no effect")
+    if args.images is not None and args.images % s["batch_size"]:
+        found.append(f"--images {args.images} are {steps} whole batches, {steps * s['batch_size']} "
+                     "images")
     if s["warmup"] >= steps:
         found.append(f"the learning rate rises over {s['warmup']} steps, and the run has {steps}")
     if args.workers is not None and not isinstance(dataset, data.Files):

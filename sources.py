@@ -199,6 +199,8 @@ def refuse_unused(args, made, stored):
     if not made and unused:
         flag = unused[0].replace("_", "-")
         raise ValueError(f"--{flag} is for sampling a run, and there is none")
+    if args.skip_bad_images and all(source in SETS for source in stored):
+        raise ValueError("--skip-bad-images is for folders and zips of images, and there is none")
     if args.num and not made and "shapes" not in stored:
         raise ValueError("--num is for a run or for shapes: sets on disk are used whole")
 

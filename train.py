@@ -21,12 +21,13 @@ k consecutive steps, B images of the global batch, b of this process; a run is a
 
 import runtime  # isort: skip  (before torch: it sets OpenMP's spinning)
 
+import contextlib
 import copy
-import csv
 import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -56,7 +57,7 @@ def open_run(s, process):
     folder = files.RUNS / s["name"]
     path = folder / "checkpoint.pt"
     # 20 seconds: processes that read images outlive a trainer that was killed by up to five.
-    process.first_does(lambda: process.hold(folder, 20) if folder.is_dir() else None)
+    process.first_does(claim, folder, process)
     # Every process reads the checkpoint itself, to the CPU, before DDP exists: reading on one and
     # sending it round is what hangs resumed runs elsewhere.
     checkpoint = files.load_checkpoint(path) if path.exists() else None
@@ -64,7 +65,8 @@ def open_run(s, process):
         old = checkpoint["settings"]
         changed = [k for k in s if k not in MAY_CHANGE and old.get(k) != s[k]]
         if changed:
-            said = ", ".join(f"{k} {old.get(k)} there, {s[k]} here" for k in changed[:3])
+            said = ", ".join(f"{k} {str(old.get(k))[:60]} there, {str(s[k])[:60]} here"
+                             for k in changed[:3])
             raise ValueError(f"{folder} is a run with other settings ({said}): give this one "
                              "another --name, or delete that folder")
     step = checkpoint["step"] if checkpoint else 0
@@ -74,15 +76,27 @@ def open_run(s, process):
     return folder, checkpoint
 
 
-def make_folder(folder, s, process, size):
+def claim(folder, process):
+    """Nobody else writes to this folder from here on, if there is one. ValueError: somebody does,
+    or a file is in its place."""
+    for place in (files.RUNS, folder, folder / "samples"):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{place} should be a folder, and is a file: move it away")
+    if folder.exists() and not process.held:
+        # 20 seconds: processes that read images outlive a trainer that was killed by up to five.
+        process.hold(folder, 20)
+
+
+def make_folder(folder, s, process, model):
     """The folder, once nothing can be wrong with the input any more, and its config.json: the
-    settings, and what they ran on. size: bytes of a checkpoint, of which there will be room for
-    two: the next one is written before the last is let go."""
-    there = (folder / "checkpoint.pt").exists()
-    files.check_space(folder, size if there else 2 * size)
+    settings, and what they ran on."""
+    # The next checkpoint is written beside the last: there must be room for both.
+    files.check_space(folder, model.size() * (1 if (folder / "checkpoint.pt").exists() else 2))
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    if not process.held:
-        process.hold(folder)
+    claim(folder, process)
+    if model.step == 0 and (folder / "checkpoint.pt").exists():
+        raise ValueError(f"another process has begun {folder} meanwhile: run the same command "
+                         "again to go on with it")
     for place in (folder, folder / "samples"):
         files.remove_leftovers(place)
     try:
@@ -106,12 +120,15 @@ class Log:
         self.path, self.rows, self.since = folder / "log.csv", [], time.time()
         self.terms, self.drawn = terms, 0.0  # when loss.png was drawn
         self.columns = ["step", "images", "loss", *terms, "grad_norm", "skipped", "images_per_s"]
-        kept = []
-        if self.path.exists():  # rows after the checkpoint's step will be made again
-            with open(self.path, newline="") as f:
-                kept = [r for r in csv.reader(f) if len(r) == len(self.columns)
-                        and r[0].isdigit() and int(r[0]) <= step]
+        kept = [r for r in self.read() if int(r[0]) <= step]  # later ones will be made again
         files.write_text(self.path, "".join(",".join(r) + "\n" for r in [self.columns, *kept]))
+
+    def read(self):
+        """The rows, lists of words: those that are whole. A power cut can leave others."""
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        number = re.compile(r"[-+.0-9e]+|inf|nan")
+        return [row for line in lines if len(row := line.split(",")) == len(self.columns)
+                and row[0].isdecimal() and all(map(number.fullmatch, row))]
 
     def add(self, step, batch, values, skipped):
         """values: (loss, *terms, grad_norm) of this step."""
@@ -121,12 +138,16 @@ class Log:
             rate = len(self.rows) * batch / max(time.time() - self.since, 1e-9)
             means = [f"{m:.6g}" for m in np.mean(self.rows, axis=0)]
             row = ",".join(map(str, [step, step * batch, *means, skipped, f"{rate:.1f}"]))
-            whole = self.path.stat().st_size
+            whole = 0
             try:
                 with open(self.path, "a") as f:
+                    whole = f.tell()
+                    if whole == 0:  # somebody has deleted it
+                        row = ",".join(self.columns) + "\n" + row
                     f.write(row + "\n")
             except OSError:
-                os.truncate(self.path, whole)  # part of a row may have been written
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, whole)  # part of a row may have been written
                 raise
             self.rows, self.since = [], time.time()
 
@@ -136,11 +157,11 @@ class Log:
         of many rows, it shows the means of POINTS parts."""
         if not now and time.time() - self.drawn < 60:
             return
-        rows = self.path.read_text().splitlines()[1:]
+        rows = self.read()
         if len(rows) < 2:
             return
         self.drawn = time.time()
-        parts = np.array_split(np.loadtxt(rows, delimiter=","), min(len(rows), POINTS))
+        parts = np.array_split(np.array(rows, float), min(len(rows), POINTS))
         table = dict(zip(self.columns, np.stack([part.mean(0) for part in parts]).T, strict=True))
         figure = files.figure(figsize=(7, 4))
         axes = figure.add_subplot()
@@ -273,7 +294,7 @@ def loop(s, process, folder, dataset, model, stop):
     # numbers of a step follow from it. That is all that resuming takes.
     model.net.train()
     stop.gently = True  # from here on there is something to save
-    bad, saved, began, first = 0, model.step, time.time(), model.step
+    bad, saved, began, begun_at = 0, model.step, time.time(), model.step
     while model.step < total:
         values = one_step(model, trained, s, process, next(stream), precision)
         bad = 0 if all(map(math.isfinite, values)) else bad + 1
@@ -281,19 +302,20 @@ def loop(s, process, folder, dataset, model, stop):
         done = asked or model.step == total
         if process.first:
             attempt(bar, "log.csv", log.add, model.step, s["batch_size"], values, model.skipped)
-            rate = (model.step - first) * s["batch_size"] / (time.time() - began)
+            rate = (model.step - begun_at) * s["batch_size"] / (time.time() - began)
             bar.set_postfix_str(f"loss {values[0]:.4f}, {rate:.0f} images/s", refresh=False)
             bar.update()
         if bad == BAD_STEPS:
             bar.close()
-            raise ValueError(f"the last {bad} losses were not finite, up to step {model.step}; "
+            raise ValueError(f"the last {bad} losses or gradients were not finite, up to step "
+                             f"{model.step}; "
                              f"{kept(folder, saved)}: try --precision fp32, a lower --lr, or "
                              "--grad-clip 1")
         # A checkpoint is not made of a step that went wrong: the one before is the better place to
         # go back to.
         if (model.step % s["save_every"] == 0 and not bad) or done:
-            failed = process.first_does(lambda: attempt(bar, "checkpoint.pt", save, folder, s,
-                                                        process, dataset, model))
+            failed = process.first_does(attempt, bar, "checkpoint.pt", save, folder, s, process,
+                                        dataset, model)
             if failed and done:
                 bar.close()
                 raise OSError(f"step {model.step} could not be saved ({failed}); "
@@ -302,14 +324,26 @@ def loop(s, process, folder, dataset, model, stop):
             if process.first and not failed:
                 bar.write(f"step {model.step}: saved {(folder / 'checkpoint.pt').resolve()}")
                 attempt(bar, "loss.png", log.plot, folder / "loss.png", done)
-        # Grids come from the averaged weights: those are what sample.py will use. Whoever asks us
-        # to stop may not wait for one.
-        if process.first and not asked and (model.step % s["sample_every"] == 0 or done):
-            attempt(bar, "a sample grid", picture, model, dataset,
-                    folder / "samples" / f"{model.step:07d}.png", process.device)
+        # Grids come from the averaged weights: those are what sample.py will use. The others wait
+        # for rank 0, however long a grid takes.
+        if not asked and (model.step % s["sample_every"] == 0 or done):
+            path = folder / "samples" / f"{model.step:07d}.png"
+            process.first_does(unless_stopped, stop, attempt, bar, "a sample grid", picture, model,
+                               dataset, path, process.device)
         if asked:
             break
     bar.close()
+
+
+def unless_stopped(stop, work, *inputs):
+    """work(*inputs), which a signal breaks off: whoever asks us to stop does not wait for it."""
+    stop.gently = False
+    try:
+        work(*inputs)
+    except runtime.Interrupted:
+        pass  # the loop will find stop.asked, after a step, and save
+    finally:
+        stop.gently = True
 
 
 def attempt(bar, what, work, *inputs):
@@ -329,7 +363,11 @@ def kept(folder, step):
 
 
 def save(folder, s, process, dataset, model):
-    """checkpoint.pt: all that it takes to go on, or to sample."""
+    """checkpoint.pt: all that it takes to go on, or to sample. ValueError: a weight is no number,
+    which the loss of this step could not yet show."""
+    if not (files.finite(model.net.state_dict()) and files.finite(model.ema.state_dict())):
+        raise ValueError(f"after step {model.step} weights are not finite: nothing was saved; the "
+                         f"checkpoint in {folder.resolve()}, if any, is older. Try a lower --lr")
     files.save_checkpoint(folder / "checkpoint.pt", {
         "settings": s, "processes": process.world, "dataset": len(dataset), **model.state()})
 
@@ -347,8 +385,8 @@ def picture(model, dataset, path, device):
 def main(argv=None):
     args = parse(argv)
     s = resolve(args)
-    with (runtime.setup(deterministic=s["deterministic"], timeout=runtime.TIMEOUT) as process,
-          runtime.Stop() as stop):
+    with (runtime.Stop() as stop,
+          runtime.setup(deterministic=s["deterministic"], timeout=runtime.TIMEOUT) as process):
         runtime.keep_memory()
         if s["batch_size"] % process.world:
             raise ValueError(f"--batch-size {s['batch_size']} is global and must divide by the "
@@ -381,8 +419,11 @@ def main(argv=None):
         # ---- the network, and training
         model = Model(s, process.device, checkpoint, dataset)
         checkpoint = None  # on large networks it is gigabytes
-        process.first_does(lambda: make_folder(folder, s, process, model.size()))
+        process.first_does(make_folder, folder, s, process, model)
         loop(s, process, folder, dataset, model, stop)
+        if model.skipped:
+            process.say(f"note: {model.skipped} of {model.step} steps were skipped: a loss or a "
+                        "gradient was not finite")
         if model.step < total:
             process.say(f"stopped by {stop.asked or 'another process'} at step {model.step} of "
                         f"{total}, saved in {folder.resolve()}. Run the same command to go on.")

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import errno
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -112,6 +113,48 @@ def test_the_run_stops_when_no_step_is_finite(precision, monkeypatch):
     ):
         small(*words)
     assert files.load_checkpoint("runs/small/checkpoint.pt")["step"] == 4
+
+
+def test_weights_that_an_update_has_broken_are_not_saved(monkeypatch, capsys):
+    """The loss of a step says nothing of the update that follows it."""
+    small("--steps", "2", "--grad-clip", "0")
+    good = Path("runs/small/checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match="after step 3 weights are not finite.*lower --lr"):
+        small("--steps", "3", "--lr", "1e308", "--grad-clip", "0")
+    assert Path("runs/small/checkpoint.pt").read_bytes() == good
+
+
+def test_skipped_steps_are_told_at_the_end(monkeypatch, capsys):
+    real, calls = losses.terms, []
+
+    def once(*args, **kwargs):
+        calls.append(1)
+        nan = float("nan") if len(calls) == 2 else 1.0
+        return {n: v * nan for n, v in real(*args, **kwargs).items()}
+
+    monkeypatch.setattr(losses, "terms", once)
+    small("--steps", "3")
+    assert "note: 1 of 3 steps were skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["ema", "optimizer"])
+def test_numbers_that_are_not_finite_do_not_come_back_from_a_file(part, run):
+    checkpoint = files.load_checkpoint(run)
+    inner = checkpoint[part] if part == "ema" else checkpoint[part]["state"][0]
+    next(v for v in inner.values() if v.dim()).view(-1)[0] = float("nan")
+    files.save_checkpoint(run, checkpoint)
+    with pytest.raises(ValueError, match="not finite"):
+        small("--steps", "2")
+    if part == "ema":
+        with pytest.raises(ValueError, match="weights that are not finite"):
+            sample.main("small -n 1 --nfe 1".split())
+
+
+def test_samples_that_are_not_finite_are_no_pictures(run):
+    """As uint8 they would be black."""
+    with pytest.raises(ValueError, match="the samples are not finite"):
+        sample.main("small -n 2 --nfe 3 --sampler heun --churn 1 --churn-noise 1e300".split())
+    assert not list(Path("runs/small").rglob("0*.png"))
 
 
 # ------------------------------------------------------------------ disks
@@ -346,15 +389,88 @@ def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
         one.hold(tmp_path)
 
 
+def test_a_run_that_somebody_else_has_begun_meanwhile_is_not_begun_again(monkeypatch, made):
+    """Both found no run; one of them took long to look through its images."""
+    real = data.load
+
+    def slow(*args, **kwargs):
+        os.makedirs("runs/small")
+        shutil.copy(made, "runs/small")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(data, "load", slow)
+    before = made.read_bytes()
+    with pytest.raises(ValueError, match="another process has begun .* meanwhile"):
+        small("--steps", "9")
+    assert Path("runs/small/checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["runs", "runs/small", "runs/small/samples"])
+def test_a_file_in_the_place_of_a_folder_is_named_first(place, monkeypatch):
+    monkeypatch.setattr(data, "load", None)  # that would take long
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    Path(place).write_text("in the way")
+    with pytest.raises(ValueError, match=f"{place} should be a folder, and is a file"):
+        small("--steps", "2")
+
+
+def test_a_signal_breaks_a_grid_off_and_the_run_is_saved(monkeypatch, capsys):
+    def slow(*inputs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    monkeypatch.setattr(train, "picture", slow)
+    began = time.time()
+    assert small("--steps", "50", "--sample-every", "2", "--save-every", "50")["step"] == 3
+    assert time.time() - began < 20 and "stopped by SIGTERM at step 3" in capsys.readouterr().out
+
+
+def test_bad_lines_in_the_log_end_nothing():
+    small("--steps", "20")
+    with open("runs/small/log.csv", "ab") as f:
+        f.write(b"1,2\n30,x,1,1,1,1,1,1\n\0\0\0\0\n\xff\n")
+    small("--steps", "40", "--save-every", "10")
+    with open("runs/small/log.csv", newline="") as f:
+        assert [r["step"] for r in csv.DictReader(f)] == ["10", "20", "30", "40"]
+    os.remove("runs/small/log.csv")
+    log = train.Log(Path("runs/small"), 0, ["simple", "sa"])
+    os.remove("runs/small/log.csv")
+    log.add(10, 4, (1.0, 1.0, 0.0, 0.5), 0)
+    assert len(log.read()) == 1 and Path("runs/small/log.csv").read_text().startswith("step,")
+
+
+def test_pictures_of_a_run_made_anew_are_not_those_of_the_old(run, capsys):
+    """Same name, same step, same flags: other weights."""
+    sample.main("small -n 2 --nfe 2 --out o".split())
+    old = Path("o/000000.png").read_bytes()
+    checkpoint = files.load_checkpoint(run)
+    checkpoint["ema"]["out_conv.bias"] += 0.3
+    files.save_checkpoint(run, checkpoint)
+    capsys.readouterr()
+    sample.main("small -n 2 --nfe 2 --out o".split())
+    assert "already" not in capsys.readouterr().out and Path("o/000000.png").read_bytes() != old
+
+
+def test_the_environment_of_a_half_started_job_is_named(monkeypatch):
+    for names in (dict(RANK="1"), dict(RANK="3", WORLD_SIZE="1"), dict(WORLD_SIZE="abc")):
+        with monkeypatch.context() as m:
+            for name, value in names.items():
+                m.setenv(name, value)
+            with pytest.raises(ValueError, match="in the environment do not fit.*torchrun"):
+                runtime.setup()
+
+
 def test_what_killed_writers_left_is_swept(tmp_path):
     """Of the same file, and of processes that are no more."""
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
                           capture_output=True, text=True).stdout.strip()  # fmt: skip
-    for name in (f".a.npz.{gone}.tmp", f".a.npz.{os.getppid()}.tmp", f".b.npz.{gone}.tmp"):
+    here, alive = platform.node().replace(".", "-"), os.getppid()
+    ours = f".a.npz.{here}.{gone}.tmp"
+    others = [f".a.npz.{here}.{alive}.tmp", f".b.npz.{here}.{gone}.tmp", f".a.npz.far.{gone}.tmp"]
+    for name in (ours, *others):
         (tmp_path / name).write_text("half")
     files.write_text(tmp_path / "a.npz", "whole")
-    left = {f".a.npz.{os.getppid()}.tmp", f".b.npz.{gone}.tmp", "a.npz"}
-    assert set(os.listdir(tmp_path)) == left
+    assert set(os.listdir(tmp_path)) == {"a.npz", *others}
 
 
 def test_an_npz_goes_on_from_its_parts(run, capsys):
@@ -371,6 +487,9 @@ def test_an_npz_goes_on_from_its_parts(run, capsys):
     assert abs(again - whole).max() <= 1 and not list(Path("o").glob("part-*"))
     sample.main([*words[:2], "12", *words[3:]])  # more of the same
     assert "10 of 12 images are there already" in capsys.readouterr().out
+    assert len(np.load("o/images.npz")["images"]) == 12
+    sample.main(words)  # fewer: the rest stays
+    assert "made 2 more like these" in capsys.readouterr().out
     assert len(np.load("o/images.npz")["images"]) == 12
     Path("o/part-000000.npz").write_bytes(b"PK nonsense")
     with pytest.raises(ValueError, match="part-000000.npz is damaged: delete it"):

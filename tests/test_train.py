@@ -220,7 +220,7 @@ def test_too_many_non_finite_steps_stop_the_run(monkeypatch):
     spoil(monkeypatch, float("nan"))
     with pytest.raises(
         ValueError,
-        match="last 25 losses were not finite, up to step 27; the last checkpoint is "
+        match="last 25 losses or gradients were not finite, up to step 27; the last checkpoint is "
         "of step 2 .*--precision fp32",
     ):
         small("--steps", "100", "--save-every", "1")
