@@ -292,6 +292,7 @@ def shapes_and_blurred(n, numbers):
     return images, F.interpolate(F.adaptive_avg_pool2d(images, side), 16, mode="bicubic")
 
 
+@pytest.mark.slow
 def test_it_learns_more_than_a_blur_of_as_many_numbers_holds():
     torch.manual_seed(0)
     net = autoencoder.Autoencoder(16, width=16, mult=(1, 2), latent_channels=1)

@@ -244,7 +244,7 @@ def test_wrong_input_is_one_line_and_status_2(
     [
         pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-        signal.SIGKILL,
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
     ],
     ids=lambda n: n.name,
 )

@@ -126,6 +126,7 @@ def test_pictures_are_the_same(runs, n, kind, monkeypatch):
     assert np.abs(one - two).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     done = torchrun(2, ROOT / "train.py", "--batch-size", "3", cwd=tmp_path, check=False)
     assert done.returncode != 0

@@ -149,6 +149,7 @@ def share(t):
     return etsdm.share_timesteps(t, 100, 5)
 
 
+@pytest.mark.slow
 def test_zero_inside_sub_intervals_and_nowhere_else_discrete():
     ts = torch.tensor([0, 1, 2, 7, 18, 19, 20, 21, 39, 40, 59, 79, 80, 97, 98, 99, 100, 101, 900])
     d = Denoiser(real_net(), LINEAR, condition=share)
@@ -393,6 +394,7 @@ def test_the_step_across_each_edge_is_measured(trained, tmp_path, monkeypatch, d
         assert any(t < edge <= t + dt and k > 0 for t, k in pairs), edge
 
 
+@pytest.mark.slow
 def test_a_dt_that_float32_loses_is_refused(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(trained)
     words = ["real", "-n", "1", "--out", f"{tmp_path}/a.png", "--dt"]

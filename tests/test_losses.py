@@ -278,6 +278,7 @@ class Small(torch.nn.Module):
         return self.layers(torch.cat([x, torch.stack([lam / 3, c / 1000], 1)], dim=1))
 
 
+@pytest.mark.slow
 def test_the_penalty_shrinks_the_lipschitz_constants():
     mixture, found = toy.two_bumps(), {}
     for weight in (0.0, 3000.0):

@@ -811,6 +811,7 @@ def check_inception_line(line, value, sha256):
     )
 
 
+@pytest.mark.slow
 def test_inception_by_path(here, call, weights, monkeypatch):
     """The whole way, but for the distance in 2048 dimensions, which alone takes seconds."""
     path, sha256 = weights

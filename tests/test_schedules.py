@@ -250,6 +250,7 @@ def test_modified_ns_snr_against_the_originals():
     assert_close(ratios["linear"][-1].item(), 1.041, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_the_figure(tmp_path, capsys):
     out = tmp_path / "schedules.png"
     schedules.main(["--out", str(out)])

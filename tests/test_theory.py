@@ -582,6 +582,7 @@ def test_the_coefficient_is_not_the_one_with_an_index_moved_by_one():
     assert found[1] < 1e-9 and found[2] > 0.1
 
 
+@pytest.mark.slow
 def test_even_the_ideal_network_has_a_gap():
     """G of ε* itself: large for one image, 0 in the mean over images (within 4 standard errors),
     nothing of it reducible. A wrong network has both a mean gap and a reducible one."""

@@ -252,6 +252,7 @@ def test_a_plain_run_logs_no_second_loss():
     assert float(rows()[0]["sa"]) == 0 and float(rows()[0]["simple"]) > 0
 
 
+@pytest.mark.slow
 def test_a_torn_log_row_is_dropped():
     small("--steps", "20")
     with open("runs/small/log.csv") as f:
