@@ -415,10 +415,15 @@ def batch_indices(n, start, batch, seed):
 
 
 def quiet_worker(_):
-    """Ctrl-C reaches every process of the terminal, and a cluster's SIGTERM every process of a job;
-    only the trainer is to answer. When it has gone, its workers go by themselves."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C reaches every process of a terminal, and a cluster's SIGTERM every process of a job:
+    only the trainer is to answer. Its workers go on for as long as it may take to save."""
+    def later(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(30)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, later)
     torch.set_num_threads(1)
 
 

@@ -314,6 +314,11 @@ def loop(s, process, folder, dataset, model, stop):
         # A checkpoint is not made of a step that went wrong: the one before is the better place to
         # go back to.
         if (model.step % s["save_every"] == 0 and not bad) or done:
+            # ... nor of weights that an update has broken: the loss of its step says nothing of it.
+            if not (files.finite(model.net.state_dict()) and files.finite(model.ema.state_dict())):
+                bar.close()
+                raise ValueError(f"after step {model.step} weights are not finite; "
+                                 f"{kept(folder, saved)}: try a lower --lr")
             failed = process.first_does(attempt, bar, "checkpoint.pt", save, folder, s, process,
                                         dataset, model)
             if failed and done:
@@ -347,11 +352,11 @@ def unless_stopped(stop, work, *inputs):
 
 
 def attempt(bar, what, work, *inputs):
-    """work(*inputs) -> None; if the disk does not take it, a warning and the reason, a string. A
-    run of weeks does not end because a disk is full for an hour."""
+    """work(*inputs) -> None; if the disk does not take it, or there is nothing to show, a warning
+    and the reason, a string. A run of weeks does not end because a disk is full for an hour."""
     try:
         work(*inputs)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         bar.write(f"warning: {what} was not written ({error})")
         return str(error)
 
@@ -363,11 +368,7 @@ def kept(folder, step):
 
 
 def save(folder, s, process, dataset, model):
-    """checkpoint.pt: all that it takes to go on, or to sample. ValueError: a weight is no number,
-    which the loss of this step could not yet show."""
-    if not (files.finite(model.net.state_dict()) and files.finite(model.ema.state_dict())):
-        raise ValueError(f"after step {model.step} weights are not finite: nothing was saved; the "
-                         f"checkpoint in {folder.resolve()}, if any, is older. Try a lower --lr")
+    """checkpoint.pt: all that it takes to go on, or to sample."""
     files.save_checkpoint(folder / "checkpoint.pt", {
         "settings": s, "processes": process.world, "dataset": len(dataset), **model.state()})
 

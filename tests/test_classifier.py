@@ -246,6 +246,7 @@ def test_the_exported_file_gives_the_same_features(trained, tmp_path):
 # ------------------------------------------------------------------ the program
 
 
+@pytest.mark.slow
 def test_from_the_program_to_a_distance(tmp_path, monkeypatch, capsys):
     images, labels = bars(1000)
     idx_files(tmp_path / "set", images[:, 0].numpy(), labels.tolist())

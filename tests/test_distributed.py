@@ -51,6 +51,7 @@ def torchrun(n, *words, cwd, check=True, options=()):
     return done
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     for n in (1, 2):
         torchrun(n, ROOT / "tests" / "distributed_worker.py", tmp_path, cwd=tmp_path)
@@ -282,6 +283,7 @@ def test_two_machines(runs):
     assert_close(two["raw"], one["raw"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_what_all_processes_find_is_said_once(tmp_path):
     """A wrong flag, which each of them sees before it knows the others."""
     done = torchrun(2, ROOT / "train.py", "--lr", "-1", cwd=tmp_path, check=False)

@@ -119,7 +119,7 @@ def test_weights_that_an_update_has_broken_are_not_saved(monkeypatch, capsys):
     """The loss of a step says nothing of the update that follows it."""
     small("--steps", "2", "--grad-clip", "0")
     good = Path("runs/small/checkpoint.pt").read_bytes()
-    with pytest.raises(ValueError, match="after step 3 weights are not finite.*lower --lr"):
+    with pytest.raises(ValueError, match="after step 3 .* not finite; .* of step 2 .*lower --lr"):
         small("--steps", "3", "--lr", "1e308", "--grad-clip", "0")
     assert Path("runs/small/checkpoint.pt").read_bytes() == good
 
@@ -347,14 +347,12 @@ def test_workers_outlive_a_signal_to_all():
         Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(f"images/{i:02}.png")
     images = data.load("images", 8, 3, memory_limit=0)
     stream = data.batches(images, 4, 0, 0, workers=2)
-    with runtime.Stop() as stop:
-        stop.gently = True  # as in training; a worker that is only beginning has inherited it
-        next(stream)
+    first = [next(stream) for _ in range(2)]  # one of each: both have begun
     children = {int(p) for p in os.listdir("/proc") if p.isdigit() and parent(p) == os.getpid()}
     for child in children:
         os.kill(child, signal.SIGTERM)
-    whole = torch.cat([next(stream) for _ in range(9)])
-    assert len(whole) == 36 and whole.unique().numel() == 36
+    whole = torch.cat(first + [next(stream) for _ in range(8)])
+    assert len(whole) == 40 and whole.unique().numel() == 40
 
 
 def parent(pid):
@@ -427,6 +425,7 @@ def test_a_signal_breaks_a_grid_off_and_the_run_is_saved(monkeypatch, capsys):
     assert time.time() - began < 20 and "stopped by SIGTERM at step 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bad_lines_in_the_log_end_nothing():
     small("--steps", "20")
     with open("runs/small/log.csv", "ab") as f:

@@ -36,7 +36,7 @@ QUICK = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-LONG = settings(QUICK, max_examples=150)
+LONG = settings(QUICK, max_examples=100)
 
 
 # ------------------------------------------------------------------ flags, each with its values

@@ -216,6 +216,7 @@ def test_a_table_knows_whole_t_only(runs, monkeypatch):
         gap.main(["base", "-n", "2", "--steps", "5000"])
 
 
+@pytest.mark.slow
 def test_a_run_named_twice_is_measured_twice(runs, monkeypatch, capsys):
     monkeypatch.chdir(runs)
     gap.main(["base", "base", "base", "-n", "6", "--steps", "3", "--batch-size", "4"])

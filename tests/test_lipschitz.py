@@ -295,6 +295,7 @@ def test_program_measures_what_the_function_does(trained, tmp_path, monkeypatch)
     assert_close(torch.tensor(got, dtype=torch.float64), want, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_program_fractions_of_a_step(trained, tmp_path, monkeypatch, capsys):
     """--dt 0.25 of a continuous run: the steps onto the edges are there, the zeros are exact."""
     monkeypatch.chdir(trained)
@@ -380,9 +381,8 @@ def test_wrong_input_is_one_line_and_status_2(words, message, trained, monkeypat
     assert set(Path(trained).rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    "dt", [0.03] + [pytest.param(dt, marks=pytest.mark.slow) for dt in (0.07, 0.3, 1.5)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dt", [0.03, 0.07, 0.3, 1.5])
 def test_the_step_across_each_edge_is_measured(trained, tmp_path, monkeypatch, dt):
     """Whatever dt: for each edge some measured pair (t, t + dt) lies on both sides of it."""
     monkeypatch.chdir(trained)

@@ -395,7 +395,8 @@ class TwoHeads(torch.nn.Module):
         return torch.cat([self.trunk(x, c), self.head(x, c)], dim=1)
 
 
-@pytest.mark.parametrize("kind", ["npr", pytest.param("sn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["npr", "sn"])
 def test_a_head_learns_the_exact_variance(kind):
     """NPR's h, and SN's h - eps^2, approach Var[eps | x_t], which the mixture has exactly; SN's
     less closely, since it is a difference of two larger numbers."""

@@ -79,6 +79,7 @@ def whole(**more):
     return {**empty, **more}
 
 
+@pytest.mark.slow
 def test_a_kill_during_the_write_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.pt"
     files.save_checkpoint(path, whole(step=1))

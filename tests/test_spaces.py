@@ -150,6 +150,7 @@ def test_a_super_resolution_run_from_training_to_psnr(runs, capsys):
     assert f"PSNR {expected:.4f} dB" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_small_images_are_enlarged_as_they_are(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main([*SMALL, "--image-size", "16", "--task", "sr", "--name", "sr", "--channels", "1"])

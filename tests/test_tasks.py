@@ -80,6 +80,7 @@ def test_a_head_is_trained_and_its_trunk_is_not(runs, kind, size):
         assert_close(checkpoint("parts")[key], head[key], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_head_serves_sampling_in_the_same_calls(runs, monkeypatch):
     train.main([*SMALL, "--head", "npr", "--from", "base", "--steps", "2", "--name", "head"])
     calls, forward = [], torch.nn.Module.__call__

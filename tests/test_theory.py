@@ -683,7 +683,8 @@ def trained(k, steps=400):
     return denoiser
 
 
-@pytest.mark.parametrize("trained_k", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("trained_k", [1, 2])
 def test_theorem_2_for_learned_errors(trained_k):
     """The chain along the real sampling run of a trained network, whose left end is the gap G_1."""
     denoiser, x0 = trained(trained_k), PAIR.sample(50, torch.Generator().manual_seed(5))

@@ -80,9 +80,11 @@ def test_a_run_leaves_what_it_promises(capsys):
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--sa-k", "2"),
+        pytest.param(("--sa-k", "2"), marks=pytest.mark.slow),
         ("--sa-k", "3", "--etsdm", "--dropout", "0.2", "--flip"),
-        ("--continuous", "--prediction", "eps", "--precision", "bf16"),
+        pytest.param(
+            ("--continuous", "--prediction", "eps", "--precision", "bf16"), marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
@@ -157,6 +159,7 @@ def test_the_numbers_of_a_step_depend_on_seed_and_step_alone():
     assert train.draw(s, plain, 5, torch.device("cpu"))[1]["noises"].shape[1] == 1
 
 
+@pytest.mark.slow
 def test_weight_zero_is_the_plain_model():
     plain = small("--steps", "3")["raw"]
     train.main([*SMALL, "--steps", "3", "--sa-k", "3", "--sa-weight", "0", "--name", "zero"])
@@ -178,6 +181,7 @@ def test_a_finished_run_says_so(capsys):
     assert small("--images", "16")["step"] == 4
 
 
+@pytest.mark.slow
 def test_other_settings_are_another_run():
     small("--steps", "2")
     with pytest.raises(
@@ -214,6 +218,7 @@ def test_non_finite_steps_are_skipped_and_counted(monkeypatch):
     assert all(torch.isfinite(v).all() for v in checkpoint["raw"].values())
 
 
+@pytest.mark.slow
 def test_too_many_non_finite_steps_stop_the_run(monkeypatch):
     small("--steps", "2")
     good = files.load_checkpoint("runs/small/checkpoint.pt")["raw"]

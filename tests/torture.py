@@ -244,8 +244,8 @@ def pictures(folder):
 def torture_sampling(folder, kills, seed, npz=False):
     """sample.py of the run that torture_training left -> faults by kind."""
     dice = random.Random(seed)
-    kind_of = ["--npz"] if npz else []
-    words = ["killed", "-n", 40 * kills, "--nfe", 20, "--batch-size", 3, "--sampler", "ddpm", *kind_of]
+    words = ["killed", "-n", 40 * kills, "--nfe", 20, "--batch-size", 3, "--sampler", "ddpm"]
+    words += ["--npz"] * npz
     name = "npz" if npz else "pngs"
     Run(folder, "sample", [*words, "--out", f"{name}-whole"], "", dice).finish()
     pattern = r"^(part-)?\d+\.(png|npz)$"
