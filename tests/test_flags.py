@@ -36,7 +36,9 @@ QUICK = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-LONG = settings(QUICK, max_examples=100)
+# WALK=1000 pytest -q -m slow -s tests/test_flags.py -k walk_through    # other ones, each time
+WALK = os.environ.get("WALK")
+LONG = settings(QUICK, max_examples=int(WALK or 100), derandomize=not WALK)
 
 
 # ------------------------------------------------------------------ flags, each with its values
