@@ -93,8 +93,7 @@ def test_losses_are_the_same(runs):
 @pytest.mark.slow
 def test_resuming_with_two_processes_changes_nothing(runs):
     whole, parts = (
-        files.load_checkpoint(runs / "runs" / name / "checkpoint.pt")
-        for name in ("by2", "resumed")
+        files.load_checkpoint(runs / "runs" / name / "checkpoint.pt") for name in ("by2", "resumed")
     )
     for key in ("raw", "ema", "optimizer"):
         assert_close(parts[key], whole[key], rtol=0, atol=0)
