@@ -47,7 +47,7 @@ from settings import notes, parse, resolve
 MAY_CHANGE = ("images", "lr", "grad_clip", "microbatch", "recompute", "workers", "compile",
               "precision", "deterministic", "sample_every", "save_every", "skip_bad_images")
 BAD_STEPS = 25  # this many non-finite steps in a row end the run
-POINTS = 500  # of a curve in loss.png
+POINTS = 500  # of a curve in loss.png: so many, to twice as many
 
 
 # ------------------------------------------------------------------ the run folder
@@ -118,17 +118,33 @@ class Log:
 
     def __init__(self, folder, step, terms):
         self.path, self.rows, self.since = folder / "log.csv", [], time.time()
+        self.points, self.each, self.waiting = [], 1, []  # of loss.png
         self.terms, self.drawn = terms, 0.0  # when loss.png was drawn
         self.columns = ["step", "images", "loss", *terms, "grad_norm", "skipped", "images_per_s"]
-        kept = [r for r in self.read() if int(r[0]) <= step]  # later ones will be made again
-        files.write_text(self.path, "".join(",".join(r) + "\n" for r in [self.columns, *kept]))
-
-    def read(self):
-        """The rows, lists of words: those that are whole. A power cut can leave others."""
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
-        number = re.compile(r"[-+.0-9e]+|inf|nan")
-        return [row for line in lines if len(row := line.split(",")) == len(self.columns)
-                and row[0].isdecimal() and all(map(number.fullmatch, row))]
+        # later ones will be made again
+        kept = [x for x in lines if self.whole(x) and int(x.split(",")[0]) <= step]
+        files.write_text(self.path, "".join(x + "\n" for x in [",".join(self.columns), *kept]))
+        for line in kept:
+            self.point(line)
+
+    def whole(self, line):
+        """Whether it is a row. A power cut can leave others."""
+        row = line.split(",")
+        return len(row) == len(self.columns) and row[0].isdecimal() and all(
+            re.fullmatch(r"[-+.0-9e]+|inf|nan", word) for word in row)
+
+    def point(self, line):
+        """A row for the plot. Of many, it keeps the means of `each` neighbours: neither its memory
+        nor its time grows with the run."""
+        self.waiting.append([float(word) for word in line.split(",")])
+        if len(self.waiting) == self.each:
+            self.points.append(np.mean(self.waiting, axis=0))
+            self.waiting = []
+        if len(self.points) == 2 * POINTS:
+            self.points = [(a + b) / 2 for a, b in zip(self.points[::2], self.points[1::2],
+                                                       strict=True)]
+            self.each *= 2
 
     def add(self, step, batch, values, skipped):
         """values: (loss, *terms, grad_norm) of this step."""
@@ -150,19 +166,18 @@ class Log:
                     os.truncate(self.path, whole)  # part of a row may have been written
                 raise
             self.rows, self.since = [], time.time()
+            self.point(row.splitlines()[-1])
 
     def plot(self, path, now=True):
         """The terms of the loss over the steps, readable in black and white; unless `now`, at most
-        once a minute. It takes the time of several steps, and must not take more as a run goes on:
-        of many rows, it shows the means of POINTS parts."""
+        once a minute: it takes the time of several steps."""
         if not now and time.time() - self.drawn < 60:
             return
-        rows = self.read()
+        rows = self.points + ([np.mean(self.waiting, axis=0)] if self.waiting else [])
         if len(rows) < 2:
             return
         self.drawn = time.time()
-        parts = np.array_split(np.array(rows, float), min(len(rows), POINTS))
-        table = dict(zip(self.columns, np.stack([part.mean(0) for part in parts]).T, strict=True))
+        table = dict(zip(self.columns, np.stack(rows).T, strict=True))
         figure = files.figure(figsize=(7, 4))
         axes = figure.add_subplot()
         for term, style in zip(self.terms, ("k-", "k:", "k--"), strict=False):

@@ -24,6 +24,7 @@ import soak
 import torch
 from PIL import Image
 from test_train import SMALL
+from torch.testing import assert_close
 
 import data
 import denoiser
@@ -437,7 +438,23 @@ def test_bad_lines_in_the_log_end_nothing():
     log = train.Log(Path("runs/small"), 0, ["simple", "sa"])
     os.remove("runs/small/log.csv")
     log.add(10, 4, (1.0, 1.0, 0.0, 0.5), 0)
-    assert len(log.read()) == 1 and Path("runs/small/log.csv").read_text().startswith("step,")
+    lines = Path("runs/small/log.csv").read_text().splitlines()
+    assert len(lines) == 2 and lines[0].startswith("step,") and log.whole(lines[1])
+
+
+def test_the_plot_of_a_long_run_is_of_all_its_steps_and_stays_small(tmp_path):
+    log, n = train.Log(tmp_path, 0, ["simple"]), 10 * train.POINTS + 7
+    losses = np.random.default_rng(0).random(n) + 1
+    for i, loss in enumerate(losses):
+        log.add(10 * (i + 1), 4, (loss, loss, 0.5), 0)
+    assert train.POINTS <= len(log.points) < 2 * train.POINTS and log.each == 8
+    groups = [losses[i : i + 8].mean() for i in range(0, n - 7, 8)]
+    assert_close(np.array([p[2] for p in log.points]), np.array(groups), rtol=1e-5, atol=0)
+    assert len(log.waiting) == n % 8 > 0, "the last few are drawn, too"
+    again = train.Log(tmp_path, 10 * n, ["simple"])  # resumed
+    assert_close(np.stack(again.points), np.stack(log.points))
+    again.plot(tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").exists()
 
 
 def test_pictures_of_a_run_made_anew_are_not_those_of_the_old(run, capsys):
