@@ -56,7 +56,6 @@ def open_run(s, process):
     """(folder, checkpoint or None) of the run that the settings name. ValueError: another run's."""
     folder = files.RUNS / s["name"]
     path = folder / "checkpoint.pt"
-    # 20 seconds: processes that read images outlive a trainer that was killed by up to five.
     process.first_does(claim, folder, process)
     # Every process reads the checkpoint itself, to the CPU, before DDP exists: reading on one and
     # sending it round is what hangs resumed runs elsewhere.
