@@ -183,8 +183,12 @@ def setup(tf32=True, deterministic=False, timeout=PATIENCE):
         for cudnn in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):  # they must agree
             cudnn.fp32_precision = "tf32" if tf32 else "ieee"
     if world > 1:  # CPU tensors (flags, counts) go over gloo; gradients over NCCL where on GPUs
+        # Addresses that processes leave for each other in torchrun's store outlive a restart
+        # (PyTorch 2.13, issue 135712), and who reads an old one is refused: a shelf per attempt.
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timeout)
+                                timeout=timeout, store=store, rank=rank, world_size=world)
     patient = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
     return Processes(rank, world, local_rank, device, patient)
 

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -51,6 +52,8 @@ if __name__ == "__main__":
         train.one_step = failing(how, int(words.pop(0)), int(words.pop(0)))
     if how == "hang":  # else a busy machine's slow start would count as a death
         runtime.TIMEOUT = timedelta(seconds=20)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and os.environ["RANK"] == "0":
+        time.sleep(3)  # the other must wait, and not take the address of the one that has died
     sys.argv = ["train.py", *words]
     runtime.run_program(train.main)
     if how == "log" and os.environ["RANK"] == "0":
