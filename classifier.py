@@ -33,6 +33,7 @@ import files
 import readers
 
 FEATURES = 64
+SHAPES = 10_000  # drawings, of the endless set
 
 
 class Classifier(nn.Module):
@@ -55,7 +56,7 @@ class Classifier(nn.Module):
 
 
 class Features(nn.Module):
-    """What is exported: the classifier up to its pooled features."""
+    """What is exported for distances: the classifier up to its pooled features."""
 
     def __init__(self, classifier):
         super().__init__()
@@ -68,10 +69,14 @@ class Features(nn.Module):
 def load_labelled(source, size, channels, progress=False):
     """-> (images uint8 (N, C, H, W), labels (N,) int64, names of the classes).
 
-    source: an IDX folder or file with its labels beside it, CIFAR-10, or a folder or zip with one
-    folder for each class. ValueError: images without labels.
+    source: an IDX folder or file with its labels beside it, CIFAR-10, a folder or zip with one
+    folder for each class, or the built-in shapes. ValueError: images without labels.
     """
     dataset = data.load(source, size, channels, progress=progress)
+    if isinstance(dataset, data.Shapes):
+        labels = torch.tensor([dataset.label(i) for i in range(SHAPES)])
+        names = sorted(set(labels.tolist()))
+        return torch.stack([dataset[i] for i in range(SHAPES)]), labels, names
     if not isinstance(dataset, data.Array):
         raise ValueError(f"{source} does not fit into memory, or never ends: it has no labels here")
     if dataset.paths:
@@ -122,10 +127,11 @@ def accuracy(net, images, labels, batch=500):
     return right / len(images)
 
 
-def export(net, path, size):
-    """The features to a file that needs none of this code: batches and sides of any length."""
-    x = torch.zeros(2, 3, size, size)
-    program = torch.export.export(Features(net.cpu()).eval(), (x,), dynamic_shapes=(
+def export(net, path, size, logits=False):
+    """Its features, or logits, to a file that needs none of this code: batches and sides of any
+    length."""
+    x, net = torch.zeros(2, 3, size, size), net.cpu()
+    program = torch.export.export((net if logits else Features(net)).eval(), (x,), dynamic_shapes=(
         {0: torch.export.Dim("N"), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},))
     with files.atomic_write(path) as temporary, open(temporary, "wb") as f:
         torch.export.save(program, f)
@@ -141,13 +147,19 @@ def parse(argv=None):
   python classifier.py fashion-mnist/ --image-size 16 --channels 1 --out fashion16.pt2
       the folder with the IDX files; two minutes on a CPU core
   python classifier.py cifar10 --epochs 10 --out cifar10.pt2
+  python classifier.py cifar10 --logits --out classes.pt2
+      classes instead of features: for `metrics.py is RUN --features classes.pt2`, a score like
+      Inception's in this set's own classes
   python classifier.py animals/ --image-size 64
       a folder with one folder for each class""")
     add = parser.add_argument
-    add("data", metavar="DATA", help="labelled images: IDX, CIFAR-10, or a folder of class folders")
+    add("data", metavar="DATA", help="labelled images: IDX, CIFAR-10, a folder of class folders, "
+        "shapes")
     add("--image-size", type=int, help="side in pixels (default: the images' own)")
     add("--channels", type=int, default=3, choices=(1, 3), help="1: turned gray (default: 3)")
     add("--epochs", type=int, default=5, help="(default: 5)")
+    add("--logits", action="store_true", help="export the classes, for metrics.py is, instead of "
+        "the features")
     add("--seed", type=int, default=0, help="of weights and order (default: 0)")
     add("--out", type=Path, default=Path("classifier.pt2"), help="(default: classifier.pt2)")
     args = parser.parse_args(argv)
@@ -170,11 +182,11 @@ def main(argv=None):
         net = train(images[rest], labels[rest], len(names), args.epochs, seed=args.seed,
                     device=process.device)
         share = accuracy(net, images[test], labels[test])
-        export(net, args.out, images.shape[-1])
+        export(net, args.out, images.shape[-1], args.logits)
         print(f"{len(rest):,} images of {len(names)} classes, {images.shape[-1]} pixels wide; "
               f"{share:.1%} of {held:,} held-out images are named right")
-        print(f"features: {args.out.resolve()}\nnext: python metrics.py fid RUN {args.data} "
-              f"--features {args.out}")
+        what, use = ("classes", "is RUN") if args.logits else ("features", f"fid RUN {args.data}")
+        print(f"{what}: {args.out.resolve()}\nnext: python metrics.py {use} --features {args.out}")
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ SHAPE_NAMES = ("circle", "square", "triangle", "star")
 
 def draw_shape(seed, size=32):
     """One anti-aliased coloured shape on a plain light background -> uint8 (size, size, 3)."""
-    rng = np.random.default_rng(seed)
-    kind, colour = rng.integers(len(SHAPE_NAMES)), SHAPE_COLOURS[rng.integers(len(SHAPE_COLOURS))]
+    rng, kind, colour = choose_shape(seed)
+    colour = SHAPE_COLOURS[colour]
     big = 4 * size  # drawn four times too large, then averaged down: anti-aliasing
     radius = big * rng.uniform(0.32, 0.40)
     cx, cy = big * (0.5 + rng.uniform(-0.05, 0.05, 2))
@@ -101,6 +101,12 @@ def draw_shape(seed, size=32):
 
 # ------------------------------------------------------------------ data sets
 
+def choose_shape(seed):
+    """-> (generator of the rest, index of the name, index of the colour)."""
+    rng = np.random.default_rng(seed)
+    return rng, rng.integers(len(SHAPE_NAMES)), rng.integers(len(SHAPE_COLOURS))
+
+
 class Shapes:
     """Endless drawings, none ever stored: image i depends on (seed, i) and on nothing else."""
 
@@ -114,6 +120,11 @@ class Shapes:
     def __getitem__(self, i):
         drawing = Image.fromarray(draw_shape((self.seed, int(i)), self.size))
         return prepare(drawing, self.size, self.channels)
+
+    def label(self, i):
+        """One of 16 classes: which shape, in which colour."""
+        _, kind, colour = choose_shape((self.seed, int(i)))
+        return int(kind * len(SHAPE_COLOURS) + colour)
 
 
 class Array:

@@ -309,7 +309,7 @@ def parse(argv=None):
       figure 1: errors of one size at every step, that add up or cancel""")
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="names under runs/, run folders, or checkpoints "
-        "(default: the newest run)")
+        "(default: the newest run); LABEL=RUN says what to call it")
     add("--illustrate", action="store_true", help="draw figure 1 of the paper, in one dimension")
     add("-n", "--num", type=int, default=64, help="images, each with noises of its own; a thousand "
         "are needed to tell good networks apart (default: 64)")

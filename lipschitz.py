@@ -107,7 +107,8 @@ def parse(argv=None):
   python lipschitz.py A --dt 0.01 --max-t 9  a --continuous run, close to its singularity
   python lipschitz.py A B --perturb          how far the predicted x_0 moves with x_t: figure 2""")
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="names under runs/, folders or checkpoints (newest)")
+    add("runs", nargs="*", metavar="RUN", help="names under runs/, folders or checkpoints "
+        "(newest); LABEL=RUN says what to call it")
     add("-n", "--num", type=int, default=64, help="images; under torchrun write -n (default: 64)")
     add("--data", help="images to measure on (default: what each run was trained on)")
     add("--dt", type=float, default=1.0, help="t' - t, in timesteps (default: 1)")

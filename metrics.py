@@ -205,10 +205,12 @@ def open_features(args, process):
             what = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
             raise ValueError(f"{args.features} must give one tensor (N, features) for N images; "
                              f"for {len(images)} it gave {what}")
-        return out.flatten(1), None
+        return out.flatten(1), out.flatten(1)  # of a file for the Inception Score: its logits
 
-    return call, dict(name=f"FD({args.features.name})", network=args.features.name, sha256=digest,
-                      resize="none", precision="fp32")
+    kind = "IS" if args.metric == "is" else "FD"
+    name = args.features.name
+    return call, dict(name=f"{kind}({name})", network=name, sha256=digest, resize="none",
+                      precision="fp32")
 
 
 def open_exported(path, device):
@@ -345,7 +347,8 @@ def score(sources, sides, args, process):
     warnings = other_weights(about) + rounded([about["precision"]])
     if sides[0].n < FEW:
         warnings.append(f"{sides[0].n:,} images: under {FEW:,} the value is too low")
-    return report({**about, "name": "IS"}, mean, f"{mean:.4f} ± {std:.4f}", sources, sides,
+    about = about if args.features else {**about, "name": "IS"}
+    return report(about, mean, f"{mean:.4f} ± {std:.4f}", sources, sides,
                   [sides[0].n], warnings, std=std)
 
 
@@ -456,7 +459,8 @@ def parse(argv=None):
       images that an autoencoder has not seen, against what it makes of them
   python metrics.py fid my-run --features classifier.pt2
       a distance in the features of your own network: float32 (N, 3, H, W) in [-1, 1] ->
-      (N, D), saved by torch.export.save or torch.jit.save; never called FID""")
+      (N, D), saved by torch.export.save or torch.jit.save; never called FID. `is` takes the D
+      numbers as logits of classes""")
     parser.add_argument("metric", choices=("fid", "is", "psnr", "stats"))
     parser.add_argument("images", nargs="+", metavar="A [B]",
                         help="what to score (fid: a run alone is compared with its own data set; "
@@ -486,8 +490,6 @@ def parse(argv=None):
     if len(args.images) not in wanted:
         raise ValueError(f"{args.metric} takes {words}, not {len(args.images)} names: "
                          + " ".join(args.images))
-    if args.metric == "is" and args.features:
-        raise ValueError("the Inception Score is about Inception's classes: it takes no --features")
     if args.metric == "psnr" and (args.features or args.inception):
         raise ValueError("psnr compares pixels: it takes no --features and no --inception")
     if args.features and args.inception:

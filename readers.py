@@ -292,10 +292,15 @@ def download(url, path, sha256, instead="give the path of a copy"):
                       f" at {path}, or {instead}") from error
 
 
+def cache_path(name):
+    """Where a download of this name is kept."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(cache, "diffusion-data", name)
+
+
 def cached(name, url, sha256, **more):
     """Path of the file `name` in the cache folder; downloaded from `url` if it is not there."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = os.path.join(cache, "diffusion-data", name)
+    path = cache_path(name)
     if not os.path.exists(path):
         download(url, path, sha256, **more)
     return path

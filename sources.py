@@ -230,8 +230,9 @@ def opened(args, device):
     """
     names = set()
     for run in args.runs or [None]:
+        label, run = labelled(run)
         path = files.find_checkpoint(run).resolve()
-        denoiser, name = denoisers.load_run(path, args.weights), path.parent.name
+        denoiser, name = denoisers.load_run(path, args.weights), label or path.parent.name
         while name in names:  # the same run twice, or two of one name
             name += "'"
         names.add(name)
@@ -244,6 +245,12 @@ def opened(args, device):
         print(f"{name}: {num} of {dataset.summary}", flush=True)
         denoiser.net.to(device)
         yield name, denoiser, denoiser.space.encode(x0.to(device))
+
+
+def labelled(run):
+    """LABEL=RUN -> (label, run); a run alone, or a path that has a = in it -> (None, run)."""
+    label, equals, rest = (run or "").partition("=")
+    return (label, rest) if equals and label and not os.path.exists(run) else (None, run)
 
 
 def refuse_given(denoiser, name):

@@ -140,8 +140,22 @@ def test_sets_without_labels(tmp_path):
     np.savez(tmp_path / "x.npz", images=pixels(3, 8, 8, 3))
     assert "no labels beside" in refused(tmp_path / "x.npz")
     assert "no labels beside" in refused(f"{tmp_path / 'x.npz'}:images")
-    assert "never ends" in refused("shapes")
     assert "no such file" in refused(tmp_path / "none")
+
+
+def test_drawings_are_their_own_labels(monkeypatch):
+    """The label is found without drawing; colour and area of the drawing say the same."""
+    monkeypatch.setattr(classifier, "SHAPES", 80)
+    images, labels, names = classifier.load_labelled("shapes", 32, 3)
+    assert images.shape == (80, 3, 32, 32) and set(labels.tolist()) == set(names)
+    colours = torch.tensor(data.SHAPE_COLOURS).float()
+    middle = images[:, :, 15:17, 15:17].float().mean((2, 3))  # (80, 3)
+    assert_close(labels % len(colours), (middle[:, None] - colours).norm(dim=2).argmin(1))
+    ground = images.float()[:, :, :1, :1]
+    area = ((images - ground).abs().amax(1) > 20).float().mean((1, 2))
+    kinds = labels // len(colours)
+    square, star = (data.SHAPE_NAMES.index(name) for name in ("square", "star"))
+    assert area[kinds == square].min() > area[kinds == star].max()
 
 
 def test_broken_labels(tmp_path):
@@ -241,6 +255,9 @@ def test_the_exported_file_gives_the_same_features(trained, tmp_path):
         with torch.no_grad():
             assert_close(net(x), trained.features(x), rtol=1e-5, atol=1e-6)
     assert list(tmp_path.iterdir()) == [path]
+    classifier.export(trained, path, 8, logits=True)
+    with torch.no_grad():
+        assert_close(torch.export.load(path).module()(x), trained(x), rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------ the program
@@ -280,7 +297,6 @@ def test_what_the_program_refuses(tmp_path, monkeypatch, capsys):
         "set --out none/x.pt2": "in a folder that exists",
         "set --epochs 0": "--epochs must be at least 1",
         "set --image-size 0": "at least 1",
-        "shapes": "never ends",
     }.items():
         capsys.readouterr()
         with pytest.raises(SystemExit) as info:

@@ -11,6 +11,7 @@ import pytest
 import benchmark
 import classifier
 import covariance
+import experiments
 import gap
 import lipschitz
 import metrics
@@ -43,7 +44,9 @@ ROWS = [
     {"gap", "lipschitz", "metrics", "classifier"},
     {"train", "sample"},
     {"plain"},
-    {"benchmark"},
+    {"benchmark", "jobs"},
+    {"plans"},
+    {"experiments"},
 ]
 # What the forward process is, everybody may know.
 ALLOWED = {
@@ -67,6 +70,7 @@ PROGRAMS = {
     "classifier": classifier,
     "covariance": covariance,
     "benchmark": benchmark,
+    "experiments": experiments,
 }
 FILES = sorted(ROOT.glob("*.py"))
 

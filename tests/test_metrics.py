@@ -783,9 +783,19 @@ def test_is_puts_the_logits_into_the_order_of_the_images(here, measure, call, sm
     assert out.startswith(f"IS {np.mean(parts):.4f} ± {np.std(parts):.4f} | 12 images | 8x8, ")
 
 
+def test_is_of_a_classifier_of_ones_own(here, measure):
+    """Its outputs are logits: the score is that of those classes, and bears the file's name."""
+    x = torch.from_numpy(pixels(12, seed=1) // 2).permute(0, 3, 1, 2)
+    logits = (x.float() / 127.5 - 1).mean((2, 3))
+    mean, std = metrics.inception_score(logits.numpy())
+    found = measure("is b --features means.pt")
+    assert found["metric"] == "IS(means.pt)"
+    assert found["value"] == pytest.approx(mean, rel=1e-5)
+    assert found["std"] == pytest.approx(std, rel=1e-3)
+
+
 def test_is_refuses(here, refused, small):
     assert "at least 10 images, not 9" in refused("is a")
-    assert "takes no --features" in refused("is b --features means.pt")
     assert "is takes A alone" in refused("is a b")
 
 

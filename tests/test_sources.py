@@ -345,3 +345,14 @@ def test_runs_are_measured_on_the_same_images(here, capsys):
     rows = torch.from_numpy(pixels(7)).permute(0, 3, 1, 2).float() / 127.5 - 1
     found = [next(i for i in range(7) if torch.allclose(row, rows[i])) for row in x0]
     assert len(set(found)) == 4
+
+
+def test_a_run_may_be_given_a_label(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sources.labelled("E-TSDM=a/run") == ("E-TSDM", "a/run")
+    assert sources.labelled("run") == (None, "run")
+    assert sources.labelled("=run") == (None, "=run")
+    assert sources.labelled(None) == (None, "")
+    (tmp_path / "lr=1").mkdir()
+    assert sources.labelled("lr=1") == (None, "lr=1")  # a folder that is called so
+    assert sources.labelled("a=lr=1") == ("a", "lr=1")

@@ -1,0 +1,453 @@
+r"""Every table and figure of SA-DPM and E-TSDM, each by one command, at a budget one can afford.
+
+    python experiments.py list                                # what there is, and what it costs
+    python experiments.py sa-table1                           # cpu: about half an hour on two cores
+    python experiments.py sa-table1 --seeds 3 --data fashion-mnist --channels 1
+    python experiments.py etsdm-table2 --budget gpu --data cifar10
+    python experiments.py sa-table1 --budget paper --dry-run  # the commands it would run
+
+An experiment is a declaration, in declare() below: which runs to train, what to ask of each, what
+the paper says. plans.py turns it into commands of the other programs, which you could type
+yourself; jobs.py runs those that are missing, several at a time; and write() makes of the numbers
+results/NAME.md, .csv and .png. The same command again goes on where it stopped. Runs are shared
+between experiments. A number is kept in the .csv beside the command that made it: delete its row,
+or the file, to have it measured again.
+
+What this file does not do: choose the best of several runs, or call a distance FID that is none.
+Without Inception's weights (metrics.py fetches them) the features are those of a small classifier
+of the same set, which it trains, and the table's title says so.
+
+rows × columns of an experiment; several data sets and seeds of each.
+"""
+
+import runtime  # isort: skip  (before torch: it sets OpenMP's spinning)
+
+import argparse
+import shlex
+import shutil
+from functools import cache
+from itertools import cycle, product
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import benchmark
+import files
+import jobs
+from plans import BUDGETS, Experiment, Numbers, Plan, Row
+
+RESULTS = Path("results")
+KEPT = RESULTS / "cache"  # features, statistics, logs, pictures: what can be made again
+STYLES = ("o-", "s--", "^-.", "v:", "D-", "x--", "P-.", "*:")  # also readable in black and white
+SECONDS = 4e-4  # a forward pass of `tiny` for an image of 16×16 took, on one core of an AMD EPYC
+TFLOPS = 100  # what a GPU is assumed to do per second: a third of an A100's rate in bf16
+
+
+# ------------------------------------------------------------------ the experiments
+
+PLAIN, SA2, ETSDM = (), ("--sa-k", "2"), ("--etsdm",)
+PAIR = dict(base=PLAIN, **{"SA-2": SA2})
+
+
+def calls(*numbers, **more):
+    """Columns: numbers of network calls."""
+    return {str(n): ("--nfe", str(n)) for n in numbers}
+
+
+def named(sampler, *numbers):
+    """Columns: a sampler, by its flags, and numbers of calls."""
+    title, *flags = sampler
+    return {f"{title}, {n}": (*flags, "--nfe", str(n)) for n in numbers}
+
+
+DDIM, DDPM = ("DDIM", "--sampler", "ddim"), ("DDPM", "--sampler", "ddpm")
+SOLVER = [(f"DPM-Solver-{k}", "--sampler", "dpm-solver", "--order", str(k), "--spacing", "logsnr")
+          for k in (2, 3)]
+
+
+def declare(budget):
+    """{name: Experiment}. The cpu budget leaves out the longest columns."""
+    small = budget == "cpu"
+    nfe = (10, 20, 50, 100) if small else (10, 25, 50, 100, 200, 1000)
+    few = calls(20, 50)
+    with_head = {"": lambda run: run, "A-": lambda run: run,
+                 "NPR-": lambda run: ("--head", "npr", "--from", run),
+                 "SN-": lambda run: ("--head", "sn", "--from", run)}
+    variance = {"": (), "A-": ("--variance", "analytic"), "NPR-": ("--variance", "npr"),
+                "SN-": ("--variance", "sn")}
+    remaps = ("sqrt", "inverse-sigmoid")
+    found = {}
+    found["sa-table1"] = Experiment(
+        "FID over network calls: SA-2 and four reverse variances", steps=4000,
+        claim="SA-2 improves the FID of every system, most in few calls; Analytic-, NPR- and "
+              "SN-DPM add to it",
+        rows=tuple(Row(f"{v}{s[0]}, {name}", with_head[v](run), (*s[1:], *variance[v]))
+                   for s in (DDPM, DDIM) for v in variance for name, run in PAIR.items()),
+        columns=calls(*nfe))
+    found["sa-table2"] = Experiment(
+        "Inception Score over network calls", steps=4000, score="is",
+        claim="SA-2 improves the Inception Score too",
+        rows=tuple(Row(f"{s[0]}, {name}", run, s[1:])
+                   for s in (DDPM, DDIM) for name, run in PAIR.items()),
+        columns=calls(*nfe))
+    found["sa-table3"] = Experiment(
+        "FID over network calls, several data sets", steps=4000,
+        claim="SA-2 is better for every number of steps, with DDPM and DDIM, on every data set",
+        rows=found["sa-table2"].rows, columns=calls(10, 50, 200) if small else calls(*nfe))
+    found["sa-table4"] = Experiment(
+        "k consecutive steps × weight λ of the loss", steps=4000, axis="sampler, network calls",
+        claim="k = 2 to 4 and weights λ all improve on the plain model (k = 1); CIFAR-10",
+        rows=(Row("k = 1"), *(
+            Row(f"k = {k}, λ = {w:g}", ("--sa-k", str(k)) if w == 1 else
+                ("--sa-k", str(k), "--sa-weight", str(w)))
+            for k in (2, 3, 4) for w in ((0.1, 1) if small else (0.1, 0.5, 1))
+            if not (small and k == 4 and w < 1))),
+        columns={**named(DDPM, 10, 50), **named(DDIM, 10, 50)})
+    found["sa-figure1"] = Experiment(
+        "Errors of one size that add up, or cancel",
+        claim="with equal errors at every step, one trajectory ends far from the true one, and "
+              "another beside it",
+        rows=tuple(Row(name, None) for name in ("errors add up", "errors cancel")),
+        program=("gap.py", "--illustrate"),
+        columns={"distance at the end": lambda rows: rows[-1]["gap"]})
+    at_end = {"norm of the batch mean": "mean", "systematic part": "systematic",
+              "mean of the norms": "norm"}
+    found["sa-figure4"] = Experiment(
+        "The gap along sampling", steps=4000,
+        claim="at the last step SA-2's gap is about 1/2.5 of the base model's; SA-3 and SA-4 lie "
+              "lower still",
+        rows=(Row("base"), *(Row(f"SA-{k}", ("--sa-k", str(k))) for k in (2, 3, 4))),
+        program=("gap.py", "-n", "2000" if small else "4000", "--batch-size", "250",
+                 *(("--steps", "50") if small else ())),
+        columns={label: lambda rows, key=key: rows[-1][key] for label, key in at_end.items()})
+    found["sa-samples"] = Experiment(
+        "Samples from the same noise", steps=4000, score="picture",
+        claim="SA-2's pictures are sharper and more complete, most in few calls",
+        rows=tuple(Row(f"{s[0]}, {name}", run, s[1:])
+                   for s in (DDIM, DDPM) for name, run in PAIR.items()),
+        columns=calls(10, 20, 50))
+    pair = (Row("plain"), Row("E-TSDM", ETSDM))
+    found["etsdm-figure1"] = Experiment(
+        "The network's slope in t", steps=4000, preset="ffhq256",
+        claim="K(t, t + 1) explodes near t = 0; under E-TSDM it is small there",
+        rows=pair, program=("lipschitz.py", "-n", "64"),
+        columns={"largest below t = 100": lambda rows: max(r["mean"] for r in rows if r["t"] < 100),
+                 "mean below t = 100": lambda rows: float(np.mean(
+                     [r["mean"] for r in rows if r["t"] < 100])),
+                 "K(500)": lambda rows: next(r["mean"] for r in rows if r["t"] == 500)})
+    found["etsdm-figure2"] = Experiment(
+        "How far the predicted x_0 moves when x_t, t = 100, is perturbed", steps=4000,
+        claim="E-TSDM's prediction moves less", preset="ffhq256",
+        rows=pair, program=("lipschitz.py", "--perturb", "-n", "256"),
+        columns={f"noise of std {x:g}": lambda rows, x=x: next(
+            r["mean"] for r in rows if r["scale"] == x) for x in (0.05, 0.1, 0.2, 0.3)})
+    found["etsdm-figure3"] = Experiment(
+        "E-TSDM and its alternatives", preset="ffhq256",
+        claim="only E-TSDM improves: DDPM-r and Modified-NS cost quality, remaps gain nothing",
+        rows=(*pair, Row("DDPM-r, 30", ("--lipschitz-reg", "30")),
+              Row("DDPM-r, 300", ("--lipschitz-reg", "300")),
+              Row("Modified-NS", ("--schedule", "linear-mns")),
+              *(Row(f"remap {name}, {train[-1]} t, {use[-1]} t", ("--remap", name, *train[:-1]),
+                    use[:-1]) for name in remaps
+                for train in (("uniform",), ("--train-times", "remap", "uniform f"))
+                for use in (("uniform",), ("--spacing", "remap", "uniform f")))),
+        columns=few)
+    found["etsdm-figure4"] = Experiment(
+        "Data sets", preset="ffhq256", rows=pair, columns=calls(10, 20, 50),
+        claim="E-TSDM is better on FFHQ, CelebA-HQ, AFHQ-Cat, AFHQ-Wild, LSUN-Church, LSUN-Cat")
+    baselines = {"linear": (9.50, 9.53), "quadratic": (13.79, 14.26), "cosine": (27.17, 25.65),
+                 "cosine-shift": (14.51, 12.80), "zero-terminal-snr": (11.66, 10.89)}
+    kinds = {"discrete": (), "continuous": ("--continuous",)}
+    table2 = [(f"{name}, {kind}, {row.label}", name, kind, row)
+              for name, kind, row in product(baselines, kinds, pair)]
+    found["etsdm-table2"] = Experiment(
+        "Noise schedules, discrete and continuous", preset="ffhq256",
+        claim="E-TSDM improves every schedule, discrete and continuous",
+        rows=tuple(Row(label, (*(("--schedule", name) if name != "linear" else ()), *kinds[kind],
+                               *row.run), ("--clip", "on")) for label, name, kind, row in table2),
+        columns=few, paper={label: f"{baselines[name][kind == 'continuous']:.2f}"
+                            for label, name, kind, row in table2 if row.label == "plain"})
+    found["etsdm-table3"] = Experiment(
+        "Fast samplers", steps=4000, preset="ffhq256", axis="sampler, network calls",
+        claim="E-TSDM improves by over a third in fast sampling", rows=pair,
+        columns={**named(SOLVER[1], 20, 50), **named(SOLVER[0], 20, 50), **named(DDIM, 50, 200)})
+    shares = [(100, n) for n in (1, 2, 5, 10, 20)] + [(20 * n, n) for n in (1, 3, 10, 20)]
+    found["etsdm-figure5"] = Experiment(
+        "How far sharing reaches, and in how many parts", preset="ffhq256",
+        claim="a broad optimum around an interval of 100 in 5 parts",
+        rows=(Row("none"), *(Row(f"[0, {t}), {n} parts", ETSDM if (t, n) == (100, 5) else (
+            *ETSDM, "--etsdm-interval", str(t), "--etsdm-n", str(n))) for t, n in shares)),
+        columns=few)
+    sr = ("--task", "sr", "--factor", "4", "--image-size", "256" if budget == "paper" else "32")
+    found["etsdm-sr"] = Experiment(
+        "Super-resolution", preset="ffhq256", score="psnr", rows=(
+            Row("plain", sr), Row("E-TSDM", (*sr, *ETSDM)), Row("bicubic", sr, part="-bicubic")),
+        claim="PSNR 24.64 → 25.61 dB (FFHQ, 64 → 256)", columns=calls(1, 5, 20),
+        paper={"plain": "24.64", "E-TSDM": "25.61"})
+    v = ("--prediction", "v")
+    found["etsdm-v"] = Experiment(
+        "v-prediction", preset="ffhq256", columns=calls(10, 20, 50),
+        rows=(Row("plain", v), Row("E-TSDM", (*v, *ETSDM))),
+        claim="v-prediction has the same singularity, and E-TSDM helps it too")
+    code = ("--task", "autoencoder", "--image-size", "256" if budget == "paper" else "32")
+    found["etsdm-ldm"] = Experiment(
+        "Latent diffusion", preset="ffhq256", columns=calls(20, 50), steps=4000,
+        rows=(Row("plain", ("--latent", code)), Row("E-TSDM", ("--latent", code, *ETSDM))),
+        claim="FID-50k 4.98 → 4.61", paper={"plain": "4.98", "E-TSDM": "4.61"})
+    edm = ("--schedule", "edm", "--prediction", "edm")
+    found["etsdm-edm"] = Experiment(
+        "EDM", rows=(Row("plain", edm, ("--sampler", "heun")),
+                     Row("E-TSDM", (*edm, *ETSDM), ("--sampler", "heun"))),
+        claim="CIFAR-10, 35 calls: 1.904 → 1.797", columns=calls(19, 35),
+        paper={"plain": "1.904", "E-TSDM": "1.797"})
+    return found
+
+
+# ------------------------------------------------------------------ from numbers to a page
+
+def gather(plans):
+    """{(data, row, column): values over the seeds}; numbers that are missing are left out."""
+    found = {}
+    for plan in plans:
+        for (row, column), key in plan.cells.items():
+            if key in plan.numbers.rows:
+                value = float(plan.numbers.rows[key]["value"])
+                found.setdefault((plan.data, row, column), []).append(value)
+    return found
+
+
+def shown(values):
+    """Mean ± standard deviation over the seeds, to three significant digits."""
+    if not values:
+        return ""
+    mean = np.mean(values)
+    digits = max(0, 2 - int(np.floor(np.log10(abs(mean) + 1e-12)))) if abs(mean) < 1e5 else 0
+    text = f"{mean:.{min(digits, 4)}f}"
+    return text + (f" ± {np.std(values, ddof=1):.{min(digits, 4)}f}" if len(values) > 1 else "")
+
+
+def table(e, data, found):
+    """The rows of a Markdown table; the best of a column is not marked, since seeds differ."""
+    paper = ["the paper"] if e.paper else []
+    lines = [["", *e.columns, *paper]]
+    lines.append(["---"] * len(lines[0]))
+    for row in e.rows:
+        cells = [shown(found.get((data, row.label, column), [])) for column in e.columns]
+        lines.append([row.label, *cells, *([e.paper.get(row.label, "")] if paper else [])])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def curves(axes, e, data, found):
+    """Lines over numeric columns, or points over named ones; bars span the seeds."""
+    numeric = all(label.isdecimal() for label in e.columns)
+    xs = [float(c) for c in e.columns] if numeric else range(len(e.columns))
+    for i, (row, style) in enumerate(zip(e.rows, cycle(STYLES), strict=False)):
+        cells = [found.get((data, row.label, column), [np.nan]) for column in e.columns]
+        mean = np.array([np.mean(c) for c in cells])
+        reach = np.abs([[m - min(c), max(c) - m] for m, c in zip(mean, cells, strict=True)]).T
+        shift = 1 if numeric else 0.5 * (i / max(len(e.rows) - 1, 1) - 0.5)
+        axes.errorbar([x * shift if numeric else x + shift for x in xs], mean, reach,
+                      fmt=style if numeric else style[0], ms=4, lw=1, capsize=2, label=row.label)
+    if numeric:
+        axes.set_xscale("log")
+    axes.set_xticks(list(xs), list(e.columns), rotation=0 if numeric else 30,
+                    ha="center" if numeric else "right")
+    axes.minorticks_off()
+
+
+def montage(figure, e, plans):
+    """Grids of samples in the order of the table, each under the flags that made it."""
+    plan = plans[0]
+    axes = figure.subplots(len(e.rows), len(e.columns), squeeze=False)
+    for (row, column), ax in zip(product(e.rows, e.columns), axes.flat, strict=True):
+        path = plan.out(row, column)
+        if path.exists():
+            ax.imshow(np.asarray(Image.open(path)), cmap="gray", interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+        if row is e.rows[0]:
+            ax.set_title(f"{column} {e.axis}", fontsize="small")
+        if column == next(iter(e.columns)):
+            ax.set_ylabel(row.label, fontsize="small")
+
+
+def draw(path, e, plans, found):
+    """results/NAME.png: a panel per data set, or what the experiment's program has drawn."""
+    if e.program:
+        shutil.copyfile(plans[0].picture(), path)
+        return
+    sets = list(dict.fromkeys(plan.data for plan in plans))
+    if e.score == "picture":
+        size = (2.2 * len(e.columns) + 1, 2.2 * len(e.rows))
+        figure = files.figure(figsize=size, layout="constrained")
+        montage(figure, e, plans)
+    else:
+        figure = files.figure(figsize=(6.5 * len(sets) + 2.5, 4.5), layout="constrained")
+        panels = figure.subplots(1, len(sets), squeeze=False)[0]
+        for data, axes in zip(sets, panels, strict=True):
+            curves(axes, e, data, found)
+            axes.set(title=Path(data).stem, xlabel=e.axis, ylabel=metric_of(plans))
+        panels[-1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    files.save_figure(path, figure, 110)
+
+
+def metric_of(plans):
+    """What the numbers are, as the program that measured them called it."""
+    for plan in plans:
+        for key in plan.cells.values():
+            if key in plan.numbers.rows:
+                return plan.numbers.rows[key]["metric"]
+    return ""
+
+
+def write(name, e, plans, args):
+    """results/NAME.md, .csv and .png, of the numbers that are there."""
+    found, metric = gather(plans), metric_of(plans)
+    stand_in = f"{metric}, which is no FID: Inception's weights were not at hand"
+    words = {"fid": stand_in if metric.startswith("FD(") else metric, "picture": "samples",
+             "is": metric, "psnr": metric}[e.score] if not e.program else "measured"
+    lines = [f"# {e.title} ({words})", "", f"*{name}.* The paper: {e.claim}.", ""]
+    sets = list(dict.fromkeys(plan.data for plan in plans))
+    for data in sets:
+        lines += [f"## {Path(data).stem}", ""] * (len(sets) > 1) + [table(e, data, found), ""]
+    seeds = "one seed" if args.seeds == 1 else (
+        f"mean ± standard deviation of {args.seeds} seeds, each a training run of its own")
+    how = " ".join([*plans[0].model, *plans[0].image, *plans[0].length])
+    lines += [f"Columns: {e.axis}. {seeds.capitalize()}. " * (not e.program)
+              + f"Every run: `train.py {how}` and what its row says. "
+              + f"Scores of {plans[0].b['n']:,} samples. " * (e.score in ("fid", "is")), "",
+              f"![{e.title}]({name}.png)", "", f"`{command(name, args)}`; the commands behind each "
+              f"number are in [{name}.csv]({name}.csv).", ""]
+    files.write_text(RESULTS / f"{name}.md", "\n".join(lines))
+    numbers = plans[0].numbers.rows
+    files.write_csv(RESULTS / f"{name}.csv", [
+        {**numbers[key], "row": row, "column": column} for plan in plans
+        for (row, column), key in plan.cells.items() if key in numbers])
+    draw(RESULTS / f"{name}.png", e, plans, found)
+    print(table(e, sets[0], found), f"in {(RESULTS / f'{name}.md').resolve()}", sep="\n\n")
+
+
+# ------------------------------------------------------------------ the program
+
+def command(name, args):
+    """What to type to have the same again."""
+    words = ["--budget", args.budget] * (args.budget != "cpu")
+    words += ["--seeds", str(args.seeds)] * (args.seeds > 1)
+    for flag in ("channels", "test", "features", "inception"):
+        given = getattr(args, flag)
+        if given and (flag != "test" or name == "etsdm-sr"):
+            words += [f"--{flag}", str(given)]
+    return shlex.join(["python", "experiments.py", name, *words, "--data", *args.data])
+
+
+@cache
+def operations(preset):
+    """Of a pass forward for one image, in the presets of the two papers."""
+    return benchmark.flops(preset, 1) / 3
+
+
+def hours(todo, e, budget):
+    """Of one GPU, or of one core, for jobs that are not done."""
+    passes = sum(job.cost for job in todo)
+    if budget == "cpu":
+        return passes * SECONDS / 3600
+    preset = e.preset if budget == "paper" else "cifar10"
+    return passes * operations(preset) / TFLOPS / 3600e12
+
+
+def plan_all(names, experiments, args):
+    """-> ({name: its Plans}, {name of a job: Job})."""
+    todo, numbers, found = {}, Numbers(RESULTS / "numbers.csv"), {}
+    for name in names:
+        found[name] = [Plan(name, experiments[name], args, data, seed, todo, numbers, KEPT)
+                       for data in args.data for seed in range(args.seeds)]
+        for plan in found[name]:
+            plan.cells  # noqa: B018  (this makes the jobs)
+    return found, todo
+
+
+def show(args):
+    """The list: what there is, and what each would cost from nothing."""
+    print(f"{'':14s}  cpu, minutes on 2 cores   gpu, hours   paper, GPU hours at {TFLOPS} TFLOP/s")
+    for name, e in declare("cpu").items():
+        cost = []
+        for budget in BUDGETS:
+            args.budget, args.data = budget, ["shapes"]
+            experiments = declare(budget)
+            _, todo = plan_all([name], experiments, args)
+            cost.append(hours(todo.values(), experiments[name], budget))
+        print(f"{name:14s}  {cost[0] * 30:8.0f}  {cost[1]:8.1f} {cost[2]:8.0f}   {e.title}")
+
+
+def parse(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="experiments.py", usage="python experiments.py NAME [flags]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Repeat a table or figure of the two papers: train, measure, write "
+                    "results/NAME.md, .csv and .png.\nThe same command again goes on.",
+        epilog="""examples
+  python experiments.py list
+      all names, and what they cost
+  python experiments.py sa-figure1
+      seconds; the others take about half an hour on two cores
+  python experiments.py sa-table1 --seeds 3 --data fashion-mnist --channels 1
+  python experiments.py etsdm-figure4 --data shapes fashion-mnist photos/
+      several data sets, one table each
+  python experiments.py all --budget gpu --data cifar10
+  python experiments.py etsdm-table2 --budget paper --data ffhq256/ --dry-run
+      the papers' own settings: the commands, and an estimate of the GPU hours
+
+Runs are trained under runs/, and shared between experiments; results/numbers.csv keeps every number
+beside its command.""")
+    add = parser.add_argument
+    add("name", metavar="NAME", choices=["list", "all", *declare("cpu")],
+        help="list, all, or " + ", ".join(declare("cpu")))
+    add("--budget", default="cpu", choices=list(BUDGETS), help="cpu: 16x16, a tiny network, "
+        "minutes; gpu: the cifar10 preset, 20,000 steps; paper: the papers' own (default: cpu)")
+    add("--seeds", type=int, default=1, help="training runs of each kind (default: 1)")
+    add("--data", nargs="+", help="images, as train.py takes them; several sets are done in turn "
+        "(default: shapes; gpu and paper: cifar10)")
+    add("--channels", type=int, choices=(1, 3), help="1: true gray (default: 3)")
+    add("--test", metavar="DATA", help="etsdm-sr: images to enlarge (default: those of --data)")
+    add("--inception", metavar="PATH", help="Inception's weights (default: from the cache folder)")
+    add("--features", metavar="FILE", help="a network of your own for the distances")
+    add("--workers", type=int, default=0, help="commands at a time (default: one per GPU or core)")
+    add("--dry-run", action="store_true", help="print the commands that are left, and stop")
+    args = parser.parse_args(argv)
+    if args.seeds < 1 or args.workers < 0:
+        raise ValueError("--seeds must be at least 1, and --workers not negative")
+    if args.features and args.inception:
+        raise ValueError("--features replaces Inception: give it or --inception, not both")
+    if args.test and args.name not in ("etsdm-sr", "all"):
+        raise ValueError("--test names the images that etsdm-sr enlarges: it has no use here")
+    args.data = args.data or ["shapes" if args.budget == "cpu" else "cifar10"]
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.name == "list":
+        return show(args)
+    experiments = declare(args.budget)
+    names = list(experiments) if args.name == "all" else [args.name]
+    plans, todo = plan_all(names, experiments, args)
+    left = [job for job in todo.values() if not job.done()]
+    if args.dry_run:
+        for job in left:
+            print(*(shlex.join(["python", *words]) for words in job.commands), sep="\n")
+    estimate = hours(left, experiments[names[0]], args.budget)
+    print(f"{len(left)} of {len(todo)} commands are left, about {estimate:.2g} hours of one "
+          + ("core" if args.budget == "cpu" else f"GPU at {TFLOPS} TFLOP/s"))
+    if args.dry_run:
+        return
+    KEPT.mkdir(parents=True, exist_ok=True)
+    if not jobs.run_all(list(todo.values()), jobs.Machine(args.workers, logs=KEPT / "logs")):
+        print("stopped: run the same command to go on")
+        return
+    for name in names:
+        write(name, experiments[name], plans[name], args)
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)

@@ -1,0 +1,309 @@
+r"""What an experiment is, and which commands of the other programs it takes.
+
+    Experiment: rows (a run and how to use it) × columns, a score, what the paper says
+    Plan(...).cells -> {(row, column): key of the number}, and the jobs that make them
+
+Every number comes from a command that you could type: the command is the key under which it is
+kept. Runs are named after budget, data set, flags, length and seed, so that two experiments which
+want the same run share it.
+
+What this file does not do: run anything (jobs.py), or know a paper (experiments.py).
+
+    python experiments.py sa-table1 --dry-run        # shows what this file makes of a declaration
+
+A run is a tuple of train.py's flags; a tuple within it is the run that it starts from. cost: passes
+forward of one image of 16×16 through the network.
+"""
+
+import csv
+import json
+import shlex
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import files
+import inception
+import readers
+import settings
+from jobs import Job
+
+# What every run of a budget has in common: flags of train.py for images, model and length; images
+# that are scored, and enlarged; Γ's images. The papers' own settings are train.py's recipes.
+BUDGETS = {
+    "cpu": dict(image=("--image-size", "16"), model=("--schedule", "linear", "--prediction", "eps"),
+                length=("--batch-size", "64", "--lr", "1e-3"), n=1000, enlarged=300, gamma=64,
+                at_once=250),
+    "gpu": dict(length=("--steps", "20000"), n=10_000, enlarged=1000, gamma=1000, at_once=500),
+    "paper": dict(n=50_000, enlarged=1000, gamma=50_000, at_once=500),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a run, and what is asked of it besides the column's flags."""
+    label: str
+    run: tuple | None = ()  # None: a figure without a network
+    how: tuple = ()
+    part: str = ""  # psnr: of the folder with this ending, instead of the results'
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What to train, what to ask, what the paper says; experiments.declare() is full of them."""
+    title: str
+    claim: str  # what the paper says
+    rows: tuple  # of Row
+    columns: dict  # label -> flags; with a program: -> f(its CSV's rows of that run) -> value
+    score: str = "fid"  # fid, is, psnr, picture
+    program: tuple = ()  # instead of a score: a program that is given all the runs, and its flags
+    steps: int = 2000  # at cpu
+    preset: str = "cifar10"  # at gpu and paper
+    axis: str = "network calls"
+    paper: dict = field(default_factory=dict)  # row's label -> what the paper has there
+
+
+class Numbers:
+    """Results, row by row in a CSV: what a command has given, once and for all."""
+
+    def __init__(self, path):
+        self.path = path
+        self.rows = self.read()
+
+    def read(self):
+        if not self.path.exists():
+            return {}
+        with open(self.path, newline="") as f:
+            return {row["command"]: row for row in csv.DictReader(f)}
+
+    def add(self, command, **row):
+        """Keep a number; and those that somebody else has put there meanwhile."""
+        self.rows = {**self.read(), command: {**row, "command": command}}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_csv(self.path, self.rows.values())
+
+
+class Plan:
+    """An experiment at a budget, on a data set, with a seed. jobs: {name: Job}, shared by many."""
+
+    def __init__(self, label, e, args, data, seed, jobs, numbers, kept):
+        self.label, self.e, self.args, self.data, self.seed = label, e, args, data, seed
+        self.jobs, self.numbers, self.kept = jobs, numbers, kept
+        b = self.b = BUDGETS[args.budget]
+        gray = ("--channels", "1") if args.channels == 1 else ()
+        small = args.budget == "cpu"
+        self.gray, self.stem = gray, Path(data.split(":")[0]).stem + "-gray" * bool(gray)
+        self.model = b.get("model", ()) if small else (
+            "--preset", e.preset if args.budget == "paper" else "cifar10")
+        self.image = ("--data", data, *gray, *b.get("image", ()))
+        self.length = b.get("length", ()) + (("--steps", str(e.steps)) if small else ())
+
+    def add(self, name, *commands, **more):
+        """A job, unless another experiment has it already -> its name."""
+        words = [[str(word) for word in command] for command in commands]
+        self.jobs.setdefault(name, Job(name, words, **more))
+        return name
+
+    # -------------------------------------------------------------- runs
+
+    def slug(self, run):
+        """What distinguishes this run from others of the same budget, data and length."""
+        words = [self.slug(w) if isinstance(w, tuple) else w.lstrip("-") for w in run]
+        return "-".join(words) or "plain"
+
+    def name(self, run):
+        """Its folder under runs/."""
+        length = f"{self.e.steps}-" * (self.args.budget == "cpu")
+        return f"{self.args.budget}-{self.stem}-{self.slug(run)}-{length}seed{self.seed}"
+
+    def words(self, run):
+        """train.py's flags. Where a run starts from another, that one knows the rest."""
+        own = [self.name(w) if isinstance(w, tuple) else w for w in run]
+        flags = [*self.image, *self.model, *self.length]
+        if "--head" in own:
+            flags = []
+        elif "--latent" in own:
+            flags = [*self.model, *self.length]
+        elif "autoencoder" in own:
+            flags = [*self.image, *(self.length[-2:] if self.args.budget == "cpu" else ())]
+        return [*flags, *own, "--seed", str(self.seed), "--name", self.name(run)]
+
+    def train(self, run):
+        """-> the name of the run; its job is there from now on."""
+        name, words = self.name(run), self.words(run)
+        args = parsed(*words)
+        recipe = args.preset or "tiny"
+        if args.head:
+            recipe = "head of tiny" if self.args.budget == "cpu" else "head"
+        recipe = settings.RECIPES["autoencoder" if args.task == "autoencoder" else recipe]
+        batch = args.batch_size or recipe["batch_size"]
+        images = args.steps * batch if args.steps else recipe["images"]
+        passes = 1 if args.head else 3 * (args.sa_k or 1) * (2 if args.lipschitz_reg else 1)
+        folder = files.RUNS / name
+
+        def seen():
+            """Images so far: of log.csv's last whole row."""
+            try:
+                return float((folder / "log.csv").read_text().split("\n")[-2].split(",")[1])
+            except (OSError, IndexError, ValueError):
+                return 0.0
+
+        def done():
+            path = folder / "checkpoint.pt"
+            return path.exists() and (files.load_checkpoint(path)["step"] + 1) * batch > images
+
+        before = tuple(self.train(w) for w in run if isinstance(w, tuple))
+        return self.add(name, ["train.py", *words], done=done, after=before,
+                        cost=passes * images * self.area(run),
+                        progress=lambda: min(1.0, seen() / images))
+
+    def side(self, run):
+        """Pixels of an image's side."""
+        for start in (w for w in run if isinstance(w, tuple)):
+            return self.side(start)
+        args = parsed(*self.words(run))
+        return args.image_size or settings.unet.PRESETS[args.preset or "tiny"]["image_size"]
+
+    def area(self, run):
+        """How much more an image costs than one of 16×16, or of the preset's side."""
+        preset = self.model[-1] if self.args.budget != "cpu" else None
+        usual = settings.unet.PRESETS[preset]["image_size"] if preset else 16
+        return (self.side(run) / usual) ** 2 / (16 if "--latent" in run else 1)
+
+    # -------------------------------------------------------------- what is asked of them
+
+    def gamma(self, run):
+        """Γ of Analytic-DPM for a run -> the job's name."""
+        name, n = self.train(run), self.b["gamma"]
+        path, trained = (files.RUNS / name / x for x in ("analytic.npz", "checkpoint.pt"))
+        return self.add(f"{name}-gamma", ["covariance.py", name, "-n", n], after=(name,),
+                        done=lambda: newer(path, trained), cost=1000 * n * self.area(run))
+
+    def eyes(self, side, kind="features"):
+        """The network that looks at images -> (flags that choose it, names of jobs)."""
+        for flag in ("features", "inception"):
+            if given := getattr(self.args, flag):
+                return [f"--{flag}", given], ()
+        if Path(readers.cache_path(inception.NAME)).exists():
+            return [], ()
+        path = self.kept / f"{self.stem}-{side}-{kind}.pt2"
+        words = ["classifier.py", self.data, "--image-size", side, "--out", path, *self.gray]
+        words += ["--logits"] * (kind == "classes")
+        return ["--features", path], (self.add(path.stem, words, done=path.exists, cost=3e5),)
+
+    def reference(self, side):
+        """-> (statistics of the data set, flags, names of jobs)."""
+        flags, before = self.eyes(side)
+        eyes = Path(flags[-1]).name if flags else "inception"
+        path = self.kept / f"{self.stem}-{side}-{eyes}.npz"
+        words = ["metrics.py", "stats", self.data, path, "--image-size", side, *self.gray, *flags]
+        words += ["-n", 10_000] * (self.data == "shapes")
+        return path, flags, (self.add(f"{path.stem}-statistics", words, done=path.exists,
+                                      after=before, cost=3e4),)
+
+    def out(self, row, column):
+        """The folder of this cell's pictures; their grid has the same name with .png."""
+        flags = (*row.how, *self.e.columns[column])
+        return self.kept / "-".join([self.name(row.run), *(f.lstrip("-") for f in flags)])
+
+    def commands(self, row, column, flags, name, side):
+        """-> (commands whose last one prints the number, names of jobs, how to read it)."""
+        e, b, out = self.e, self.b, self.out(row, column)
+        many = ["-n", b["n"], "--batch-size", b["at_once"], *flags]
+        if e.score == "picture":
+            def grey(text):
+                return dict(metric="mean grey", value=np.asarray(Image.open(f"{out}.png")).mean())
+            return [["sample.py", name, "-n", 16, "--out", out, *flags]], (), grey  # its grid
+        if e.score == "psnr":
+            known = ["--low-res", self.args.test or self.data, "-n", b["enlarged"]]
+            pairs = [f"{out}{row.part}", f"{out}-original"]
+            return [["sample.py", name, *known, "--out", out, *flags],
+                    ["metrics.py", "psnr", *pairs, "--json"]], (), read
+        if e.score == "is":
+            given, before = self.eyes(side, "classes")
+            return [["metrics.py", "is", name, *many, *given, "--json"]], before, read
+        path, given, before = self.reference(side)
+        return [["metrics.py", "fid", name, path, *many, *given, "--json"]], before, read
+
+    def cell(self, row, column):
+        """-> the key of this cell's number; its job is there from now on."""
+        name, flags = self.train(row.run), [*row.how, *self.e.columns[column]]
+        calls = int(flags[flags.index("--nfe") + 1])
+        side = self.side(row.run)
+        commands, before, reading = self.commands(row, column, flags, name, side)
+        commands = [[str(word) for word in command] for command in commands]
+        key = " && ".join(shlex.join(["python", *command]) for command in commands)
+        before = (name, *before, *([self.gamma(row.run)] if "analytic" in flags else []))
+        n = self.b["enlarged"] if self.e.score == "psnr" else self.b["n"]
+
+        def finish(text):
+            self.numbers.add(key, data=self.data, seed=self.seed, row=row.label, column=column,
+                             **reading(text))
+        words = "-".join(flag.lstrip("-") for flag in flags)
+        self.add(f"{self.e.score}-{name}-{words}{row.part}", *commands, after=before, finish=finish,
+                 done=lambda: key in self.numbers.rows, cost=n * calls * self.area(row.run))
+        return key
+
+    @cached_property
+    def cells(self):
+        """{(row's label, column's label): key of the number}; all jobs are there from now on."""
+        if self.e.program:
+            return self.figure()
+        return {(row.label, column): self.cell(row, column)
+                for row in self.e.rows for column in self.e.columns}
+
+    def picture(self):
+        """Where a program of this experiment draws, with its CSV beside it."""
+        return self.kept / f"{self.args.budget}-{self.stem}-{self.label}-seed{self.seed}.png"
+
+    def figure(self):
+        """The same for a program that takes all runs at once: its numbers are read from its CSV."""
+        e, path = self.e, self.picture()
+        names = {row.label: self.train(row.run) for row in e.rows if row.run is not None}
+        program, *flags = e.program
+        command = [program, *(f"{label}={name}" for label, name in names.items()), *flags,
+                   "--out", str(path)]
+        typed = shlex.join(["python", *command])
+        keys = {(row.label, column): f"{typed} # {row.label}: {column}"
+                for row in e.rows for column in e.columns}
+
+        def finish(text):
+            with open(path.with_suffix(".csv"), newline="") as f:
+                found = [{k: number(v) for k, v in row.items()} for row in csv.DictReader(f)]
+            for (label, column), key in keys.items():
+                value = e.columns[column]([row for row in found if row["run"] == label])
+                self.numbers.add(key, data=self.data, seed=self.seed, row=label, column=column,
+                                 metric=column, value=value)
+        n = int(flags[flags.index("-n") + 1]) if "-n" in flags else 64
+        self.add(path.stem, command, finish=finish, after=tuple(names.values()),
+                 cost=n * 150 * len(names),
+                 done=lambda: path.exists() and all(k in self.numbers.rows for k in keys.values()))
+        return keys
+
+
+@cache
+def parsed(*words):
+    """train.py's view of its flags."""
+    return settings.parse(list(words))
+
+
+def number(text):
+    """A number, if it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def read(text):
+    """What metrics.py --json has printed -> metric and value."""
+    found = json.loads(text.strip().split("\n")[-1])
+    return dict(metric=found["metric"], value=found["value"])
+
+
+def newer(path, other):
+    """Whether a file is there, and was made after another."""
+    return path.exists() and path.stat().st_mtime >= other.stat().st_mtime

@@ -1,0 +1,295 @@
+"""experiments.py and plans.py: every declaration at every budget becomes commands that the programs
+accept; a small one is run, interrupted and resumed; and pages are written from numbers."""
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import classifier
+import covariance
+import experiments
+import gap
+import lipschitz
+import metrics
+import plans
+import sample
+import settings
+import train
+from plans import Experiment, Numbers, Row
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = (  # of the issue tracker, in the papers' order
+    "sa-table1 sa-table2 sa-table3 sa-table4 sa-figure1 sa-figure4 sa-samples etsdm-figure1 "
+    "etsdm-figure2 etsdm-figure3 etsdm-figure4 etsdm-table2 etsdm-table3 etsdm-figure5 etsdm-sr "
+    "etsdm-v etsdm-ldm etsdm-edm"
+).split()
+PROGRAMS = {
+    f"{module.__name__}.py": module
+    for module in (classifier, covariance, gap, lipschitz, metrics, sample, train)
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def planned(words, names=NAMES):
+    """-> ({name: plans}, {name: job}) of a command line."""
+    args = experiments.parse(words.split())
+    return experiments.plan_all(names, experiments.declare(args.budget), args)
+
+
+# ------------------------------------------------------------------ declarations
+
+
+@pytest.mark.parametrize("budget", plans.BUDGETS)
+def test_every_name_is_declared_in_every_budget(budget):
+    found = experiments.declare(budget)
+    assert sorted(found) == sorted(NAMES)
+    for e in found.values():
+        labels = [row.label for row in e.rows]
+        assert len(set(labels)) == len(labels) and set(e.paper) <= set(labels)
+        assert e.title and e.claim and e.columns
+
+
+@pytest.mark.parametrize("budget", plans.BUDGETS)
+def test_programs_accept_every_command(here, budget):
+    """Each command line goes through the parser of its program; those who start from a run name one
+    that an earlier job trains."""
+    _, todo = planned(f"all --budget {budget} --data shapes --seeds 2")
+    experiments.KEPT.mkdir(parents=True)  # as main() does
+    trained = set()
+    for job in todo.values():
+        assert set(job.after) <= set(todo)
+        for program, *words in job.commands:
+            PROGRAMS[program].parse(words)
+            if program == "classifier.py":  # metrics.py looks whether it is there
+                Path(words[words.index("--out") + 1]).touch()
+            if program == "train.py":
+                args = settings.parse(words)
+                starts = {getattr(args, "from"), args.latent} - {None}
+                assert starts <= trained
+                if not starts:
+                    settings.resolve(args)  # which opens the run that this one starts from
+                trained.add(args.name)
+            elif program not in ("classifier.py",) and not {"stats", "psnr", "--illustrate"} & {
+                *words
+            }:
+                runs = [word.split("=")[-1] for word in words if word.split("=")[-1] in trained]
+                assert runs, words
+    # Causes stand before their effects: jobs.order() relies on it.
+    place = {name: i for i, name in enumerate(todo)}
+    assert all(place[cause] < place[name] for name, job in todo.items() for cause in job.after)
+
+
+def test_no_two_commands_share_a_name(here, monkeypatch):
+    """Jobs are shared by name: the same name must mean the same commands."""
+    seen, add = {}, plans.Plan.add
+
+    def noting(self, name, *commands, **more):
+        words = [[str(word) for word in command] for command in commands]
+        assert seen.setdefault(name, words) == words
+        return add(self, name, *commands, **more)
+
+    monkeypatch.setattr(plans.Plan, "add", noting)
+    planned("all --data shapes fashion --seeds 2")
+    assert len(seen) > 500
+
+
+def test_experiments_share_their_runs(here):
+    _, one = planned("all", ["sa-table1"])
+    _, both = planned("all", ["sa-table1", "sa-table3"])
+    trained = [name for name, job in both.items() if job.commands[0][0] == "train.py"]
+    assert set(trained) <= set(one)
+    # and FIDs: sa-table3 asks the same systems for one more column only
+    assert len(both) - len(one) == 4
+
+
+def test_the_paper_budget_is_the_papers_recipe(here):
+    plan = planned("sa-table1 --budget paper --data cifar10")[0]["sa-table1"][0]
+    s = settings.resolve(settings.parse(plan.words(("--sa-k", "2"))))
+    assert (s["preset"], s["batch_size"], s["lr"], s["sa_k"]) == ("cifar10", 128, 2e-4, 2)
+    assert (s["schedule"], s["prediction"], s["images"]) == ("linear", "eps", 60_000_000)
+    _, todo = planned("etsdm-table2 --budget paper --data ffhq/", ["etsdm-table2"])
+    scored = [words for job in todo.values() for words in job.commands if "fid" in words]
+    assert scored and all(words[words.index("-n") + 1] == "50000" for words in scored)
+
+
+@pytest.mark.slow
+def test_the_cpu_budget_is_about_half_an_hour(here, capsys):
+    """By the estimate that `list` prints, on two cores."""
+    experiments.main(["list"])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == list(experiments.declare("cpu"))
+    assert all(0 <= float(line.split()[1]) <= 45 for line in lines)
+    assert all(float(line.split()[3]) > 0 for line in lines if "figure1 " not in line)
+
+
+# ------------------------------------------------------------------ numbers
+
+
+def test_numbers_are_kept_beside_their_commands(here):
+    a, b = Numbers(Path("results/numbers.csv")), Numbers(Path("results/numbers.csv"))
+    a.add("python a.py --x 'y z'", value=1.25, row="r", column="10")
+    b.add("python b.py", value=2.0, row="s", column="10")  # another program, meanwhile
+    a.add("python a.py --x 'y z'", value=1.5, row="r", column="10")
+    again = Numbers(Path("results/numbers.csv")).rows
+    assert {key: row["value"] for key, row in again.items()} == {
+        "python a.py --x 'y z'": "1.5",
+        "python b.py": "2.0",
+    }
+
+
+@pytest.mark.parametrize(
+    "values, text",
+    [
+        ([], ""),
+        ([1.23456], "1.23"),
+        ([0.0123456], "0.0123"),
+        ([123.456], "123"),
+        ([1.0, 2.0, 3.0], "2.00 ± 1.00"),
+        ([0.0], "0.0000"),
+        ([float("nan")], "nan"),
+    ],
+)
+def test_shown(values, text):
+    assert experiments.shown(values) == text
+
+
+SMALL = Experiment(
+    "A title", "a claim", rows=(Row("one"), Row("two", ("--etsdm",))),
+    columns=experiments.named(experiments.DDPM, 5, 9), steps=6, paper={"two": "9.87"},
+)  # fmt: skip
+
+
+@pytest.fixture
+def small(here, monkeypatch):
+    """One experiment of two runs and two columns, at 8×8."""
+    monkeypatch.setattr(experiments, "declare", lambda budget: {"small": SMALL})
+    cpu = dict(plans.BUDGETS["cpu"], image=("--image-size", "8"), n=12)
+    cpu["length"] = ("--batch-size", "4", "--lr", "1e-2")
+    monkeypatch.setitem(plans.BUDGETS, "cpu", cpu)
+    return here
+
+
+def test_a_page_of_what_there_is(small, capsys):
+    """A missing number is a gap, not a failure; the spread is that of the seeds."""
+    args = experiments.parse("small --seeds 2 --features eyes.pt2".split())
+    made = experiments.plan_all(["small"], {"small": SMALL}, args)[0]["small"]
+    numbers = made[0].numbers
+    for plan, value in zip(made, (1.0, 2.0), strict=True):
+        for (row, column), key in plan.cells.items():
+            if (row, column) != ("two", "DDPM, 9"):
+                numbers.add(key, data="shapes", seed=plan.seed, row=row, column=column,
+                            metric="FD(eyes.pt2)", value=value)  # fmt: skip
+    experiments.write("small", SMALL, made, args)
+    text = Path("results/small.md").read_text()
+    assert text.startswith("# A title (FD(eyes.pt2), which is no FID: ")
+    assert "| one | 1.50 ± 0.71 | 1.50 ± 0.71 |  |" in text
+    assert "| two | 1.50 ± 0.71 |  | 9.87 |" in text
+    assert "`python experiments.py small --seeds 2 --features eyes.pt2 --data shapes`" in text
+    with open("results/small.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 6 and all(row["command"].startswith("python metrics.py") for row in rows)
+    assert np.asarray(Image.open("results/small.png")).std() > 5
+    assert "1.50 ± 0.71" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("no-such-table", "invalid choice"),
+        ("small --seeds 0", "--seeds must be at least 1"),
+        ("small --features a --inception b", "give it or --inception"),
+        ("small --budget huge", "invalid choice"),
+        ("small --data photos/ --test more/", "--test"),
+    ],
+)
+def test_refusals(small, words, said, capsys):
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        experiments.main(words.split())
+    assert said in str(caught.value) + capsys.readouterr().err
+
+
+def test_dry_run_changes_nothing(small, capsys):
+    experiments.main("small --dry-run --features eyes.pt2".split())
+    out = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("python train.py") for line in out) == 2
+    assert sum(line.startswith("python metrics.py fid") for line in out) == 4
+    assert "7 of 7 commands are left" in out[-1] and not list(Path().iterdir())
+
+
+# ------------------------------------------------------------------ the whole way
+
+
+PROGRAM = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import runtime, plans, experiments, test_experiments
+cpu = dict(plans.BUDGETS["cpu"], image=("--image-size", "8"), n=12)
+cpu["length"] = ("--batch-size", "4", "--lr", "1e-2")
+plans.BUDGETS["cpu"] = cpu
+experiments.declare = lambda budget: {{"small": test_experiments.SMALL}}
+runtime.run_program(experiments.main)
+"""
+
+
+def start(folder):
+    """The program of a small experiment, in a folder of its own."""
+    (folder / "program.py").write_text(PROGRAM)
+    words = [sys.executable, "program.py", "small", "--features", "means.pt2", "--workers", "2"]
+    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_an_interrupted_experiment_goes_on_to_the_same_numbers(tmp_path):
+    """SIGTERM as soon as the first number is there, then the same command; beside it, one that is
+    left alone."""
+    import torch
+
+    class Means(torch.nn.Module):
+        def forward(self, x):
+            return torch.cat([x.mean((2, 3)), x[:, :, ::2, ::3].std((2, 3))], 1)
+
+    folders = [tmp_path / name for name in ("whole", "stopped")]
+    for folder in folders:
+        folder.mkdir()
+        program = torch.export.export(
+            Means(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=({0: torch.export.Dim("N")},)
+        )
+        torch.export.save(program, folder / "means.pt2")
+    process, numbers = start(folders[1]), folders[1] / "results" / "numbers.csv"
+    late = time.monotonic() + 240
+    while not numbers.exists():
+        assert time.monotonic() < late and process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped: run the same command to go on" in process.communicate(timeout=90)[0]
+    before = Numbers(numbers).rows
+    assert 1 <= len(before) < 4
+    for folder in folders:
+        process = start(folder)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert "in " + str(folder.resolve() / "results" / "small.md") in out
+    rows = [Numbers(folder / "results" / "numbers.csv").rows for folder in folders]
+    assert len(rows[0]) == 4 and {k: v["value"] for k, v in rows[0].items()} == {
+        k: v["value"] for k, v in rows[1].items()
+    }
+    assert len({row["value"] for row in rows[0].values()}) == 4  # four systems, four numbers
+    assert {k: rows[1][k] for k in before} == before
+    for folder in folders:
+        assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("*.out"))
+    # Once more: nothing is left to do.
+    out = start(folders[0]).communicate(timeout=60)[0]
+    assert "0 of 7 commands are left" in out
