@@ -79,20 +79,20 @@ def declare(budget):
     remaps = ("sqrt", "inverse-sigmoid")
     found = {}
     found["sa-table1"] = Experiment(
-        "FID over network calls: SA-2 and four reverse variances", steps=4000,
+        "SA-2 and four reverse variances over network calls", steps=4000, split=("DDPM", "DDIM"),
         claim="SA-2 improves the FID of every system, most in few calls; Analytic-, NPR- and "
               "SN-DPM add to it",
         rows=tuple(Row(f"{v}{s[0]}, {name}", with_head[v](run), (*s[1:], *variance[v]))
                    for s in (DDPM, DDIM) for v in variance for name, run in PAIR.items()),
         columns=calls(*nfe))
     found["sa-table2"] = Experiment(
-        "Inception Score over network calls", steps=4000, score="is",
+        "SA-2 over network calls: the other score", steps=4000, score="is",
         claim="SA-2 improves the Inception Score too",
         rows=tuple(Row(f"{s[0]}, {name}", run, s[1:])
                    for s in (DDPM, DDIM) for name, run in PAIR.items()),
         columns=calls(*nfe))
     found["sa-table3"] = Experiment(
-        "FID over network calls, several data sets", steps=4000,
+        "SA-2 over network calls, on several data sets", steps=4000,
         claim="SA-2 is better for every number of steps, with DDPM and DDIM, on every data set",
         rows=found["sa-table2"].rows, columns=calls(10, 50, 200) if small else calls(*nfe))
     found["sa-table4"] = Experiment(
@@ -238,22 +238,39 @@ def table(e, data, found):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def curves(axes, e, data, found):
-    """Lines over numeric columns, or points over named ones; bars span the seeds."""
+def spans(cells):
+    """Values of each seed, cell by cell -> their means, and how far down and up they reach."""
+    mean = np.array([np.mean(c) for c in cells])
+    return mean, np.array([[m - min(c), max(c) - m] for m, c in zip(mean, cells, strict=True)]).T
+
+
+def curves(axes, e, data, found, rows):
+    """Lines over numbers of calls, or points beside each other over named columns."""
     numeric = all(label.isdecimal() for label in e.columns)
-    xs = [float(c) for c in e.columns] if numeric else range(len(e.columns))
-    for i, (row, style) in enumerate(zip(e.rows, cycle(STYLES), strict=False)):
-        cells = [found.get((data, row.label, column), [np.nan]) for column in e.columns]
-        mean = np.array([np.mean(c) for c in cells])
-        reach = np.abs([[m - min(c), max(c) - m] for m, c in zip(mean, cells, strict=True)]).T
-        shift = 1 if numeric else 0.5 * (i / max(len(e.rows) - 1, 1) - 0.5)
-        axes.errorbar([x * shift if numeric else x + shift for x in xs], mean, reach,
-                      fmt=style if numeric else style[0], ms=4, lw=1, capsize=2, label=row.label)
+    xs = np.array([float(c) for c in e.columns] if numeric else range(len(e.columns)))
+    for i, (row, style) in enumerate(zip(rows, cycle(STYLES), strict=False)):
+        mean, reach = spans([found.get((data, row.label, c), [np.nan]) for c in e.columns])
+        aside = 0 if numeric else 0.4 * (i / max(len(rows) - 1, 1) - 0.5)
+        axes.errorbar(xs + aside, mean, reach, fmt=style if numeric else style[0], ms=4, lw=1,
+                      capsize=2, label=row.label)
     if numeric:
         axes.set_xscale("log")
-    axes.set_xticks(list(xs), list(e.columns), rotation=0 if numeric else 30,
+    axes.set_xticks(xs, list(e.columns), rotation=0 if numeric else 30,
                     ha="center" if numeric else "right")
     axes.minorticks_off()
+    axes.set(xlabel=e.axis)
+    axes.legend(fontsize="x-small")
+
+
+def dots(axes, e, data, found, rows):
+    """A line for each row, a point on it for each column: for many systems and few columns."""
+    ys = np.arange(len(rows))[::-1]
+    for column, style in zip(e.columns, cycle(STYLES), strict=False):
+        mean, reach = spans([found.get((data, row.label, column), [np.nan]) for row in rows])
+        axes.errorbar(mean, ys, xerr=reach, fmt=style[0], ms=5, lw=1, capsize=2, label=column)
+    axes.set_yticks(ys, [row.label for row in rows], fontsize="x-small")
+    axes.grid(axis="y", color="0.9")
+    axes.legend(fontsize="x-small", title=e.axis, title_fontsize="x-small")
 
 
 def montage(figure, e, plans):
@@ -261,7 +278,7 @@ def montage(figure, e, plans):
     plan = plans[0]
     axes = figure.subplots(len(e.rows), len(e.columns), squeeze=False)
     for (row, column), ax in zip(product(e.rows, e.columns), axes.flat, strict=True):
-        path = plan.out(row, column)
+        path = Path(f"{plan.out(row, column)}.png")
         if path.exists():
             ax.imshow(np.asarray(Image.open(path)), cmap="gray", interpolation="nearest")
         ax.set(xticks=[], yticks=[])
@@ -282,13 +299,20 @@ def draw(path, e, plans, found):
         figure = files.figure(figsize=size, layout="constrained")
         montage(figure, e, plans)
     else:
-        figure = files.figure(figsize=(6.5 * len(sets) + 2.5, 4.5), layout="constrained")
-        panels = figure.subplots(1, len(sets), squeeze=False)[0]
-        for data, axes in zip(sets, panels, strict=True):
-            curves(axes, e, data, found)
-            axes.set(title=Path(data).stem, xlabel=e.axis, ylabel=metric_of(plans))
-        panels[-1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-    files.save_figure(path, figure, 110)
+        kinds, few = e.split or ("",), len(e.rows) <= 2 * len(e.columns)
+        high = 4 if few or e.split else 1 + 0.25 * len(e.rows)
+        figure = files.figure(figsize=(5.5 * len(sets) * len(kinds), high), layout="constrained")
+        panels = figure.subplots(1, len(sets) * len(kinds), squeeze=False)[0]
+        for (data, kind), axes in zip(product(sets, kinds), panels, strict=True):
+            rows = [row for row in e.rows if kind in row.label]
+            axes.set(title=" ".join([Path(data).stem, kind]))
+            if few or e.split:
+                curves(axes, e, data, found, rows)
+                axes.set(ylabel=metric_of(plans))
+            else:
+                dots(axes, e, data, found, rows)
+                axes.set(xlabel=metric_of(plans))
+    files.save_figure(path, figure, 100)
 
 
 def metric_of(plans):
@@ -303,19 +327,24 @@ def metric_of(plans):
 def write(name, e, plans, args):
     """results/NAME.md, .csv and .png, of the numbers that are there."""
     found, metric = gather(plans), metric_of(plans)
-    stand_in = f"{metric}, which is no FID: Inception's weights were not at hand"
-    words = {"fid": stand_in if metric.startswith("FD(") else metric, "picture": "samples",
-             "is": metric, "psnr": metric}[e.score] if not e.program else "measured"
-    lines = [f"# {e.title} ({words})", "", f"*{name}.* The paper: {e.claim}.", ""]
+    words = {"fid": metric, "is": metric, "psnr": "PSNR, dB", "picture": "pictures"}[e.score]
+    if metric.startswith(("FD(", "IS(")):
+        words = metric.split("(")[0] + (" in a small classifier's features: no FID" if e.score
+                == "fid" else " in a small classifier's classes: not Inception's")
+    lines = [f"# {e.title}" + f" ({words})" * (not e.program), "",
+             f"*{name}.* The paper: {e.claim}.", ""]
     sets = list(dict.fromkeys(plan.data for plan in plans))
     for data in sets:
-        lines += [f"## {Path(data).stem}", ""] * (len(sets) > 1) + [table(e, data, found), ""]
+        lines += [f"## {Path(data).stem}", ""] * (len(sets) > 1)
+        lines += [table(e, data, found), ""] * (e.score != "picture")
     seeds = "one seed" if args.seeds == 1 else (
         f"mean ± standard deviation of {args.seeds} seeds, each a training run of its own")
     how = " ".join([*plans[0].model, *plans[0].image, *plans[0].length])
-    lines += [f"Columns: {e.axis}. {seeds.capitalize()}. " * (not e.program)
-              + f"Every run: `train.py {how}` and what its row says. "
-              + f"Scores of {plans[0].b['n']:,} samples. " * (e.score in ("fid", "is")), "",
+    runs = any(row.run is not None for row in e.rows)
+    lines += [f"Columns: {e.axis}. " * (not e.program) + f"{seeds[0].upper()}{seeds[1:]}. "
+              + f"Every run: `train.py {how}` and what its row says. " * runs
+              + f"Measured with {metric}, on {plans[0].b['n']:,} samples."
+              * (e.score in ("fid", "is") and not e.program), "",
               f"![{e.title}]({name}.png)", "", f"`{command(name, args)}`; the commands behind each "
               f"number are in [{name}.csv]({name}.csv).", ""]
     files.write_text(RESULTS / f"{name}.md", "\n".join(lines))
@@ -324,7 +353,9 @@ def write(name, e, plans, args):
         {**numbers[key], "row": row, "column": column} for plan in plans
         for (row, column), key in plan.cells.items() if key in numbers])
     draw(RESULTS / f"{name}.png", e, plans, found)
-    print(table(e, sets[0], found), f"in {(RESULTS / f'{name}.md').resolve()}", sep="\n\n")
+    if e.score != "picture":
+        print(table(e, sets[0], found), end="\n\n")
+    print(f"in {(RESULTS / f'{name}.md').resolve()}")
 
 
 # ------------------------------------------------------------------ the program

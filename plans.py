@@ -63,6 +63,7 @@ class Experiment:
     steps: int = 2000  # at cpu
     preset: str = "cifar10"  # at gpu and paper
     axis: str = "network calls"
+    split: tuple = ()  # a panel of the figure for the rows with each of these words
     paper: dict = field(default_factory=dict)  # row's label -> what the paper has there
 
 

@@ -194,7 +194,8 @@ def test_a_page_of_what_there_is(small, capsys):
                             metric="FD(eyes.pt2)", value=value)  # fmt: skip
     experiments.write("small", SMALL, made, args)
     text = Path("results/small.md").read_text()
-    assert text.startswith("# A title (FD(eyes.pt2), which is no FID: ")
+    assert text.startswith("# A title (FD in a small classifier's features: no FID)\n")
+    assert "Measured with FD(eyes.pt2), on 12 samples." in text
     assert "| one | 1.50 ± 0.71 | 1.50 ± 0.71 |  |" in text
     assert "| two | 1.50 ± 0.71 |  | 9.87 |" in text
     assert "`python experiments.py small --seeds 2 --features eyes.pt2 --data shapes`" in text

@@ -22,7 +22,7 @@ def f64(*values):
 @both
 @pytest.mark.parametrize("T", [20, 1000])
 def test_every_schedule_is_a_schedule(name, continuous, T):
-    if T == 20 and not continuous and "cosine" not in name and name != "edm":
+    if T == 20 and not continuous and name.startswith(("linear", "quadratic", "zero-terminal")):
         with pytest.raises(ValueError, match=r"beta reaches .*larger T"):  # 0.02 * 1000/20 = 1
             make_schedule(name, T)
         return

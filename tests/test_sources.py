@@ -352,7 +352,7 @@ def test_a_run_may_be_given_a_label(tmp_path, monkeypatch):
     assert sources.labelled("E-TSDM=a/run") == ("E-TSDM", "a/run")
     assert sources.labelled("run") == (None, "run")
     assert sources.labelled("=run") == (None, "=run")
-    assert sources.labelled(None) == (None, "")
+    assert sources.labelled(None) == (None, None)
     (tmp_path / "lr=1").mkdir()
     assert sources.labelled("lr=1") == (None, "lr=1")  # a folder that is called so
     assert sources.labelled("a=lr=1") == ("a", "lr=1")
