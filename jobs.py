@@ -1,6 +1,6 @@
 r"""Run many commands that depend on each other, as many at a time as the machine has room for.
 
-    run_all(jobs, Machine())       # what is done already is not done again
+    run_all(jobs, Machine())       # what is done, or led to what is done, is not done again
 
 experiments.py makes a list of jobs, and this file does them: those first whose results others wait
 for longest. Each has a GPU of its own, or a share of the cores. A job that fails ends it all with
@@ -88,12 +88,13 @@ class Running:
         status = self.process.poll()
         if status is None:
             return False
-        text = self.out.read_text()
-        if status:
-            words = (self.log.read_text() + text).replace("\r", "\n").strip().split("\n")
-            raise ValueError(f"{self.job.name} failed ({words[-1] or f'status {status}'}); its "
-                             f"words are in {self.log}")
+        text, errors = self.out.read_text(), self.log.read_text().replace("\r", "\n")
         self.out.unlink()
+        with open(self.log, "a") as log:
+            log.write(text)
+        if status:
+            words = (errors.strip() or text.strip() or f"status {status}").split("\n")[-1]
+            raise ValueError(f"{self.job.name} failed ({words}); its words are in {self.log}")
         if self.left:
             self.next()
             return False
@@ -121,6 +122,18 @@ def stop_all(running):
             one.process.wait()
 
 
+def needed(jobs):
+    """Those that are not done and that somebody waits for: what a finished job came from may be
+    gone. `jobs` has causes first."""
+    wanted = {job.name for job in jobs} - {name for job in jobs for name in job.after}
+    found = []
+    for job in reversed(jobs):
+        if job.name in wanted and not job.done():
+            found.append(job)
+            wanted.update(job.after)
+    return found[::-1]
+
+
 def order(jobs):
     """{name: cost of the longest chain of jobs that begins with it}; `jobs` has causes first."""
     chain = {}
@@ -132,7 +145,7 @@ def order(jobs):
 
 def run_all(jobs, machine):
     """Do what is not done -> whether all is: a signal ends it early. ValueError: a job failed."""
-    todo = {job.name: job for job in jobs if not job.done()}
+    todo = {job.name: job for job in needed(jobs)}
     chain, running, free, past = order(jobs), [], list(range(machine.workers)), 0.0
     bar = tqdm(total=sum(job.cost for job in todo.values()) or 1, smoothing=0, dynamic_ncols=True,
                bar_format="{percentage:3.0f}% {elapsed}, {remaining} left{postfix}",

@@ -239,13 +239,15 @@ class Plan:
         key = " && ".join(shlex.join(["python", *command]) for command in commands)
         before = (name, *before, *([self.gamma(row.run)] if "analytic" in flags else []))
         n = self.b["enlarged"] if self.e.score == "psnr" else self.b["n"]
+        job = "-".join([self.e.score, name, *(flag.lstrip("-") for flag in flags)])
+        if row.part:  # of a folder that another job fills
+            before, n = (*before, job), 0
 
         def finish(text):
             self.numbers.add(key, data=self.data, seed=self.seed, row=row.label, column=column,
                              **reading(text))
-        words = "-".join(flag.lstrip("-") for flag in flags)
-        self.add(f"{self.e.score}-{name}-{words}{row.part}", *commands, after=before, finish=finish,
-                 done=lambda: key in self.numbers.rows, cost=n * calls * self.area(row.run))
+        self.add(job + row.part, *commands, after=before, finish=finish, cost=n * calls
+                 * self.area(row.run), done=lambda: key in self.numbers.rows)
         return key
 
     @cached_property

@@ -214,6 +214,7 @@ def test_a_page_of_what_there_is(small, capsys):
         ("small --features a --inception b", "give it or --inception"),
         ("small --budget huge", "invalid choice"),
         ("small --data photos/ --test more/", "--test"),
+        ("small --data a/train b/train", "needs a name of its own"),
     ],
 )
 def test_refusals(small, words, said, capsys):

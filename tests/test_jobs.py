@@ -56,7 +56,9 @@ def test_causes_come_first_and_what_is_done_is_not_done_again(make):
     assert not list(Path("logs").glob("*.out"))
     assert run(a, b, c) and len(log()) == 6  # nothing more
     Path("b.done").unlink()
-    assert run(a, b, c) and log()[6:] == ["+b", "-b"]
+    assert run(a, b, c) and len(log()) == 6  # c is done: nobody needs b
+    Path("c.done").unlink()
+    assert run(a, b, c) and log()[6:] == ["+b", "-b", "+c", "-c"]
 
 
 def test_no_more_at_a_time_than_there_are_places(make):
@@ -89,14 +91,16 @@ def test_shares_of_the_machine():
 
 def test_a_failure_is_one_line_and_ends_the_others(make, tmp_path):
     bad = tmp_path / "bad.py"
-    bad.write_text("import sys, time; time.sleep(0.5); sys.exit('bad.py: no such thing')")
+    bad.write_text(
+        "import sys, time; print('hello'); time.sleep(0.5); sys.exit('bad.py: no such thing')"
+    )
     slow = make("slow", 60)
     began = time.monotonic()
     with pytest.raises(ValueError, match=r"^broken failed \(bad.py: no such thing\); its words"):
         run(slow, Job("broken", [[bad]], lambda: False), make("late", after=("broken",)))
     assert time.monotonic() - began < 30
     assert log() == ["+slow"] and not Path("slow.done").exists()
-    assert Path("logs/broken.log").read_text().strip() == "bad.py: no such thing"
+    assert Path("logs/broken.log").read_text().split("\n") == ["bad.py: no such thing", "hello", ""]
 
 
 def test_the_first_of_two_commands_fails(make, tmp_path):
