@@ -328,9 +328,9 @@ def metric_of(plans):
     return ""
 
 
-def write(name, e, plans, args):
-    """results/NAME.md, .csv and .png, of the numbers that are there."""
-    found, metric = gather(plans), metric_of(plans)
+def page(name, e, plans, args, found):
+    """The text of results/NAME.md."""
+    metric, runs = metric_of(plans), plans[0].runs
     words = {"fid": metric, "is": metric, "psnr": "PSNR, dB", "picture": "pictures"}[e.score]
     if metric.startswith(("FD(", "IS(")):
         words = metric.split("(")[0] + (" in a small classifier's features: no FID" if e.score
@@ -341,24 +341,31 @@ def write(name, e, plans, args):
     for data in sets:
         lines += [f"## {Path(data).stem}", ""] * (len(sets) > 1)
         lines += [table(e, data, found), ""] * (e.score != "picture")
-    seeds = "one seed" if args.seeds == 1 else (
-        f"mean ± standard deviation of {args.seeds} seeds, each a training run of its own")
-    how = " ".join([*plans[0].model, *plans[0].image, *plans[0].length])
-    runs = any(row.run is not None for row in e.rows)
-    lines += [f"Columns: {e.axis}. " * (not e.program) + f"{seeds[0].upper()}{seeds[1:]}. "
-              + f"Every run: `train.py {how}` and what its row says. " * runs
-              + f"Measured with {metric}, on {plans[0].b['n']:,} samples."
-              * (e.score in ("fid", "is") and not e.program), "",
-              f"![{e.title}]({name}.png)", "", f"`{command(name, args)}`; the commands behind each "
-              f"number are in [{name}.csv]({name}.csv).", ""]
-    files.write_text(RESULTS / f"{name}.md", "\n".join(lines))
-    numbers = plans[0].numbers.rows
+    about = [f"Columns: {e.axis}."] * (not e.program)
+    about += ["One seed." if args.seeds == 1 else f"Mean ± standard deviation of {args.seeds} "
+              "seeds, each a training run of its own."] * bool(runs)
+    about += [f"Measured with {metric}, on {plans[0].b['n']:,} samples."] * (
+        e.score in ("fid", "is") and not e.program)
+    lines += [" ".join(about), ""] * bool(about)
+    lines += [f"![{e.title}]({name}.png)", "", f"`{command(name, args)}` makes this page. The "
+              f"command behind each number is in [{name}.csv]({name}.csv)."]
+    if runs:
+        trained = [shlex.join(["python", *words]) for run in runs
+                   for words in plans[0].jobs[run].commands]
+        lines += ["", "The runs, of the first data set and seed:", "", "```", *trained, "```"]
+    return "\n".join([*lines, ""])
+
+
+def write(name, e, plans, args):
+    """results/NAME.md, .csv and .png, of the numbers that are there."""
+    found, numbers = gather(plans), plans[0].numbers.rows
+    files.write_text(RESULTS / f"{name}.md", page(name, e, plans, args, found))
     files.write_csv(RESULTS / f"{name}.csv", [
         {**numbers[key], "row": row, "column": column} for plan in plans
         for (row, column), key in plan.cells.items() if key in numbers])
     draw(RESULTS / f"{name}.png", e, plans, found)
     if e.score != "picture":
-        print(table(e, sets[0], found), end="\n\n")
+        print(table(e, plans[0].data, found), end="\n\n")
     print(f"in {(RESULTS / f'{name}.md').resolve()}")
 
 
@@ -446,7 +453,8 @@ beside its command.""")
     add("--channels", type=int, choices=(1, 3), help="1: true gray (default: 3)")
     add("--test", metavar="DATA", help="etsdm-sr: images to enlarge (default: those of --data)")
     add("--inception", metavar="PATH", help="Inception's weights (default: from the cache folder)")
-    add("--features", metavar="FILE", help="a network of your own for the distances")
+    add("--features", metavar="FILE", help="a network of your own for the distances; sets "
+        "without labels need it, or Inception's weights")
     add("--workers", type=int, default=0, help="commands at a time (default: one per GPU or core)")
     add("--dry-run", action="store_true", help="print the commands that are left, and stop")
     args = parser.parse_args(argv)

@@ -93,6 +93,7 @@ class Plan:
     def __init__(self, label, e, args, data, seed, jobs, numbers, kept):
         self.label, self.e, self.args, self.data, self.seed = label, e, args, data, seed
         self.jobs, self.numbers, self.kept = jobs, numbers, kept
+        self.runs = []  # jobs that train its runs
         b = self.b = BUDGETS[args.budget]
         gray = ("--channels", "1") if args.channels == 1 else ()
         small = args.budget == "cpu"
@@ -100,7 +101,7 @@ class Plan:
         self.model = b.get("model", ()) if small else (
             "--preset", e.preset if args.budget == "paper" else "cifar10")
         self.image = ("--data", data, *gray, *b.get("image", ()))
-        self.length = b.get("length", ()) + (("--steps", str(e.steps)) if small else ())
+        self.length = b.get("length", ())
 
     def add(self, name, *commands, **more):
         """A job, unless another experiment has it already -> its name."""
@@ -117,19 +118,25 @@ class Plan:
 
     def name(self, run):
         """Its folder under runs/."""
-        length = f"{self.e.steps}-" * (self.args.budget == "cpu")
-        return f"{self.args.budget}-{self.stem}-{self.slug(run)}-{length}seed{self.seed}"
+        length = "-".join([*self.steps(run)[1:], f"seed{self.seed}"])
+        return f"{self.args.budget}-{self.stem}-{self.slug(run)}-{length}"
+
+    def steps(self, run):
+        """How long it is trained, if not as long as the recipe says."""
+        if self.args.budget == "cpu":
+            return "--steps", "2000" if "autoencoder" in run else str(self.e.steps)
+        return ()
 
     def words(self, run):
         """train.py's flags. Where a run starts from another, that one knows the rest."""
         own = [self.name(w) if isinstance(w, tuple) else w for w in run]
-        flags = [*self.image, *self.model, *self.length]
+        flags = [*self.image, *self.model, *self.length, *self.steps(run)]
         if "--head" in own:
             flags = []
         elif "--latent" in own:
-            flags = [*self.model, *self.length]
+            flags = [*self.model, *self.length, *self.steps(run)]
         elif "autoencoder" in own:
-            flags = [*self.image, *(self.length[-2:] if self.args.budget == "cpu" else ())]
+            flags = [*self.image, *self.steps(run)]
         return [*flags, *own, "--seed", str(self.seed), "--name", self.name(run)]
 
     def train(self, run):
@@ -157,6 +164,7 @@ class Plan:
             return path.exists() and (files.load_checkpoint(path)["step"] + 1) * batch > images
 
         before = tuple(self.train(w) for w in run if isinstance(w, tuple))
+        self.runs += [name] * (name not in self.runs)
         return self.add(name, ["train.py", *words], done=done, after=before,
                         cost=passes * images * self.area(run),
                         progress=lambda: min(1.0, seen() / images))
