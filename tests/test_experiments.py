@@ -2,6 +2,7 @@
 accept; a small one is run, interrupted and resumed; and pages are written from numbers."""
 
 import csv
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -204,6 +205,60 @@ def test_a_page_of_what_there_is(small, capsys):
     assert len(rows) == 6 and all(row["command"].startswith("python metrics.py") for row in rows)
     assert np.asarray(Image.open("results/small.png")).std() > 5
     assert "1.50 ± 0.71" in capsys.readouterr().out
+
+
+def numbered(e, words="small --features eyes.pt2", metric="FD(eyes.pt2)"):
+    """Plans of an experiment whose every cell has a number, and the arguments."""
+    args = experiments.parse(words.split())
+    made = experiments.plan_all(["small"], {"small": e}, args)[0]["small"]
+    for plan in made:
+        for i, ((row, column), key) in enumerate(plan.cells.items()):
+            plan.numbers.add(key, data=plan.data, seed=plan.seed, row=row, column=column,
+                             metric=metric, value=float(i))  # fmt: skip
+    return made, args
+
+
+def test_grids_of_samples_lie_side_by_side(small):
+    e = dataclasses.replace(SMALL, score="picture", paper={})
+    made, args = numbered(e, metric="mean grey")
+    colours = {}
+    for i, (row, column) in enumerate(made[0].cells):
+        row = next(r for r in e.rows if r.label == row)
+        path = Path(f"{made[0].out(row, column)}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        colours[path] = (30 + 50 * i, 0, 200 - 50 * i)
+        Image.new("RGB", (40, 40), colours[path]).save(path)
+    experiments.write("small", e, made, args)
+    drawn = np.asarray(Image.open("results/small.png").convert("RGB"))
+    for colour in colours.values():
+        assert (drawn == colour).all(2).sum() > 5000
+    text = Path("results/small.md").read_text()
+    assert text.startswith("# A title (pictures)\n") and "| one |" not in text
+
+
+@pytest.mark.parametrize(
+    "more, panels",
+    [
+        (dict(columns=experiments.calls(5, 9)), 1),  # curves over numbers
+        (dict(rows=tuple(Row(f"row {i}", ("--lr", f"{i}e-3")) for i in range(1, 8))), 1),  # dots
+        (dict(split=("one", "two")), 2),
+    ],
+)
+def test_figures(small, more, panels, monkeypatch):
+    kept = []
+    monkeypatch.setattr(
+        experiments.files, "save_figure", lambda path, figure, dpi: kept.append(figure)
+    )
+    e = dataclasses.replace(SMALL, paper={}, **more)
+    made, args = numbered(e, "small --seeds 2 --features eyes.pt2")
+    experiments.write("small", e, made, args)
+    (figure,) = kept
+    assert len(figure.axes) == panels
+    texts = [t.get_text() for axes in figure.axes for t in axes.get_legend().get_texts()]
+    texts += [t.get_text() for axes in figure.axes for t in axes.get_yticklabels()]
+    assert {row.label for row in e.rows} <= set(texts)
+    for axes in figure.axes:
+        assert "FD(eyes.pt2)" in (axes.get_xlabel(), axes.get_ylabel())
 
 
 @pytest.mark.parametrize(
