@@ -233,7 +233,7 @@ def shown(values):
 
 def table(e, data, found):
     """The rows of a Markdown table; the best of a column is not marked, since seeds differ."""
-    paper = ["the paper"] if e.paper else []
+    paper = ["the paper, its data and network"] if e.paper else []
     lines = [["", *e.columns, *paper]]
     lines.append(["---"] * len(lines[0]))
     for row in e.rows:
