@@ -148,10 +148,10 @@ def declare(budget):
         rows=(*pair, Row("DDPM-r, 30", ("--lipschitz-reg", "30")),
               Row("DDPM-r, 300", ("--lipschitz-reg", "300")),
               Row("Modified-NS", ("--schedule", "linear-mns")),
-              *(Row(f"remap {name}, {train[-1]} t, {use[-1]} t", ("--remap", name, *train[:-1]),
-                    use[:-1]) for name in remaps
-                for train in (("uniform",), ("--train-times", "remap", "uniform f"))
-                for use in (("uniform",), ("--spacing", "remap", "uniform f")))),
+              *(Row(f"{name}: trained in {'f(t)' if train else 't'}, sampled in "
+                    f"{'f(t)' if use else 't'}", ("--remap", name, *train), use)
+                for name in remaps for train in ((), ("--train-times", "remap"))
+                for use in ((), ("--spacing", "remap")))),
         columns=few)
     found["etsdm-figure4"] = Experiment(
         "Data sets", preset="ffhq256", rows=pair, columns=calls(10, 20, 50),
