@@ -350,3 +350,29 @@ def test_an_interrupted_experiment_goes_on_to_the_same_numbers(tmp_path):
     # Once more: nothing is left to do.
     out = start(folders[0]).communicate(timeout=60)[0]
     assert "0 of 7 commands are left" in out
+
+
+# ------------------------------------------------------------------ what is committed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_committed_pages_show_the_numbers_beside_them(name):
+    """results/NAME.md's table is that of results/NAME.csv in today's declaration; each number's
+    command names a program of ours; and results/README.md says what it means."""
+    folder, e = ROOT / "results", experiments.declare("cpu")[name]
+    page = (folder / f"{name}.md").read_text()
+    with open(folder / f"{name}.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    found, cells = {}, {(row.label, column) for row in e.rows for column in e.columns}
+    for row in rows:
+        found.setdefault((row["data"], row["row"], row["column"]), []).append(float(row["value"]))
+        assert (ROOT / row["command"].split()[1]).exists()
+    sets = list(dict.fromkeys(row["data"] for row in rows))
+    seeds = {row["seed"] for row in rows}
+    assert {key[1:] for key in found} == cells and len(rows) == len(cells) * len(sets) * len(seeds)
+    assert page.startswith(f"# {e.title}") and e.claim in page
+    if e.score != "picture":
+        assert all(experiments.table(e, data, found) in page for data in sets)
+    with Image.open(folder / f"{name}.png") as picture:
+        assert min(picture.size) > 200
+    assert f"]({name}.md)" in (folder / "README.md").read_text()
