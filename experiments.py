@@ -25,17 +25,17 @@ import runtime  # isort: skip  (before torch: it sets OpenMP's spinning)
 import argparse
 import shlex
 import shutil
-from functools import cache
 from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-import benchmark
 import files
+import inception
 import jobs
-from plans import BUDGETS, Experiment, Numbers, Plan, Row
+import readers
+from plans import BUDGETS, Experiment, Numbers, Plan, Row, operations
 
 RESULTS = Path("results")
 KEPT = RESULTS / "cache"  # features, statistics, logs, pictures: what can be made again
@@ -112,7 +112,7 @@ def declare(budget):
         program=("gap.py", "--illustrate"),
         columns={"distance at the end": lambda rows: rows[-1]["gap"]})
     at_end = {"norm of the batch mean": "mean", "systematic part": "systematic",
-              "mean of the norms": "norm"}
+              "its 95 %: from": "low", "to": "high", "mean of the norms": "norm"}
     found["sa-figure4"] = Experiment(
         "The gap along sampling", steps=4000,
         claim="at the last step SA-2's gap is about 1/2.5 of the base model's; SA-3 and SA-4 lie "
@@ -359,14 +359,15 @@ def page(name, e, plans, args, found):
 def write(name, e, plans, args):
     """results/NAME.md, .csv and .png, of the numbers that are there."""
     found, numbers = gather(plans), plans[0].numbers.rows
-    files.write_text(RESULTS / f"{name}.md", page(name, e, plans, args, found))
-    files.write_csv(RESULTS / f"{name}.csv", [
+    args.out.mkdir(parents=True, exist_ok=True)
+    files.write_text(args.out / f"{name}.md", page(name, e, plans, args, found))
+    files.write_csv(args.out / f"{name}.csv", [
         {**numbers[key], "row": row, "column": column} for plan in plans
         for (row, column), key in plan.cells.items() if key in numbers])
-    draw(RESULTS / f"{name}.png", e, plans, found)
+    draw(args.out / f"{name}.png", e, plans, found)
     if e.score != "picture":
         print(table(e, plans[0].data, found), end="\n\n")
-    print(f"in {(RESULTS / f'{name}.md').resolve()}")
+    print(f"in {(args.out / f'{name}.md').resolve()}")
 
 
 # ------------------------------------------------------------------ the program
@@ -382,19 +383,12 @@ def command(name, args):
     return shlex.join(["python", "experiments.py", name, *words, "--data", *args.data])
 
 
-@cache
-def operations(preset):
-    """Of a pass forward for one image, in the presets of the two papers."""
-    return benchmark.flops(preset, 1) / 3
-
-
-def hours(todo, e, budget):
+def hours(todo, budget):
     """Of one GPU, or of one core, for jobs that are not done."""
     passes = sum(job.cost for job in todo)
     if budget == "cpu":
         return passes * SECONDS / 3600
-    preset = e.preset if budget == "paper" else "cifar10"
-    return passes * operations(preset) / TFLOPS / 3600e12
+    return passes * operations("tiny") / 4 / TFLOPS / 3600e12
 
 
 def plan_all(names, experiments, args):
@@ -417,7 +411,7 @@ def show(args):
             args.budget, args.data = budget, ["shapes"]
             experiments = declare(budget)
             _, todo = plan_all([name], experiments, args)
-            cost.append(hours(todo.values(), experiments[name], budget))
+            cost.append(hours(todo.values(), budget))
         print(f"{name:14s}  {cost[0] * 30:8.0f}  {cost[1]:8.1f} {cost[2]:8.0f}   {e.title}")
 
 
@@ -452,6 +446,8 @@ beside its command.""")
         "(default: shapes; gpu and paper: cifar10)")
     add("--channels", type=int, choices=(1, 3), help="1: true gray (default: 3)")
     add("--test", metavar="DATA", help="etsdm-sr: images to enlarge (default: those of --data)")
+    add("--out", metavar="DIR", type=Path, default=RESULTS, help="where the page goes; one of the "
+        "same name is replaced (default: results)")
     add("--inception", metavar="PATH", help="Inception's weights (default: from the cache folder)")
     add("--features", metavar="FILE", help="a network of your own for the distances; sets "
         "without labels need it, or Inception's weights")
@@ -464,6 +460,10 @@ beside its command.""")
         raise ValueError("--features replaces Inception: give it or --inception, not both")
     if args.test and args.name not in ("etsdm-sr", "all"):
         raise ValueError("--test names the images that etsdm-sr enlarges: it has no use here")
+    if not args.data and args.budget == "paper" and args.name != "list" and (
+            args.name == "all" or declare("paper")[args.name].preset != "cifar10"):
+        raise ValueError(f"{args.name} at the paper budget is about images of 256×256: "
+                         "name them with --data, a folder or zip")
     args.data = args.data or ["shapes" if args.budget == "cpu" else "cifar10"]
     if len({Path(data).stem for data in args.data}) < len(args.data):
         raise ValueError("--data: runs are called after their data, so each set needs a name of "
@@ -477,14 +477,17 @@ def main(argv=None):
         return show(args)
     experiments = declare(args.budget)
     names = list(experiments) if args.name == "all" else [args.name]
-    plans, todo = plan_all(names, experiments, args)
+    found, todo = plan_all(names, experiments, args)
     left = jobs.needed(list(todo.values()))
     if args.dry_run:
         for job in left:
             print(*(shlex.join(["python", *words]) for words in job.commands), sep="\n")
-    estimate = hours(left, experiments[names[0]], args.budget)
+    estimate = hours(left, args.budget)
     print(f"{len(left)} of {len(todo)} commands are left, about {estimate:.2g} hours of one "
           + ("core" if args.budget == "cpu" else f"GPU at {TFLOPS} TFLOP/s"))
+    if "classifier.py" in (job.commands[0][0] for job in left) and args.budget != "cpu":
+        print(f"Inception's weights are not in {readers.cache_path(inception.NAME)}: the distances "
+              "will be in a small classifier's features, no FID. metrics.py fetches them")
     if args.dry_run:
         return
     KEPT.mkdir(parents=True, exist_ok=True)
@@ -492,7 +495,7 @@ def main(argv=None):
         print("stopped: run the same command to go on")
         return
     for name in names:
-        write(name, experiments[name], plans[name], args)
+        write(name, experiments[name], found[name], args)
 
 
 if __name__ == "__main__":

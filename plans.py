@@ -12,7 +12,7 @@ What this file does not do: run anything (jobs.py), or know a paper (experiments
     python experiments.py sa-table1 --dry-run        # shows what this file makes of a declaration
 
 A run is a tuple of train.py's flags; a tuple within it is the run that it starts from. cost: passes
-forward of one image of 16×16 through the network.
+forward of one image of 16×16 through `tiny`, or as much arithmetic.
 """
 
 import csv
@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import benchmark
 import files
 import inception
 import readers
@@ -37,7 +38,8 @@ BUDGETS = {
     "cpu": dict(image=("--image-size", "16"), model=("--schedule", "linear", "--prediction", "eps"),
                 length=("--batch-size", "64", "--lr", "1e-3"), n=1000, enlarged=300, gamma=64,
                 at_once=250),
-    "gpu": dict(length=("--steps", "20000"), n=10_000, enlarged=1000, gamma=1000, at_once=500),
+    "gpu": dict(length=("--steps", "20000"), heads=("--steps", "20000"), n=10_000, enlarged=1000,
+                gamma=1000, at_once=500),
     "paper": dict(n=50_000, enlarged=1000, gamma=50_000, at_once=500),
 }
 
@@ -98,8 +100,8 @@ class Plan:
         gray = ("--channels", "1") if args.channels == 1 else ()
         small = args.budget == "cpu"
         self.gray, self.stem = gray, Path(data.split(":")[0]).stem + "-gray" * bool(gray)
-        self.model = b.get("model", ()) if small else (
-            "--preset", e.preset if args.budget == "paper" else "cifar10")
+        self.preset = "tiny" if small else e.preset if args.budget == "paper" else "cifar10"
+        self.model = b.get("model", ("--preset", self.preset))
         self.image = ("--data", data, *gray, *b.get("image", ()))
         self.length = b.get("length", ())
 
@@ -118,8 +120,9 @@ class Plan:
 
     def name(self, run):
         """Its folder under runs/."""
-        length = "-".join([*self.steps(run)[1:], f"seed{self.seed}"])
-        return f"{self.args.budget}-{self.stem}-{self.slug(run)}-{length}"
+        preset = [self.preset] * (self.args.budget == "paper")  # elsewhere there is only one
+        words = [self.args.budget, *preset, self.stem, self.slug(run), *self.steps(run)[1:]]
+        return "-".join([*words, f"seed{self.seed}"])
 
     def steps(self, run):
         """How long it is trained, if not as long as the recipe says."""
@@ -132,7 +135,7 @@ class Plan:
         own = [self.name(w) if isinstance(w, tuple) else w for w in run]
         flags = [*self.image, *self.model, *self.length, *self.steps(run)]
         if "--head" in own:
-            flags = []
+            flags = self.b.get("heads", ())
         elif "--latent" in own:
             flags = [*self.model, *self.length, *self.steps(run)]
         elif "autoencoder" in own:
@@ -177,10 +180,10 @@ class Plan:
         return args.image_size or settings.unet.PRESETS[args.preset or "tiny"]["image_size"]
 
     def area(self, run):
-        """How much more an image costs than one of 16×16, or of the preset's side."""
-        preset = self.model[-1] if self.args.budget != "cpu" else None
-        usual = settings.unet.PRESETS[preset]["image_size"] if preset else 16
-        return (self.side(run) / usual) ** 2 / (16 if "--latent" in run else 1)
+        """How much more an image costs than one of 16×16 in `tiny`."""
+        usual = settings.unet.PRESETS[self.preset]["image_size"]
+        more = (self.side(run) / usual) ** 2 / (16 if "--latent" in run else 1)
+        return more * operations(self.preset) / (operations("tiny") / 4)  # tiny's is 32×32
 
     # -------------------------------------------------------------- what is asked of them
 
@@ -293,6 +296,12 @@ class Plan:
                  cost=n * 150 * len(names),
                  done=lambda: path.exists() and all(k in self.numbers.rows for k in keys.values()))
         return keys
+
+
+@cache
+def operations(preset):
+    """Of a pass forward for one image of the preset's size."""
+    return benchmark.flops(preset, 1) / 3
 
 
 @cache

@@ -93,8 +93,10 @@ def test_programs_accept_every_command(here, budget):
     assert all(place[cause] < place[name] for name, job in todo.items() for cause in job.after)
 
 
-def test_no_two_commands_share_a_name(here, monkeypatch):
-    """Jobs are shared by name: the same name must mean the same commands."""
+@pytest.mark.parametrize("budget", ["cpu", "paper"])
+def test_no_two_commands_share_a_name(here, monkeypatch, budget):
+    """Jobs are shared by name: the same name must mean the same commands. At the paper budget the
+    experiments have networks of their own."""
     seen, add = {}, plans.Plan.add
 
     def noting(self, name, *commands, **more):
@@ -103,7 +105,7 @@ def test_no_two_commands_share_a_name(here, monkeypatch):
         return add(self, name, *commands, **more)
 
     monkeypatch.setattr(plans.Plan, "add", noting)
-    planned("all --data shapes fashion --seeds 2")
+    planned(f"all --budget {budget} --data shapes fashion --seeds 2")
     assert len(seen) > 500
 
 
@@ -205,6 +207,10 @@ def test_a_page_of_what_there_is(small, capsys):
     assert len(rows) == 6 and all(row["command"].startswith("python metrics.py") for row in rows)
     assert np.asarray(Image.open("results/small.png")).std() > 5
     assert "1.50 ± 0.71" in capsys.readouterr().out
+    args = experiments.parse("small --features eyes.pt2 --out elsewhere/mine".split())
+    experiments.write("small", SMALL, made[:1], args)  # does not touch the page above
+    assert "| one | 1.00 | 1.00 |  |" in Path("elsewhere/mine/small.md").read_text()
+    assert Path("results/small.md").read_text() == text
 
 
 def numbered(e, words="small --features eyes.pt2", metric="FD(eyes.pt2)"):
@@ -276,6 +282,12 @@ def test_refusals(small, words, said, capsys):
     with pytest.raises((ValueError, SystemExit)) as caught:
         experiments.main(words.split())
     assert said in str(caught.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["etsdm-table2", "all"])
+def test_the_papers_large_images_have_no_default(here, name):
+    with pytest.raises(ValueError, match="name them with --data"):
+        experiments.main([name, "--budget", "paper"])
 
 
 def test_dry_run_changes_nothing(small, capsys):
