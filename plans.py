@@ -153,6 +153,7 @@ class Plan:
         batch = args.batch_size or recipe["batch_size"]
         images = args.steps * batch if args.steps else recipe["images"]
         passes = 1 if args.head else 3 * (args.sa_k or 1) * (2 if args.lipschitz_reg else 1)
+        passes = 5 if args.task == "autoencoder" else passes  # its own network
         folder = files.RUNS / name
 
         def seen():
@@ -204,7 +205,8 @@ class Plan:
         path = self.kept / f"{self.stem}-{side}-{kind}.pt2"
         words = ["classifier.py", self.data, "--image-size", side, "--out", path, *self.gray]
         words += ["--logits"] * (kind == "classes")
-        return ["--features", path], (self.add(path.stem, words, done=path.exists, cost=3e5),)
+        return ["--features", path], (self.add(path.stem, words, done=path.exists,
+                                          cost=4e5 * (side / 16) ** 2),)
 
     def reference(self, side):
         """-> (statistics of the data set, flags, names of jobs)."""
@@ -214,7 +216,7 @@ class Plan:
         words = ["metrics.py", "stats", self.data, path, "--image-size", side, *self.gray, *flags]
         words += ["-n", 10_000] * (self.data == "shapes")
         return path, flags, (self.add(f"{path.stem}-statistics", words, done=path.exists,
-                                      after=before, cost=3e4),)
+                                      after=before, cost=3e4 * (side / 16) ** 2),)
 
     def out(self, row, column):
         """The folder of this cell's pictures; their grid has the same name with .png."""
