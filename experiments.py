@@ -10,14 +10,14 @@ An experiment is a declaration, in declare() below: which runs to train, what to
 the paper says. plans.py turns it into commands of the other programs, which you could type
 yourself; jobs.py runs those that are missing, several at a time; and write() makes of the numbers
 results/NAME.md, .csv and .png. The same command again goes on where it stopped. Runs are shared
-between experiments. A number is kept in the .csv beside the command that made it: delete its row,
-or the file, to have it measured again.
+between experiments. A number is kept in results/numbers.csv beside the command that made it: delete
+its row, or the file, to have it measured again.
 
 What this file does not do: choose the best of several runs, or call a distance FID that is none.
 Without Inception's weights (metrics.py fetches them) the features are those of a small classifier
 of the same set, which it trains, and the table's title says so.
 
-rows × columns of an experiment; several data sets and seeds of each.
+A plan is one experiment on one data set, with one seed: a table of rows × columns.
 """
 
 import runtime  # isort: skip  (before torch: it sets OpenMP's spinning)
@@ -35,7 +35,7 @@ import files
 import inception
 import jobs
 import readers
-from plans import BUDGETS, Experiment, Numbers, Plan, Row, operations
+from plans import BUDGETS, Experiment, Numbers, Plan, Row, operations, stem
 
 RESULTS = Path("results")
 KEPT = RESULTS / "cache"  # features, statistics, logs, pictures: what can be made again
@@ -50,7 +50,7 @@ PLAIN, SA2, ETSDM = (), ("--sa-k", "2"), ("--etsdm",)
 PAIR = dict(base=PLAIN, **{"SA-2": SA2})
 
 
-def calls(*numbers, **more):
+def calls(*numbers):
     """Columns: numbers of network calls."""
     return {str(n): ("--nfe", str(n)) for n in numbers}
 
@@ -158,14 +158,17 @@ def declare(budget):
         claim="E-TSDM is better on FFHQ, CelebA-HQ, AFHQ-Cat, AFHQ-Wild, LSUN-Church, LSUN-Cat")
     baselines = {"linear": (9.50, 9.53), "quadratic": (13.79, 14.26), "cosine": (27.17, 25.65),
                  "cosine-shift": (14.51, 12.80), "zero-terminal-snr": (11.66, 10.89)}
+    # At t = T of zero-terminal-SNR nothing is left of x_0, so ε says nothing of it: v there.
+    chosen = {name: ("--schedule", name) for name in baselines} | {
+        "linear": (), "zero-terminal-snr": ("--schedule", "zero-terminal-snr", "--prediction", "v")}
     kinds = {"discrete": (), "continuous": ("--continuous",)}
     table2 = [(f"{name}, {kind}, {row.label}", name, kind, row)
               for name, kind, row in product(baselines, kinds, pair)]
     found["etsdm-table2"] = Experiment(
-        "Noise schedules, discrete and continuous", preset="ffhq256",
+        "Noise schedules; zero-terminal-snr predicts v, the others ε", preset="ffhq256",
         claim="E-TSDM improves every schedule, discrete and continuous",
-        rows=tuple(Row(label, (*(("--schedule", name) if name != "linear" else ()), *kinds[kind],
-                               *row.run), ("--clip", "on")) for label, name, kind, row in table2),
+        rows=tuple(Row(label, (*chosen[name], *kinds[kind], *row.run), ("--clip", "on"))
+                   for label, name, kind, row in table2),
         columns=few, paper={label: f"{baselines[name][kind == 'continuous']:.2f}"
                             for label, name, kind, row in table2 if row.label == "plain"})
     found["etsdm-table3"] = Experiment(
@@ -211,18 +214,25 @@ def declare(budget):
 # ------------------------------------------------------------------ from numbers to a page
 
 def gather(plans):
-    """{(data, row, column): values over the seeds}; numbers that are missing are left out."""
-    found = {}
+    """{(data, row, column): values over the seeds}; numbers that are missing are left out.
+    ValueError: two networks of one name have looked at the images, so that they do not compare."""
+    found, networks = {}, {}
     for plan in plans:
         for (row, column), key in plan.cells.items():
             if key in plan.numbers.rows:
-                value = float(plan.numbers.rows[key]["value"])
-                found.setdefault((plan.data, row, column), []).append(value)
+                kept = plan.numbers.rows[key]
+                found.setdefault((plan.data, row, column), []).append(float(kept["value"]))
+                if network := kept.get("network"):
+                    networks.setdefault((plan.data, kept["metric"]), set()).add(network)
+    for (data, metric), several in networks.items():
+        if len(several) > 1:
+            raise ValueError(f"numbers of {data} called {metric} come from different networks: "
+                             f"delete {plans[0].numbers.path}, to have them measured again")
     return found
 
 
 def shown(values):
-    """Mean ± standard deviation over the seeds, to three significant digits."""
+    """Mean ± standard deviation over the seeds, to three significant digits of the mean."""
     if not values:
         return ""
     mean = np.mean(values)
@@ -254,6 +264,7 @@ def curves(axes, e, data, found, rows):
     xs = np.array([float(c) for c in e.columns] if numeric else range(len(e.columns)))
     for i, (row, style) in enumerate(zip(rows, cycle(STYLES), strict=False)):
         mean, reach = spans([found.get((data, row.label, c), [np.nan]) for c in e.columns])
+        reach = reach if reach.any() else None
         aside = 0 if numeric else 0.4 * (i / max(len(rows) - 1, 1) - 0.5)
         axes.errorbar(xs + aside, mean, reach, fmt=style if numeric else style[0], ms=4, lw=1,
                       capsize=2, label=row.label)
@@ -271,6 +282,7 @@ def dots(axes, e, data, found, rows):
     ys = np.arange(len(rows))[::-1]
     for column, style in zip(e.columns, cycle(STYLES), strict=False):
         mean, reach = spans([found.get((data, row.label, column), [np.nan]) for row in rows])
+        reach = reach if reach.any() else None
         axes.errorbar(mean, ys, xerr=reach, fmt=style[0], ms=5, lw=1, capsize=2, label=column)
     axes.set_yticks(ys, [row.label for row in rows], fontsize="x-small")
     axes.grid(axis="y", color="0.9")
@@ -284,7 +296,8 @@ def montage(figure, e, plans):
     for (row, column), ax in zip(product(e.rows, e.columns), axes.flat, strict=True):
         path = Path(f"{plan.out(row, column)}.png")
         if path.exists():
-            ax.imshow(np.asarray(Image.open(path)), cmap="gray", interpolation="nearest")
+            ax.imshow(np.asarray(Image.open(path)), cmap="gray", vmin=0, vmax=255,
+                      interpolation="nearest")
         ax.set(xticks=[], yticks=[])
         if row is e.rows[0]:
             ax.set_title(f"{column} {e.axis}", fontsize="small")
@@ -295,7 +308,8 @@ def montage(figure, e, plans):
 def draw(path, e, plans, found):
     """results/NAME.png: a panel per data set, or what the experiment's program has drawn."""
     if e.program:
-        shutil.copyfile(plans[0].picture(), path)
+        with files.atomic_write(path) as temporary:
+            shutil.copyfile(plans[0].picture(), temporary)
         return
     sets = list(dict.fromkeys(plan.data for plan in plans))
     if e.score == "picture":
@@ -309,44 +323,64 @@ def draw(path, e, plans, found):
         panels = figure.subplots(1, len(sets) * len(kinds), squeeze=False)[0]
         for (data, kind), axes in zip(product(sets, kinds), panels, strict=True):
             rows = [row for row in e.rows if kind in row.label]
-            axes.set(title=" ".join([Path(data).stem, kind]))
+            axes.set(title=f"{stem(data)} {kind}".strip())
+            metric = metric_of(plan for plan in plans if plan.data == data)
             if few or e.split:
                 curves(axes, e, data, found, rows)
-                axes.set(ylabel=metric_of(plans))
+                axes.set(ylabel=metric)
             else:
                 dots(axes, e, data, found, rows)
-                axes.set(xlabel=metric_of(plans))
+                axes.set(xlabel=metric)
     files.save_figure(path, figure, 100)
 
 
 def metric_of(plans):
-    """What the numbers are, as the program that measured them called it."""
+    """What the numbers are, as the program that measured them called it, and their unit."""
     for plan in plans:
         for key in plan.cells.values():
             if key in plan.numbers.rows:
-                return plan.numbers.rows[key]["metric"]
+                metric = plan.numbers.rows[key]["metric"]
+                return metric + ", dB" * (metric == "PSNR")
     return ""
+
+
+def title(e, plans, args):
+    """The title, and what its numbers are: a stand-in for Inception says that it is one."""
+    words, score = metric_of(plans), {"fid": "FD", "is": "IS"}.get(e.score, "")
+    if words.startswith(("FD(", "IS(")):
+        words = (f"{score} in {Path(args.features).name}" if args.features and score == "FD" else
+                 f"{score} in a small classifier's " + ("features" if score == "FD" else "classes"))
+        words += ": no FID" if score == "FD" else ": not Inception's"
+    words = "pictures" if e.score == "picture" else words
+    return e.title + f" ({words})" * (not e.program)
+
+
+def about(e, plans, args, sets):
+    """What the numbers of a page are, and what its figure shows."""
+    pictures = e.score == "picture"
+    scored = [] if e.program or pictures else [
+        metric_of(plan for plan in plans if plan.data == data) for data in sets]
+    lines = [f"Columns: {e.axis}."] * (not e.program)
+    if plans[0].runs and not pictures:
+        lines += ["One seed." if args.seeds == 1 else f"Mean ± standard deviation of {args.seeds} "
+                  "seeds, each a training run of its own" + (
+                      "." if e.program else "; in the figure, from the lowest to the highest.")]
+    if e.score in ("fid", "is") and scored:
+        lines += [f"Measured with {', '.join(scored)}, on {plans[0].b['n']:,} samples."]
+    if (e.program or pictures) and plans[0].runs and len(plans) > 1:
+        lines += [f"The figure shows {stem(sets[0])}, seed 0."]
+    return " ".join(lines)
 
 
 def page(name, e, plans, args, found):
     """The text of results/NAME.md."""
-    metric, runs = metric_of(plans), plans[0].runs
-    words = {"fid": metric, "is": metric, "psnr": "PSNR, dB", "picture": "pictures"}[e.score]
-    if metric.startswith(("FD(", "IS(")):
-        words = metric.split("(")[0] + (" in a small classifier's features: no FID" if e.score
-                == "fid" else " in a small classifier's classes: not Inception's")
-    lines = [f"# {e.title}" + f" ({words})" * (not e.program), "",
-             f"*{name}.* The paper: {e.claim}.", ""]
-    sets = list(dict.fromkeys(plan.data for plan in plans))
-    for data in sets:
-        lines += [f"## {Path(data).stem}", ""] * (len(sets) > 1)
-        lines += [table(e, data, found), ""] * (e.score != "picture")
-    about = [f"Columns: {e.axis}."] * (not e.program)
-    about += ["One seed." if args.seeds == 1 else f"Mean ± standard deviation of {args.seeds} "
-              "seeds, each a training run of its own."] * bool(runs)
-    about += [f"Measured with {metric}, on {plans[0].b['n']:,} samples."] * (
-        e.score in ("fid", "is") and not e.program)
-    lines += [" ".join(about), ""] * bool(about)
+    runs, sets = plans[0].runs, list(dict.fromkeys(plan.data for plan in plans))
+    lines = [f"# {title(e, plans, args)}", "", f"*{name}.* The paper: {e.claim}.", ""]
+    for data in sets if e.score != "picture" else ():
+        lines += [f"## {stem(data)}", ""] * (len(sets) > 1)
+        lines += [table(e, data, found), ""]
+    words = about(e, plans, args, sets)
+    lines += [words, ""] * bool(words)
     lines += [f"![{e.title}]({name}.png)", "", f"`{command(name, args)}` makes this page. The "
               f"command behind each number is in [{name}.csv]({name}.csv)."]
     if runs:
@@ -445,7 +479,8 @@ beside its command.""")
     add("--data", nargs="+", help="images, as train.py takes them; several sets are done in turn "
         "(default: shapes; gpu and paper: cifar10)")
     add("--channels", type=int, choices=(1, 3), help="1: true gray (default: 3)")
-    add("--test", metavar="DATA", help="etsdm-sr: images to enlarge (default: those of --data)")
+    add("--test", metavar="DATA", help="etsdm-sr: originals, to shrink and enlarge "
+        "(default: those of --data)")
     add("--out", metavar="DIR", type=Path, default=RESULTS, help="where the page goes; one of the "
         "same name is replaced (default: results)")
     add("--inception", metavar="PATH", help="Inception's weights (default: from the cache folder)")
@@ -459,13 +494,16 @@ beside its command.""")
     if args.features and args.inception:
         raise ValueError("--features replaces Inception: give it or --inception, not both")
     if args.test and args.name not in ("etsdm-sr", "all"):
-        raise ValueError("--test names the images that etsdm-sr enlarges: it has no use here")
+        raise ValueError("--test names the images of etsdm-sr: it has no use here")
+    for flag in ("features", "inception"):
+        if (path := getattr(args, flag)) and not Path(path).is_file():
+            raise ValueError(f"--{flag} {path}: there is no such file")
     if not args.data and args.budget == "paper" and args.name != "list" and (
             args.name == "all" or declare("paper")[args.name].preset != "cifar10"):
         raise ValueError(f"{args.name} at the paper budget is about images of 256×256: "
                          "name them with --data, a folder or zip")
     args.data = args.data or ["shapes" if args.budget == "cpu" else "cifar10"]
-    if len({Path(data).stem for data in args.data}) < len(args.data):
+    if len({stem(data) for data in args.data}) < len(args.data):
         raise ValueError("--data: runs are called after their data, so each set needs a name of "
                          "its own")
     return args
@@ -491,11 +529,15 @@ def main(argv=None):
     if args.dry_run:
         return
     KEPT.mkdir(parents=True, exist_ok=True)
-    if not jobs.run_all(list(todo.values()), jobs.Machine(args.workers, logs=KEPT / "logs")):
+    whole = False
+    try:
+        whole = jobs.run_all(list(todo.values()), jobs.Machine(args.workers, logs=KEPT / "logs"))
+    finally:  # what is complete has its page, whatever became of the rest
+        for name in names:
+            if all(key in plan.numbers.rows for plan in found[name] for key in plan.cells.values()):
+                write(name, experiments[name], found[name], args)
+    if not whole:
         print("stopped: run the same command to go on")
-        return
-    for name in names:
-        write(name, experiments[name], found[name], args)
 
 
 if __name__ == "__main__":

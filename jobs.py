@@ -41,6 +41,7 @@ class Job:
     done: Callable  # () -> bool
     cost: float = 0.0
     after: tuple = ()  # names of jobs
+    early: bool = False  # short, and may refuse what it is given: before the long ones
     finish: Callable = lambda text: None  # what the last command printed -> nothing
     progress: Callable = lambda: 0.0  # part of it that is done
 
@@ -49,19 +50,26 @@ class Job:
 class Machine:
     """How many jobs may run at a time, and where their words go."""
     workers: int = 0  # 0: one for each GPU, or else for each core
-    gpus: int = field(default_factory=torch.cuda.device_count)
+    gpus: list = field(default_factory=lambda: visible(torch.cuda.device_count()))
     logs: Path = Path("logs")
 
     def __post_init__(self):
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
             os.cpu_count() or 1)
-        self.workers = self.workers or self.gpus or self.cores
+        self.workers = self.workers or len(self.gpus) or self.cores
 
     def environment(self, place):
         """Of the program in this place: its GPU, or its share of the cores."""
-        share = dict(CUDA_VISIBLE_DEVICES=str(place % self.gpus)) if self.gpus else dict(
-            OMP_NUM_THREADS=str(max(1, self.cores // self.workers)))
+        share = dict(OMP_NUM_THREADS=str(max(1, self.cores // self.workers)))
+        if self.gpus:
+            share = dict(CUDA_VISIBLE_DEVICES=self.gpus[place % len(self.gpus)])
         return {**os.environ, **share, "PYTHONUNBUFFERED": "1"}
+
+
+def visible(count):
+    """Names of so many GPUs: those that this program itself was given, if somebody chose."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [name.strip() for name in given][:count] if any(given) else list(map(str, range(count)))
 
 
 class Running:
@@ -77,7 +85,7 @@ class Running:
     def next(self):
         """Start the next command, in a session of its own: a Ctrl-C is ours to hand on."""
         program, *words = self.left.pop(0)
-        self.out = self.log.with_suffix(".out")
+        self.out = self.log.with_suffix(f".{os.getpid()}.out")  # two of us may run side by side
         with open(self.out, "w") as out, open(self.log, "a") as log:
             self.process = subprocess.Popen([sys.executable, HERE / program, *words], stdout=out,
                                             stderr=log, env=self.environment,
@@ -94,6 +102,8 @@ class Running:
             log.write(text)
         if status:
             words = (errors.strip() or text.strip() or f"status {status}").split("\n")[-1]
+            if status < 0:
+                words = f"killed by {signal.Signals(-status).name}; is there enough memory?"
             raise ValueError(f"{self.job.name} failed ({words}); its words are in {self.log}")
         if self.left:
             self.next()
@@ -147,9 +157,11 @@ def run_all(jobs, machine):
     """Do what is not done -> whether all is: a signal ends it early. ValueError: a job failed."""
     todo = {job.name: job for job in needed(jobs)}
     chain, running, free, past = order(jobs), [], list(range(machine.workers)), 0.0
+    before = {job.name: job.cost * job.progress() for job in todo.values()}  # by an earlier call
     bar = tqdm(total=sum(job.cost for job in todo.values()) or 1, smoothing=0, dynamic_ncols=True,
+               initial=sum(before.values()),
                bar_format="{percentage:3.0f}% {elapsed}, {remaining} left{postfix}",
-               disable=not todo)
+               mininterval=1 if sys.stderr.isatty() else 60, disable=not todo)
     with runtime.Stop() as stop, bar:
         stop.gently = True  # a signal only sets stop.asked; a second Ctrl-C means now
         try:
@@ -160,10 +172,12 @@ def run_all(jobs, machine):
                     past += one.job.cost
                 busy = {*todo, *(one.job.name for one in running)}
                 ready = [job for job in todo.values() if not busy.intersection(job.after)]
-                for job in sorted(ready, key=lambda job: -chain[job.name])[:len(free)]:
+                ready.sort(key=lambda job: (not job.early, -chain[job.name]))
+                for job in ready[:len(free)]:
                     running.append(Running(todo.pop(job.name), free.pop(0), machine))
-                bar.n = past + sum(one.job.cost * one.job.progress() for one in running)
-                bar.set_postfix_str(", ".join(one.job.name for one in running)[:100])
+                now = sum(one.job.cost * one.job.progress() for one in running)
+                bar.set_postfix_str(", ".join(one.job.name for one in running)[:100], False)
+                bar.update(past + now + sum(before[name] for name in todo) - bar.n)
                 time.sleep(0.2)
         finally:
             stop_all(running)

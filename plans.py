@@ -17,6 +17,8 @@ forward of one image of 16×16 through `tiny`, or as much arithmetic.
 
 import csv
 import json
+import math
+import os
 import shlex
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -99,11 +101,14 @@ class Plan:
         b = self.b = BUDGETS[args.budget]
         gray = ("--channels", "1") if args.channels == 1 else ()
         small = args.budget == "cpu"
-        self.gray, self.stem = gray, Path(data.split(":")[0]).stem + "-gray" * bool(gray)
+        self.gray, self.stem = gray, stem(data) + "-gray" * bool(gray)
         self.preset = "tiny" if small else e.preset if args.budget == "paper" else "cifar10"
         self.model = b.get("model", ("--preset", self.preset))
         self.image = ("--data", data, *gray, *b.get("image", ()))
         self.length = b.get("length", ())
+        self.at_once = b["at_once"]
+        if settings.unet.PRESETS[self.preset]["image_size"] == 256:  # into 80 GB
+            self.at_once, self.length = 64, (*self.length, "--microbatch", "16")
 
     def add(self, name, *commands, **more):
         """A job, unless another experiment has it already -> its name."""
@@ -159,7 +164,9 @@ class Plan:
         def seen():
             """Images so far: of log.csv's last whole row."""
             try:
-                return float((folder / "log.csv").read_text().split("\n")[-2].split(",")[1])
+                with open(folder / "log.csv", "rb") as f:
+                    f.seek(max(0, f.seek(0, 2) - 1000))
+                    return float(f.read().split(b"\n")[-2].split(b",")[1])
             except (OSError, IndexError, ValueError):
                 return 0.0
 
@@ -167,6 +174,9 @@ class Plan:
             path = folder / "checkpoint.pt"
             return path.exists() and (files.load_checkpoint(path)["step"] + 1) * batch > images
 
+        other = recorded(folder).get("data")
+        if other and not same(other, self.data):
+            self.clash(other)
         before = tuple(self.train(w) for w in run if isinstance(w, tuple))
         self.runs += [name] * (name not in self.runs)
         return self.add(name, ["train.py", *words], done=done, after=before,
@@ -198,15 +208,16 @@ class Plan:
     def eyes(self, side, kind="features"):
         """The network that looks at images -> (flags that choose it, names of jobs)."""
         for flag in ("features", "inception"):
-            if given := getattr(self.args, flag):
+            given = getattr(self.args, flag)
+            if given and not (flag == "features" and kind == "classes"):
                 return [f"--{flag}", given], ()
         if Path(readers.cache_path(inception.NAME)).exists():
             return [], ()
         path = self.kept / f"{self.stem}-{side}-{kind}.pt2"
         words = ["classifier.py", self.data, "--image-size", side, "--out", path, *self.gray]
         words += ["--logits"] * (kind == "classes")
-        return ["--features", path], (self.add(path.stem, words, done=path.exists,
-                                          cost=4e5 * (side / 16) ** 2),)
+        return ["--features", path], (self.add(path.stem, words, done=path.exists, early=True,
+                                               cost=4e5 * (side / 16) ** 2),)
 
     def reference(self, side):
         """-> (statistics of the data set, flags, names of jobs)."""
@@ -215,8 +226,10 @@ class Plan:
         path = self.kept / f"{self.stem}-{side}-{eyes}.npz"
         words = ["metrics.py", "stats", self.data, path, "--image-size", side, *self.gray, *flags]
         words += ["-n", 10_000] * (self.data == "shapes")
-        return path, flags, (self.add(f"{path.stem}-statistics", words, done=path.exists,
-                                      after=before, cost=3e4 * (side / 16) ** 2),)
+        statistics = self.add(
+            f"{path.stem}-statistics", words, after=before, cost=3e4 * (side / 16) ** 2,
+            done=lambda: newer(path, Path(flags[-1])) if flags else path.exists())
+        return path, flags, (*before, statistics)
 
     def out(self, row, column):
         """The folder of this cell's pictures; their grid has the same name with .png."""
@@ -226,7 +239,7 @@ class Plan:
     def commands(self, row, column, flags, name, side):
         """-> (commands whose last one prints the number, names of jobs, how to read it)."""
         e, b, out = self.e, self.b, self.out(row, column)
-        many = ["-n", b["n"], "--batch-size", b["at_once"], *flags]
+        many = ["-n", b["n"], "--batch-size", self.at_once, *flags]
         if e.score == "picture":
             def grey(text):
                 return dict(metric="mean grey", value=np.asarray(Image.open(f"{out}.png")).mean())
@@ -259,9 +272,23 @@ class Plan:
         def finish(text):
             self.numbers.add(key, data=self.data, seed=self.seed, row=row.label, column=column,
                              **reading(text))
+        drawn = Path(f"{self.out(row, column)}.png")
+        self.check(key)
         self.add(job + row.part, *commands, after=before, finish=finish, cost=n * calls
-                 * self.area(row.run), done=lambda: key in self.numbers.rows)
+                 * self.area(row.run), done=lambda: key in self.numbers.rows
+                 and (self.e.score != "picture" or drawn.exists()))
         return key
+
+    def check(self, key):
+        """ValueError: this number is known, of other data of the same name."""
+        kept = self.numbers.rows.get(key)
+        if kept and not same(kept["data"], self.data):
+            self.clash(kept["data"])
+
+    def clash(self, other):
+        """Runs are called after the last part of the data's path."""
+        raise ValueError(f"runs or numbers of {other} have the names that those of {self.data} "
+                         "would have: work in another folder, or call one of the two otherwise")
 
     @cached_property
     def cells(self):
@@ -293,11 +320,24 @@ class Plan:
                 value = e.columns[column]([row for row in found if row["run"] == label])
                 self.numbers.add(key, data=self.data, seed=self.seed, row=label, column=column,
                                  metric=column, value=value)
+        for key in keys.values():
+            self.check(key)
         n = int(flags[flags.index("-n") + 1]) if "-n" in flags else 64
+        steps = 999 if program == "gap.py" and "--steps" not in flags else 50
         self.add(path.stem, command, finish=finish, after=tuple(names.values()),
-                 cost=n * 150 * len(names),
+                 cost=sum(n * 3 * steps * self.area(row.run) for row in e.rows if row.run),
                  done=lambda: path.exists() and all(k in self.numbers.rows for k in keys.values()))
         return keys
+
+
+def stem(data):
+    """What a data set is called in the names of runs: the last part of its path."""
+    return Path(data.split(":")[0]).stem
+
+
+def same(data, other):
+    """Whether two words for data mean the same."""
+    return data == other or os.path.realpath(data) == os.path.realpath(other)
 
 
 @cache
@@ -323,9 +363,18 @@ def number(text):
 def read(text):
     """What metrics.py --json has printed -> metric and value."""
     found = json.loads(text.strip().split("\n")[-1])
-    return dict(metric=found["metric"], value=found["value"])
+    value = math.inf if found["value"] is None else found["value"]  # two equal pictures' PSNR
+    return dict(metric=found["metric"], value=value, network=found.get("sha256") or "")
 
 
 def newer(path, other):
-    """Whether a file is there, and was made after another."""
-    return path.exists() and path.stat().st_mtime >= other.stat().st_mtime
+    """Whether both files are there, and the first was made after the second."""
+    return path.exists() and other.exists() and path.stat().st_mtime >= other.stat().st_mtime
+
+
+def recorded(folder):
+    """config.json of a run, if there is one."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}

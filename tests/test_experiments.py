@@ -182,6 +182,7 @@ def small(here, monkeypatch):
     cpu = dict(plans.BUDGETS["cpu"], image=("--image-size", "8"), n=12)
     cpu["length"] = ("--batch-size", "4", "--lr", "1e-2")
     monkeypatch.setitem(plans.BUDGETS, "cpu", cpu)
+    Path("eyes.pt2").touch()
     return here
 
 
@@ -197,7 +198,7 @@ def test_a_page_of_what_there_is(small, capsys):
                             metric="FD(eyes.pt2)", value=value)  # fmt: skip
     experiments.write("small", SMALL, made, args)
     text = Path("results/small.md").read_text()
-    assert text.startswith("# A title (FD in a small classifier's features: no FID)\n")
+    assert text.startswith("# A title (FD in eyes.pt2: no FID)\n")
     assert "Measured with FD(eyes.pt2), on 12 samples." in text
     assert "| one | 1.50 ± 0.71 | 1.50 ± 0.71 |  |" in text
     assert "| two | 1.50 ± 0.71 |  | 9.87 |" in text
@@ -240,6 +241,10 @@ def test_grids_of_samples_lie_side_by_side(small):
         assert (drawn == colour).all(2).sum() > 5000
     text = Path("results/small.md").read_text()
     assert text.startswith("# A title (pictures)\n") and "| one |" not in text
+    assert "seed" not in text.split("![")[0] and "Measured" not in text
+    made, args = numbered(e, "small --features eyes.pt2 --data a b --seeds 2", "mean grey")
+    experiments.write("small", e, made, args)
+    assert "The figure shows a, seed 0." in Path("results/small.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -276,12 +281,73 @@ def test_figures(small, more, panels, monkeypatch):
         ("small --budget huge", "invalid choice"),
         ("small --data photos/ --test more/", "--test"),
         ("small --data a/train b/train", "needs a name of its own"),
+        ("small --data d.npz:a d.npz:b", "needs a name of its own"),
+        ("small --features none.pt2", "no such file"),
     ],
 )
 def test_refusals(small, words, said, capsys):
     with pytest.raises((ValueError, SystemExit)) as caught:
         experiments.main(words.split())
     assert said in str(caught.value) + capsys.readouterr().err
+
+
+def test_data_of_the_same_name_are_not_taken_for_each_other(small):
+    """Neither their numbers nor their runs."""
+    numbered(SMALL, "small --features eyes.pt2 --data a/train")
+    with pytest.raises(ValueError, match="of a/train have the names that those of b/train"):
+        planned("small --features eyes.pt2 --data b/train", ["small"])
+    planned("small --features eyes.pt2 --data ./a/../a/train", ["small"])
+    Path("results/numbers.csv").unlink()
+    plan = planned("small --features eyes.pt2 --data a/train", ["small"])[0]["small"][0]
+    folder = Path("runs") / plan.runs[0]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"data": "a/train"}')
+    with pytest.raises(ValueError, match="of a/train have the names that those of c/train"):
+        planned("small --features eyes.pt2 --data c/train", ["small"])
+
+
+def test_numbers_of_two_networks_do_not_share_a_page(small):
+    made, _ = numbered(SMALL)
+    for i, key in enumerate(made[0].cells.values()):
+        row = made[0].numbers.rows[key]
+        made[0].numbers.add(key, **{k: row[k] for k in ("data", "metric", "value")},
+                            network="abc" if i else "def")  # fmt: skip
+    with pytest.raises(ValueError, match=r"come from different networks: delete .*numbers.csv"):
+        experiments.gather(made)
+
+
+def test_what_is_complete_has_its_page_though_another_fails(small, monkeypatch, capsys):
+    """all: two experiments, of which one has its numbers and the other's job fails."""
+    both = {"small": SMALL, "other": dataclasses.replace(SMALL, rows=(Row("x", ("--lr", "5")),))}
+    monkeypatch.setattr(experiments, "declare", lambda budget: both)
+    numbered(SMALL)
+
+    def fail(todo, machine):
+        raise ValueError("a job failed")
+
+    monkeypatch.setattr(experiments.jobs, "run_all", fail)
+    with pytest.raises(ValueError, match="a job failed"):
+        experiments.main("all --features eyes.pt2".split())
+    assert Path("results/small.md").exists() and not Path("results/other.md").exists()
+    assert "stopped" not in capsys.readouterr().out
+
+
+def test_a_lost_picture_is_drawn_again(small):
+    made, _ = numbered(dataclasses.replace(SMALL, score="picture"), metric="mean grey")
+    drawn = [job for job in made[0].jobs.values() if job.commands[0][0] == "sample.py"]
+    assert len(drawn) == 4 and not any(job.done() for job in drawn)
+    for (row, column), job in zip(made[0].cells, drawn, strict=True):
+        row = next(r for r in SMALL.rows if r.label == row)
+        path = Path(f"{made[0].out(row, column)}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        assert job.done()
+
+
+def test_equal_pictures_have_an_infinite_psnr():
+    found = plans.read('words\n{"metric": "PSNR", "value": null}')
+    assert found == dict(metric="PSNR", value=float("inf"), network="")
+    assert experiments.shown([found["value"]]) == "inf"
 
 
 @pytest.mark.parametrize("name", ["etsdm-table2", "all"])
@@ -295,7 +361,7 @@ def test_dry_run_changes_nothing(small, capsys):
     out = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("python train.py") for line in out) == 2
     assert sum(line.startswith("python metrics.py fid") for line in out) == 4
-    assert "7 of 7 commands are left" in out[-1] and not list(Path().iterdir())
+    assert "7 of 7 commands are left" in out[-1] and list(Path().iterdir()) == [Path("eyes.pt2")]
 
 
 # ------------------------------------------------------------------ the whole way

@@ -38,7 +38,7 @@ def make(tmp_path, monkeypatch):
 
 
 def run(*made, workers=2):
-    return jobs.run_all(list(made), Machine(workers, gpus=0, logs=Path("logs")))
+    return jobs.run_all(list(made), Machine(workers, gpus=[], logs=Path("logs")))
 
 
 def log():
@@ -78,15 +78,29 @@ def test_the_longest_chain_goes_first(make):
     assert [word for word in log() if word[0] == "+"] == ["+root", "+leaf", "+short"]
 
 
+def test_what_may_refuse_goes_before_what_is_long(make):
+    assert run(make("long", cost=9), make("check", cost=1, early=True), workers=1)
+    assert [word for word in log() if word[0] == "+"] == ["+check", "+long"]
+
+
+def test_gpus_are_those_that_this_program_was_given(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-8932f937")
+    machine = Machine(gpus=jobs.visible(2))
+    places = [machine.environment(place)["CUDA_VISIBLE_DEVICES"] for place in (0, 1)]
+    assert machine.workers == 2 and places == ["2", "GPU-8932f937"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert jobs.visible(3) == ["0", "1", "2"] and jobs.visible(0) == []
+
+
 def test_shares_of_the_machine():
-    machine = Machine(workers=2, gpus=0)
+    machine = Machine(workers=2, gpus=[])
     machine.cores = 9
     assert machine.environment(1)["OMP_NUM_THREADS"] == "4"
-    assert Machine(gpus=0).workers == Machine(gpus=0).cores
-    machine = Machine(gpus=3)
+    assert Machine(gpus=[]).workers == Machine(gpus=[]).cores
+    machine = Machine(gpus=["0", "1", "2"])
     assert machine.workers == 3
     assert [machine.environment(i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["0", "1", "2"]
-    assert Machine(workers=6, gpus=3).environment(4)["CUDA_VISIBLE_DEVICES"] == "1"
+    assert Machine(workers=6, gpus=["0", "1", "2"]).environment(4)["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 def test_a_failure_is_one_line_and_ends_the_others(make, tmp_path):
@@ -113,6 +127,13 @@ def test_the_first_of_two_commands_fails(make, tmp_path):
     assert not Path("log").exists()
 
 
+def test_a_program_that_the_system_kills(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("import os; print('50% done', flush=True); os.kill(os.getpid(), 9)")
+    with pytest.raises(ValueError, match=r"big failed \(killed by SIGKILL; is there enough memory"):
+        run(Job("big", [[bad]], lambda: False))
+
+
 def test_a_program_that_ends_well_before_it_is_done(tmp_path, make):
     """train.py, asked to stop by somebody else, exits with 0."""
     job = make("a")
@@ -126,7 +147,7 @@ import sys; sys.path.insert(0, {root!r})
 import jobs
 from pathlib import Path
 both = [jobs.Job(n, [[Path("child.py").resolve(), n]], Path(n).exists) for n in ("one", "two")]
-print("all" if jobs.run_all(both, jobs.Machine(2, gpus=0, logs=Path("logs"))) else "not all")
+print("all" if jobs.run_all(both, jobs.Machine(2, gpus=[], logs=Path("logs"))) else "not all")
 """
 CHILD = """
 import signal, sys, time
