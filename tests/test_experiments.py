@@ -19,6 +19,7 @@ import experiments
 import gap
 import lipschitz
 import metrics
+import pages
 import plans
 import sample
 import settings
@@ -166,7 +167,7 @@ def test_numbers_are_kept_beside_their_commands(here):
     ],
 )
 def test_shown(values, text):
-    assert experiments.shown(values) == text
+    assert pages.shown(values) == text
 
 
 SMALL = Experiment(
@@ -196,7 +197,7 @@ def test_a_page_of_what_there_is(small, capsys):
             if (row, column) != ("two", "DDPM, 9"):
                 numbers.add(key, data="shapes", seed=plan.seed, row=row, column=column,
                             metric="FD(eyes.pt2)", value=value)  # fmt: skip
-    experiments.write("small", SMALL, made, args)
+    pages.write("small", SMALL, made, args)
     text = Path("results/small.md").read_text()
     assert text.startswith("# A title (FD in eyes.pt2: no FID)\n")
     assert "Measured with FD(eyes.pt2), on 12 samples." in text
@@ -209,7 +210,7 @@ def test_a_page_of_what_there_is(small, capsys):
     assert np.asarray(Image.open("results/small.png")).std() > 5
     assert "1.50 ± 0.71" in capsys.readouterr().out
     args = experiments.parse("small --features eyes.pt2 --out elsewhere/mine".split())
-    experiments.write("small", SMALL, made[:1], args)  # does not touch the page above
+    pages.write("small", SMALL, made[:1], args)  # does not touch the page above
     assert "| one | 1.00 | 1.00 |  |" in Path("elsewhere/mine/small.md").read_text()
     assert Path("results/small.md").read_text() == text
 
@@ -235,7 +236,7 @@ def test_grids_of_samples_lie_side_by_side(small):
         path.parent.mkdir(parents=True, exist_ok=True)
         colours[path] = (30 + 50 * i, 0, 200 - 50 * i)
         Image.new("RGB", (40, 40), colours[path]).save(path)
-    experiments.write("small", e, made, args)
+    pages.write("small", e, made, args)
     drawn = np.asarray(Image.open("results/small.png").convert("RGB"))
     for colour in colours.values():
         assert (drawn == colour).all(2).sum() > 5000
@@ -243,7 +244,7 @@ def test_grids_of_samples_lie_side_by_side(small):
     assert text.startswith("# A title (pictures)\n") and "| one |" not in text
     assert "seed" not in text.split("![")[0] and "Measured" not in text
     made, args = numbered(e, "small --features eyes.pt2 --data a b --seeds 2", "mean grey")
-    experiments.write("small", e, made, args)
+    pages.write("small", e, made, args)
     assert "The figure shows a, seed 0." in Path("results/small.md").read_text()
 
 
@@ -257,12 +258,10 @@ def test_grids_of_samples_lie_side_by_side(small):
 )
 def test_figures(small, more, panels, monkeypatch):
     kept = []
-    monkeypatch.setattr(
-        experiments.files, "save_figure", lambda path, figure, dpi: kept.append(figure)
-    )
+    monkeypatch.setattr(pages.files, "save_figure", lambda path, figure, dpi: kept.append(figure))
     e = dataclasses.replace(SMALL, paper={}, **more)
     made, args = numbered(e, "small --seeds 2 --features eyes.pt2")
-    experiments.write("small", e, made, args)
+    pages.write("small", e, made, args)
     (figure,) = kept
     assert len(figure.axes) == panels
     texts = [t.get_text() for axes in figure.axes for t in axes.get_legend().get_texts()]
@@ -313,7 +312,7 @@ def test_numbers_of_two_networks_do_not_share_a_page(small):
         made[0].numbers.add(key, **{k: row[k] for k in ("data", "metric", "value")},
                             network="abc" if i else "def")  # fmt: skip
     with pytest.raises(ValueError, match=r"come from different networks: delete .*numbers.csv"):
-        experiments.gather(made)
+        pages.gather(made)
 
 
 def test_what_is_complete_has_its_page_though_another_fails(small, monkeypatch, capsys):
@@ -347,7 +346,7 @@ def test_a_lost_picture_is_drawn_again(small):
 def test_equal_pictures_have_an_infinite_psnr():
     found = plans.read('words\n{"metric": "PSNR", "value": null}')
     assert found == dict(metric="PSNR", value=float("inf"), network="")
-    assert experiments.shown([found["value"]]) == "inf"
+    assert pages.shown([found["value"]]) == "inf"
 
 
 @pytest.mark.parametrize("name", ["etsdm-table2", "all"])
@@ -450,7 +449,7 @@ def test_committed_pages_show_the_numbers_beside_them(name):
     assert {key[1:] for key in found} == cells and len(rows) == len(cells) * len(sets) * len(seeds)
     assert page.startswith(f"# {e.title}") and e.claim in page
     if e.score != "picture":
-        assert all(experiments.table(e, data, found) in page for data in sets)
+        assert all(pages.table(e, data, found) in page for data in sets)
     with Image.open(folder / f"{name}.png") as picture:
         assert min(picture.size) > 200
     assert f"]({name}.md)" in (folder / "README.md").read_text()

@@ -46,6 +46,7 @@ ROWS = [
     {"plain"},
     {"benchmark", "jobs"},
     {"plans"},
+    {"pages"},
     {"experiments"},
 ]
 # What the forward process is, everybody may know.
