@@ -130,6 +130,7 @@ def stop_all(running):
         except subprocess.TimeoutExpired:
             one.send(signal.SIGKILL)
             one.process.wait()
+        one.out.unlink(missing_ok=True)
 
 
 def needed(jobs):
