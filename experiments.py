@@ -176,8 +176,9 @@ def declare(budget):
     found["etsdm-figure5"] = Experiment(
         "How far sharing reaches, and in how many parts", preset="ffhq256",
         claim="a broad optimum around an interval of 100 in 5 parts",
-        rows=(Row("none"), *(Row(f"[0, {t}), {n} parts", ETSDM if (t, n) == (100, 5) else (
-            *ETSDM, "--etsdm-interval", str(t), "--etsdm-n", str(n))) for t, n in shares)),
+        rows=(Row("none"), *(Row(f"[0, {t}), {n} part" + "s" * (n > 1), ETSDM if (t, n) == (100, 5)
+                                 else (*ETSDM, "--etsdm-interval", str(t), "--etsdm-n", str(n)))
+                             for t, n in shares)),
         columns=few)
     # One call from pure noise must give a picture; in minutes that takes v-prediction.
     fast = ("--schedule", "cosine", "--prediction", "v") if small else ()
