@@ -88,9 +88,12 @@ def curves(axes, e, data, found, rows):
                       capsize=2, label=row.label)
     if numeric:
         axes.set_xscale("log")
+    bottom, top = axes.dataLim.intervaly
+    if e.score == "fid" and np.isfinite(top):  # 5 % is to look like little, 2 to show beside 300
+        axes.set(yscale="log") if top > 30 * bottom > 0 else axes.set(ylim=(0, 1.05 * top))
     axes.set_xticks(xs, list(e.columns), rotation=0 if numeric else 30,
                     ha="center" if numeric else "right")
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     axes.set(xlabel=e.axis)
     axes.legend(fontsize="x-small")
 
@@ -189,6 +192,7 @@ def about(e, plans, args, sets):
         lines += [f"Measured with {', '.join(scored)}, on {plans[0].b['n']:,} samples."]
     if (e.program or pictures) and plans[0].runs and len(plans) > 1:
         lines += [f"The figure shows {stem(sets[0])}, seed 0."]
+    lines += [e.figure] * bool(e.figure)
     return " ".join(lines)
 
 
@@ -202,7 +206,8 @@ def page(name, e, plans, args, found):
     words = about(e, plans, args, sets)
     lines += [words, ""] * bool(words)
     lines += [f"![{e.title}]({name}.png)", "", f"`{command(name, args)}` makes this page. The "
-              f"command behind each number is in [{name}.csv]({name}.csv)."]
+              f"command behind each {'picture' if e.score == 'picture' else 'number'} is in "
+              f"[{name}.csv]({name}.csv)."]
     if runs:
         trained = [shlex.join(["python", *words]) for run in runs
                    for words in plans[0].jobs[run].commands]

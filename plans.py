@@ -68,6 +68,7 @@ class Experiment:
     preset: str = "cifar10"  # at gpu and paper
     axis: str = "network calls"
     split: tuple = ()  # a panel of the figure for the rows with each of these words
+    figure: str = ""  # how to read it, where its labels do not say
     paper: dict = field(default_factory=dict)  # row's label -> what the paper has there
 
 

@@ -272,6 +272,19 @@ def test_figures(small, more, panels, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "values, scale", [([2.0, 2.1], "linear"), ([2.0, 300.0], "log"), ([], "linear")]
+)
+def test_a_few_per_cent_look_like_little(values, scale):
+    axes = pages.files.figure().subplots()
+    e = dataclasses.replace(SMALL, columns=experiments.calls(5, 9))
+    found = {("a", e.rows[0].label, str(n)): [x] for n, x in zip((5, 9), values, strict=False)}
+    pages.curves(axes, e, "a", found, e.rows[:1])
+    assert axes.get_yscale() == scale
+    if values and scale == "linear":
+        assert axes.get_ylim() == (0, pytest.approx(1.05 * max(values)))
+
+
+@pytest.mark.parametrize(
     "words, said",
     [
         ("no-such-table", "invalid choice"),
