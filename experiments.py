@@ -33,6 +33,7 @@ import inception
 import jobs
 import pages
 import readers
+import settings
 from plans import BUDGETS, Experiment, Numbers, Plan, Row, operations, stem
 
 RESULTS = Path("results")
@@ -43,8 +44,7 @@ TFLOPS = 100  # what a GPU is assumed to do per second: a third of an A100's rat
 
 # ------------------------------------------------------------------ the experiments
 
-PLAIN, SA2, ETSDM = (), ("--sa-k", "2"), ("--etsdm",)
-PAIR = dict(base=PLAIN, **{"SA-2": SA2})
+ETSDM = ("--etsdm",)
 
 
 def calls(*numbers):
@@ -63,9 +63,12 @@ SOLVER = [(f"DPM-Solver-{k}", "--sampler", "dpm-solver", "--order", str(k), "--s
           for k in (2, 3)]
 
 
-def declare(budget):
-    """{name: Experiment}. The cpu budget leaves out the longest columns."""
-    small = budget == "cpu"
+def declare(budget, weight=None):
+    """{name: Experiment}. The cpu budget leaves out the longest columns. weight: SA's λ, if it is
+    not to be train.py's default."""
+    small, paper = budget == "cpu", budget == "paper"
+    own = () if weight is None else ("--sa-weight", f"{weight:g}")
+    both = {"base": (), "SA-2": ("--sa-k", "2", *own)}
     nfe = (10, 20, 50, 100) if small else (10, 25, 50, 100, 200, 1000)
     few = calls(20, 50)
     with_head = {"": lambda run: run, "A-": lambda run: run,
@@ -80,13 +83,13 @@ def declare(budget):
         claim="SA-2 improves the FID of every system, most in few calls; Analytic-, NPR- and "
               "SN-DPM add to it",
         rows=tuple(Row(f"{v}{s[0]}, {name}", with_head[v](run), (*s[1:], *variance[v]))
-                   for s in (DDPM, DDIM) for v in variance for name, run in PAIR.items()),
+                   for s in (DDPM, DDIM) for v in variance for name, run in both.items()),
         columns=calls(*nfe))
     found["sa-table2"] = Experiment(
         "SA-2 over network calls: the other score", steps=4000, score="is",
         claim="SA-2 improves the Inception Score too",
         rows=tuple(Row(f"{s[0]}, {name}", run, s[1:])
-                   for s in (DDPM, DDIM) for name, run in PAIR.items()),
+                   for s in (DDPM, DDIM) for name, run in both.items()),
         columns=calls(*nfe))
     found["sa-table3"] = Experiment(
         "SA-2 over network calls, on several data sets", steps=4000,
@@ -94,7 +97,8 @@ def declare(budget):
         rows=found["sa-table2"].rows, columns=calls(10, 50, 200) if small else calls(*nfe))
     found["sa-table4"] = Experiment(
         "k consecutive steps × weight λ of the loss", steps=4000, axis="sampler, network calls",
-        claim="k = 2 to 4 and weights λ all improve on the plain model (k = 1); CIFAR-10",
+        claim="SA-k improves on the plain model (k = 1); its ablation has k = 2 to 4 and several "
+              "weights λ, on CIFAR-10",
         rows=(Row("k = 1"), *(
             Row(f"k = {k}, λ = {w:g}", ("--sa-k", str(k)) if w == 1 else
                 ("--sa-k", str(k), "--sa-weight", str(w)))
@@ -114,9 +118,9 @@ def declare(budget):
               "its 95 %: from": "low", "to": "high", "mean of the norms": "norm"}
     found["sa-figure4"] = Experiment(
         "The gap along sampling", steps=4000,
-        claim="at the last step SA-2's gap is about 1/2.5 of the base model's; SA-3 and SA-4 lie "
-              "lower still",
-        rows=(Row("base"), *(Row(f"SA-{k}", ("--sa-k", str(k))) for k in (2, 3, 4))),
+        claim="at the last step SA-2's gap is about 1/2.5 of the base model's (SA-3 and SA-4 are in "
+              "the same figure)",
+        rows=(Row("base"), *(Row(f"SA-{k}", ("--sa-k", str(k), *own)) for k in (2, 3, 4))),
         program=("gap.py", "-n", "2000" if small else "4000", "--batch-size", "250",
                  *(("--steps", "50") if small else ())),
         figure="The gap is the distance between the network's run and one with the true noise, on "
@@ -129,7 +133,7 @@ def declare(budget):
         figure="16 samples each, of the same seeds; the CSV has their mean grey, of 255.",
         claim="SA-2's pictures are sharper and more complete, most in few calls",
         rows=tuple(Row(f"{s[0]}, {name}", run, s[1:])
-                   for s in (DDIM, DDPM) for name, run in PAIR.items()),
+                   for s in (DDIM, DDPM) for name, run in both.items()),
         columns=calls(10, 20, 50))
     pair = (Row("plain"), Row("E-TSDM", ETSDM))
     found["etsdm-figure1"] = Experiment(
@@ -138,7 +142,7 @@ def declare(budget):
         rows=pair, program=("lipschitz.py", "-n", "64"),
         figure="K(t, t + 1) is how far the network's answer moves if it is told t + 1 instead of "
                "t, x_t held: mean of 64 images, and the middle 80 % of them. The lower axis is "
-               "linear up to t = 100, then logarithmic; the other is logarithmic, with a 0.",
+               "linear up to t = 120, then logarithmic; the other is logarithmic, with a 0.",
         columns={"largest below t = 100": lambda rows: max(r["mean"] for r in rows if r["t"] < 100),
                  "mean below t = 100": lambda rows: float(np.mean(
                      [r["mean"] for r in rows if r["t"] < 100])),
@@ -153,7 +157,7 @@ def declare(budget):
             r["mean"] for r in rows if r["scale"] == x) for x in (0.05, 0.1, 0.2, 0.3)})
     found["etsdm-figure3"] = Experiment(
         "E-TSDM and its alternatives", preset="ffhq256",
-        claim="only E-TSDM improves: DDPM-r and Modified-NS cost quality, remaps gain nothing",
+        claim="E-TSDM does better than DDPM-r, Modified-NS and remaps of time",
         rows=(*pair, Row("DDPM-r, 30", ("--lipschitz-reg", "30")),
               Row("DDPM-r, 300", ("--lipschitz-reg", "300")),
               Row("Modified-NS", ("--schedule", "linear-mns")),
@@ -167,52 +171,61 @@ def declare(budget):
         claim="E-TSDM is better on FFHQ, CelebA-HQ, AFHQ-Cat, AFHQ-Wild, LSUN-Church, LSUN-Cat")
     baselines = {"linear": (9.50, 9.53), "quadratic": (13.79, 14.26), "cosine": (27.17, 25.65),
                  "cosine-shift": (14.51, 12.80), "zero-terminal-snr": (11.66, 10.89)}
-    # At t = T of zero-terminal-SNR nothing is left of x_0, so ε says nothing of it: v there.
+    # At t = T of zero-terminal-SNR nothing is left of x_0, and ε says nothing of it. The paper
+    # predicts ε all the same; small networks need v there, and a clip for young ones.
     chosen = {name: ("--schedule", name) for name in baselines} | {
-        "linear": (), "zero-terminal-snr": ("--schedule", "zero-terminal-snr", "--prediction", "v")}
+        "linear": (), "zero-terminal-snr": ("--schedule", "zero-terminal-snr", "--prediction",
+                                            "eps" if paper else "v")}
     kinds = {"discrete": (), "continuous": ("--continuous",)}
     table2 = [(f"{name}, {kind}, {row.label}", name, kind, row)
               for name, kind, row in product(baselines, kinds, pair)]
     found["etsdm-table2"] = Experiment(
-        "Noise schedules; zero-terminal-snr predicts v, the others ε", preset="ffhq256",
-        claim="E-TSDM improves every schedule, discrete and continuous",
-        rows=tuple(Row(label, (*chosen[name], *kinds[kind], *row.run), ("--clip", "on"))
+        "Noise schedules" + ("" if paper else "; zero-terminal-snr predicts v, the others ε"),
+        claim="E-TSDM improves every schedule, discrete and continuous. Its plain networks' "
+              "FID-10k, FFHQ at 256×256, are in the last column",
+        preset="ffhq256", many=10_000,
+        rows=tuple(Row(label, (*chosen[name], *kinds[kind], *row.run),
+                       () if paper else ("--clip", "on"))
                    for label, name, kind, row in table2),
         columns=few, paper={label: f"{baselines[name][kind == 'continuous']:.2f}"
                             for label, name, kind, row in table2 if row.label == "plain"})
     found["etsdm-table3"] = Experiment(
         "Fast samplers", steps=4000, preset="ffhq256", axis="sampler, network calls",
-        claim="E-TSDM improves by over a third in fast sampling", rows=pair,
+        claim="E-TSDM lowers the FID of DDIM and DPM-Solver by over 33 %", rows=pair,
         columns={**named(SOLVER[1], 20, 50), **named(SOLVER[0], 20, 50), **named(DDIM, 50, 200)})
     shares = [(100, n) for n in (1, 2, 5, 10, 20)] + [(20 * n, n) for n in (1, 3, 10, 20)]
     found["etsdm-figure5"] = Experiment(
         "How far sharing reaches, and in how many parts", preset="ffhq256",
-        claim="a broad optimum around an interval of 100 in 5 parts",
+        claim="an interval of 100 in 5 parts is a good choice, and so is what lies around it",
         rows=(Row("none"), *(Row(f"[0, {t}), {n} part" + "s" * (n > 1), ETSDM if (t, n) == (100, 5)
                                  else (*ETSDM, "--etsdm-interval", str(t), "--etsdm-n", str(n)))
                              for t, n in shares)),
         columns=few)
     # One call from pure noise must give a picture; in minutes that takes v-prediction.
-    fast = ("--schedule", "cosine", "--prediction", "v") if small else ()
-    sr = ("--task", "sr", "--factor", "4", "--image-size", "256" if budget == "paper" else "32",
-          *fast)
+    fast = () if paper else ("--schedule", "cosine", "--prediction", "v")
+    sr = ("--task", "sr", "--factor", "4", "--image-size", "256" if paper else "32", *fast)
     found["etsdm-sr"] = Experiment(
         "Super-resolution", preset="ffhq256", score="psnr", rows=(
             Row("plain", sr), Row("E-TSDM", (*sr, *ETSDM)), Row("bicubic", sr, part="-bicubic")),
-        claim="PSNR 24.64 → 25.61 dB (FFHQ, 64 → 256)", columns=calls(1, 5, 20),
+        claim="PSNR 24.64 → 25.61 dB (FFHQ, 64 → 256)",
+        columns=calls(20, 50) if paper else calls(1, 5, 20),
         paper={"plain": "24.64", "E-TSDM": "25.61"})
     v = ("--prediction", "v")
     found["etsdm-v"] = Experiment(
         "v-prediction", preset="ffhq256", columns=calls(10, 20, 50),
         rows=(Row("plain", v), Row("E-TSDM", (*v, *ETSDM))),
         claim="v-prediction has the same singularity, and E-TSDM helps it too")
-    code = ("--task", "autoencoder", "--image-size", "256" if budget == "paper" else "32")
+    quick = fast if small else ()
+    code = ("--task", "autoencoder", "--image-size", "256" if paper else "32")
     found["etsdm-ldm"] = Experiment(
         "Latent diffusion", preset="ffhq256", columns=calls(20, 50), steps=4000,
-        rows=(Row("plain", ("--latent", code, *fast)),
-              Row("E-TSDM", ("--latent", code, *ETSDM, *fast))),
+        rows=(Row("plain", ("--latent", code, *quick)),
+              Row("E-TSDM", ("--latent", code, *ETSDM, *quick))),
         claim="FID-50k 4.98 → 4.61", paper={"plain": "4.98", "E-TSDM": "4.61"})
     edm = ("--schedule", "edm", "--prediction", "edm")
+    if paper:  # EDM's recipe; but our network, no augmentation, and a constant decay of the average
+        edm = (*edm, "--batch-size", "512", "--lr", "1e-3", "--warmup", "19531", "--images",
+               "200000000", "--dropout", "0.13", "--ema", "0.9993", "--grad-clip", "0")
     found["etsdm-edm"] = Experiment(
         "EDM", rows=(Row("plain", edm, ("--sampler", "heun")),
                      Row("E-TSDM", (*edm, *ETSDM), ("--sampler", "heun"))),
@@ -248,9 +261,8 @@ def show(args):
     for name, e in declare("cpu").items():
         cost = []
         for budget in BUDGETS:
-            args.budget, args.data = budget, ["shapes"]
-            experiments = declare(budget)
-            _, todo = plan_all([name], experiments, args)
+            args.budget = budget
+            _, todo = plan_all([name], declare(budget), args)
             cost.append(hours(todo.values(), budget))
         print(f"{name:14s}  {cost[0] * 30:8.0f}  {cost[1]:8.1f} {cost[2]:8.0f}   {e.title}")
 
@@ -273,6 +285,9 @@ def parse(argv=None):
   python experiments.py all --budget gpu --data cifar10
   python experiments.py etsdm-table2 --budget paper --data ffhq256/ --dry-run
       the papers' own settings: the commands, and an estimate of the GPU hours
+  python experiments.py sa-table3 --budget paper --data hq/ --preset celebahq256 --sa-weight 0.1
+      as SA-DPM's authors train on CelebA-HQ (--preset celeba64 for CelebA 64; there with
+      --sa-weight 0.5 for FFHQ 64, 0.2 for AFHQ 64)
 
 Runs are trained under runs/, and shared between experiments; results/numbers.csv keeps every number
 beside its command.""")
@@ -285,6 +300,9 @@ beside its command.""")
     add("--data", nargs="+", help="images, as train.py takes them; several sets are done in turn "
         "(default: shapes; gpu and paper: cifar10)")
     add("--channels", type=int, choices=(1, 3), help="1: true gray (default: 3)")
+    add("--preset", choices=[p for p in settings.unet.PRESETS if p != "tiny"], help="paper: the "
+        "network and its recipe (default: cifar10 for SA-DPM and EDM, else ffhq256)")
+    add("--sa-weight", type=float, help="paper: λ of SA-k (default: 1; sa-table4 has its own)")
     add("--test", metavar="DATA", help="etsdm-sr: originals, to shrink and enlarge "
         "(default: those of --data)")
     add("--out", metavar="DIR", type=Path, default=RESULTS, help="where the page goes; one of the "
@@ -301,12 +319,20 @@ beside its command.""")
         raise ValueError("--features replaces Inception: give it or --inception, not both")
     if args.test and args.name not in ("etsdm-sr", "all"):
         raise ValueError("--test names the images of etsdm-sr: it has no use here")
+    if args.budget != "paper" and (args.preset or args.sa_weight is not None):
+        raise ValueError("--preset and --sa-weight go with --budget paper: the other budgets have "
+                         "one network, and λ 1")
+    if args.sa_weight is not None and not args.sa_weight > 0:
+        raise ValueError("--sa-weight must be above 0: the base model beside SA-2 has none")
+    if args.budget == "paper" and args.name == "all":
+        raise ValueError("at the paper budget each experiment has images and a network of its own: "
+                         "name one experiment (see list)")
     for flag in ("features", "inception"):
         if (path := getattr(args, flag)) and not Path(path).is_file():
             raise ValueError(f"--{flag} {path}: there is no such file")
     if not args.data and args.budget == "paper" and args.name != "list" and (
-            args.name == "all" or declare("paper")[args.name].preset != "cifar10"):
-        raise ValueError(f"{args.name} at the paper budget is about images of 256×256: "
+            args.preset or declare("paper")[args.name].preset) != "cifar10":
+        raise ValueError(f"{args.name} at the paper budget is about images of its own: "
                          "name them with --data, a folder or zip")
     args.data = args.data or ["shapes" if args.budget == "cpu" else "cifar10"]
     if len({stem(data) for data in args.data}) < len(args.data):
@@ -319,7 +345,7 @@ def main(argv=None):
     args = parse(argv)
     if args.name == "list":
         return show(args)
-    experiments = declare(args.budget)
+    experiments = declare(args.budget, args.sa_weight)
     names = list(experiments) if args.name == "all" else [args.name]
     found, todo = plan_all(names, experiments, args)
     left = jobs.needed(list(todo.values()))
@@ -327,7 +353,8 @@ def main(argv=None):
         for job in left:
             print(*(shlex.join(["python", *words]) for words in job.commands), sep="\n")
     estimate = hours(left, args.budget)
-    print(f"{len(left)} of {len(todo)} commands are left, about {estimate:.2g} hours of one "
+    print(f"{len(left)} of {len(todo)} commands are left, about "
+          f"{estimate:,.{0 if estimate >= 10 else 1}f} hours of one "
           + ("core" if args.budget == "cpu" else f"GPU at {TFLOPS} TFLOP/s"))
     if "classifier.py" in (job.commands[0][0] for job in left) and args.budget != "cpu":
         print(f"Inception's weights are not in {readers.cache_path(inception.NAME)}: the distances "

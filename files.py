@@ -9,7 +9,7 @@ that a reader sees the old file or the new one and never half of one, whenever t
 down. Nothing in a file is ever executed. What is wrong with one is said in one line, a ValueError
 or an OSError.
 
-What this file does not do: images (data.py), or locks (runtime.Processes.hold).
+What this file does not do: images (data.py), or a run's lock (runtime.Processes.hold).
 
     python -c "import files; print(files.describe({'weight': 1, 'bias': 2}))"
 """
@@ -25,6 +25,11 @@ import zipfile
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows, which has no such locks
+    fcntl = None
 
 RUNS = Path("runs")
 FORMAT = "sa-etsdm run 1"  # written into each checkpoint; says what the file is, and which version
@@ -51,6 +56,20 @@ def atomic_write(path, sweep=True):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """One process at a time between reading a file of this folder and writing it again."""
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)  # which unlocks it
 
 
 def alive(pid):

@@ -229,12 +229,15 @@ def draw(path, runs, weights):
                 bounds = [[row[key.replace("systematic", end)] for row in rows]
                           for end in ("low", "high")]
                 ax.fill_between(t, *bounds, color=line.get_color(), alpha=0.12, lw=0)
-        ax.set(title=title, xlabel="t (sampling goes to the right)", ylim=(0, None))
-    axes[0].set_ylabel("gap ‖G‖₂ over an image, pixels in [-1, 1]")
+                for bound in bounds:  # bands that overlap need edges, each like its line
+                    ax.plot(t, bound, style, color=line.get_color(), lw=0.5)
+        ax.set(title=title, xlabel="t (sampling goes to the right)", ylim=(0, None),
+               ylabel="gap ‖G‖₂ over an image, pixels in [-1, 1]")
     axes[0].legend(fontsize="small")
     for (name, tau), style in zip(weights.items(), cycle(STYLES), strict=False):
         axes[-1].plot(range(2, len(tau)), tau[2:], style, lw=1.2, label=name)
-    axes[-1].set(title="weights of DDPM's T steps", xlabel="t", ylabel="τ_t", yscale="log")
+    axes[-1].set(title="weights of DDPM's T steps", xlabel="t (timesteps)",
+                 ylabel="τ_t, gap per unit of ε̂'s error", yscale="log")
     axes[-1].legend(fontsize="small")
     for ax in axes:
         ax.invert_xaxis()
@@ -284,9 +287,10 @@ def illustrate(path, nfe=50, size=0.15):
         rows += [dict(run=name, t=a, x=b, gap=abs(b - c))
                  for a, b, c in zip(t, x, right_path, strict=True)]
         print(f"{name}: at t = 0, {rows[-1]['gap']:.4f} from the ideal run")
-    left.set(xlabel="t (sampling goes to the right)", ylabel="x_t", title="three runs of DDIM, "
-             f"{nfe} steps; each ε off by 0 or ±{size}")
-    right.set(xlabel="t", ylabel="distance from the ideal run", title="gap")
+    left.set(xlabel="t (sampling goes to the right)", ylabel="x_t (units of the data)",
+             title=f"three runs of DDIM, {nfe} steps; each ε off by 0 or ±{size}")
+    right.set(xlabel="t (timesteps)", ylabel="distance from the ideal run (units of the data)",
+              title="gap")
     for ax in (left, right):
         ax.invert_xaxis()
         ax.legend()

@@ -183,7 +183,7 @@ def write(args, curves):
         axes.set_yscale("symlog", linthresh=10 ** np.floor(np.log10(least)), linscale=0.3)
         axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axes.set(xlim=(0, max(row["t"] for row in rows) + 2 * args.dt), xlabel="t (timesteps)",
-                 ylabel=f"K(t, t + {args.dt:g}) per timestep")
+                 ylabel=f"K(t, t + {args.dt:g}): output's L2 change per timestep")
     axes.legend()
     files.save_figure(args.out, axes.figure, 150)
     files.write_csv(args.out.with_suffix(".csv"), rows)

@@ -15,7 +15,7 @@ plans: one for each data set and seed, of the same experiment. found: {(data, ro
 
 import shlex
 import shutil
-from itertools import cycle, product
+from itertools import cycle, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -88,26 +88,41 @@ def curves(axes, e, data, found, rows):
                       capsize=2, label=row.label)
     if numeric:
         axes.set_xscale("log")
-    bottom, top = axes.dataLim.intervaly
-    if e.score == "fid" and np.isfinite(top):  # 5 % is to look like little, 2 to show beside 300
-        axes.set(yscale="log") if top > 30 * bottom > 0 else axes.set(ylim=(0, 1.05 * top))
+    scale(axes, "y", e)
     axes.set_xticks(xs, list(e.columns), rotation=0 if numeric else 30,
                     ha="center" if numeric else "right")
     axes.xaxis.minorticks_off()
     axes.set(xlabel=e.axis)
-    axes.legend(fontsize="x-small")
+    beside(axes)
 
 
 def dots(axes, e, data, found, rows):
     """A line for each row, a point on it for each column: for many systems and few columns."""
     ys = np.arange(len(rows))[::-1]
-    for column, style in zip(e.columns, cycle(STYLES), strict=False):
+    for i, (column, style) in enumerate(zip(e.columns, cycle(STYLES), strict=False)):
         mean, reach = spans([found.get((data, row.label, column), [np.nan]) for row in rows])
         reach = reach if reach.any() else None
-        axes.errorbar(mean, ys, xerr=reach, fmt=style[0], ms=5, lw=1, capsize=2, label=column)
+        aside = 0.3 * (i / max(len(e.columns) - 1, 1) - 0.5)  # equal values hide nothing
+        axes.errorbar(mean, ys - aside, xerr=reach, fmt=style[0], ms=5, mfc="none", lw=1, capsize=2,
+                      label=column)
     axes.set_yticks(ys, [row.label for row in rows], fontsize="x-small")
     axes.grid(axis="y", color="0.9")
-    axes.legend(fontsize="x-small", title=e.axis, title_fontsize="x-small")
+    scale(axes, "x", e)
+    beside(axes, e.axis)
+
+
+def scale(axes, side, e):
+    """Of an axis of distances: 5 % is to look like little, and 2 to show beside 300."""
+    bottom, top = getattr(axes.dataLim, f"interval{side}")
+    if e.score == "fid" and np.isfinite(top):
+        wide = top > 30 * bottom > 0
+        axes.set(**{f"{side}scale": "log"} if wide else {f"{side}lim": (0, 1.05 * top)})
+
+
+def beside(axes, title=None):
+    """The legend, where no curve can be."""
+    axes.legend(fontsize="x-small", title=title, title_fontsize="x-small", loc="upper left",
+                bbox_to_anchor=(1, 1), borderaxespad=0.3)
 
 
 def montage(figure, e, plans):
@@ -140,7 +155,7 @@ def draw(path, e, plans, found):
     else:
         kinds, few = e.split or ("",), len(e.rows) <= 2 * len(e.columns)
         high = 4 if few or e.split else 1 + 0.25 * len(e.rows)
-        figure = files.figure(figsize=(5.5 * len(sets) * len(kinds), high), layout="constrained")
+        figure = files.figure(figsize=(6.5 * len(sets) * len(kinds), high), layout="constrained")
         panels = figure.subplots(1, len(sets) * len(kinds), squeeze=False)[0]
         for (data, kind), axes in zip(product(sets, kinds), panels, strict=True):
             rows = [row for row in e.rows if kind in row.label]
@@ -189,11 +204,30 @@ def about(e, plans, args, sets):
                   "seeds, each a training run of its own" + (
                       "." if e.program else "; in the figure, from the lowest to the highest.")]
     if e.score in ("fid", "is") and scored:
-        lines += [f"Measured with {', '.join(scored)}, on {plans[0].b['n']:,} samples."]
+        lines += [f"Measured with {', '.join(scored)}, on {plans[0].n:,} samples."]
+    if e.score == "psnr":
+        lines += [f"Mean over {plans[0].b['enlarged']:,} images of "
+                  + (f"{args.test}, shrunk and enlarged." if args.test else
+                     "the set that the networks are trained on, shrunk and enlarged.")]
+    lines += [how_sampled(e)] * (not e.program)
+    lines = [line for line in lines if line]
     if (e.program or pictures) and plans[0].runs and len(plans) > 1:
         lines += [f"The figure shows {stem(sets[0])}, seed 0."]
     lines += [e.figure] * bool(e.figure)
     return " ".join(lines)
+
+
+def how_sampled(e):
+    """The sampler, if all rows and columns have the same: then no label says it."""
+    flags = [["--sampler", "ddim", *row.how, *more]
+             for row in e.rows for more in e.columns.values()]
+    names = {" ".join(w for flag, w in pairwise(words) if flag == "--sampler") for words in flags}
+    if len(names) > 1:
+        return ""
+    name = names.pop().split()[-1]
+    name = name.upper() if name in ("ddim", "ddpm") else name.capitalize()
+    clipped = all("--clip" in words for words in flags)
+    return f"Sampled with {name}" + (", x̂_0 clipped to [-1, 1]." if clipped else ".")
 
 
 def page(name, e, plans, args, found):
@@ -233,8 +267,8 @@ def command(name, args):
     """What to type to have the same again."""
     words = ["--budget", args.budget] * (args.budget != "cpu")
     words += ["--seeds", str(args.seeds)] * (args.seeds > 1)
-    for flag in ("channels", "test", "features", "inception"):
+    for flag in ("preset", "sa_weight", "channels", "test", "features", "inception"):
         given = getattr(args, flag)
         if given and (flag != "test" or name == "etsdm-sr"):
-            words += [f"--{flag}", str(given)]
+            words += [f"--{flag.replace('_', '-')}", str(given)]
     return shlex.join(["python", "experiments.py", name, *words, "--data", *args.data])

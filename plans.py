@@ -65,7 +65,8 @@ class Experiment:
     score: str = "fid"  # fid, is, psnr, picture
     program: tuple = ()  # instead of a score: a program that is given all the runs, and its flags
     steps: int = 2000  # at cpu
-    preset: str = "cifar10"  # at gpu and paper
+    preset: str = "cifar10"  # at paper
+    many: int = 0  # images that are scored at paper, if not as many as usual
     axis: str = "network calls"
     split: tuple = ()  # a panel of the figure for the rows with each of these words
     figure: str = ""  # how to read it, where its labels do not say
@@ -87,9 +88,10 @@ class Numbers:
 
     def add(self, command, **row):
         """Keep a number; and those that somebody else has put there meanwhile."""
-        self.rows = {**self.read(), command: {**row, "command": command}}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_csv(self.path, self.rows.values())
+        with files.locked(self.path.parent):
+            self.rows = {**self.read(), command: {**row, "command": command}}
+            files.write_csv(self.path, self.rows.values())
 
 
 class Plan:
@@ -103,7 +105,9 @@ class Plan:
         gray = ("--channels", "1") if args.channels == 1 else ()
         small = args.budget == "cpu"
         self.gray, self.stem = gray, stem(data) + "-gray" * bool(gray)
-        self.preset = "tiny" if small else e.preset if args.budget == "paper" else "cifar10"
+        paper = args.budget == "paper"
+        self.preset = "tiny" if small else (args.preset or e.preset) if paper else "cifar10"
+        self.n = (e.many if paper else 0) or b["n"]
         self.model = b.get("model", ("--preset", self.preset))
         self.image = ("--data", data, *gray, *b.get("image", ()))
         self.length = b.get("length", ())
@@ -157,7 +161,7 @@ class Plan:
             recipe = "head of tiny" if self.args.budget == "cpu" else "head"
         recipe = settings.RECIPES["autoencoder" if args.task == "autoencoder" else recipe]
         batch = args.batch_size or recipe["batch_size"]
-        images = args.steps * batch if args.steps else recipe["images"]
+        images = args.steps * batch if args.steps else args.images or recipe["images"]
         passes = 1 if args.head else 3 * (args.sa_k or 1) * (2 if args.lipschitz_reg else 1)
         passes = 5 if args.task == "autoencoder" else passes  # its own network
         folder = files.RUNS / name
@@ -240,7 +244,7 @@ class Plan:
     def commands(self, row, column, flags, name, side):
         """-> (commands whose last one prints the number, names of jobs, how to read it)."""
         e, b, out = self.e, self.b, self.out(row, column)
-        many = ["-n", b["n"], "--batch-size", self.at_once, *flags]
+        many = ["-n", self.n, "--batch-size", self.at_once, *flags]
         if e.score == "picture":
             def grey(text):
                 return dict(metric="mean grey", value=np.asarray(Image.open(f"{out}.png")).mean())
@@ -265,8 +269,9 @@ class Plan:
         commands = [[str(word) for word in command] for command in commands]
         key = " && ".join(shlex.join(["python", *command]) for command in commands)
         before = (name, *before, *([self.gamma(row.run)] if "analytic" in flags else []))
-        n = self.b["enlarged"] if self.e.score == "psnr" else self.b["n"]
-        job = "-".join([self.e.score, name, *(flag.lstrip("-") for flag in flags)])
+        n = self.b["enlarged"] if self.e.score == "psnr" else self.n
+        other = [f"of-{self.n}"] * (self.n != self.b["n"])  # one experiment's own number
+        job = "-".join([self.e.score, name, *(flag.lstrip("-") for flag in flags), *other])
         if row.part:  # of a folder that another job fills
             before, n = (*before, job), 0
 

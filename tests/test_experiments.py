@@ -68,7 +68,7 @@ def test_every_name_is_declared_in_every_budget(budget):
 def test_programs_accept_every_command(here, budget):
     """Each command line goes through the parser of its program; those who start from a run name one
     that an earlier job trains."""
-    _, todo = planned(f"all --budget {budget} --data shapes --seeds 2")
+    _, todo = planned(f"sa-table1 --budget {budget} --data shapes --seeds 2")
     experiments.KEPT.mkdir(parents=True)  # as main() does
     trained = set()
     for job in todo.values():
@@ -106,7 +106,7 @@ def test_no_two_commands_share_a_name(here, monkeypatch, budget):
         return add(self, name, *commands, **more)
 
     monkeypatch.setattr(plans.Plan, "add", noting)
-    planned(f"all --budget {budget} --data shapes fashion --seeds 2")
+    planned(f"sa-table1 --budget {budget} --data shapes fashion --seeds 2")
     assert len(seen) > 500
 
 
@@ -126,7 +126,40 @@ def test_the_paper_budget_is_the_papers_recipe(here):
     assert (s["schedule"], s["prediction"], s["images"]) == ("linear", "eps", 60_000_000)
     _, todo = planned("etsdm-table2 --budget paper --data ffhq/", ["etsdm-table2"])
     scored = [words for job in todo.values() for words in job.commands if "fid" in words]
+    assert scored and all(words[words.index("-n") + 1] == "10000" for words in scored)  # FID-10k
+    trained = [words for job in todo.values() for words in job.commands if "--schedule" in words]
+    assert {s for words in trained for s in words if s == "v"} == set()  # ε, as the paper has it
+    _, todo = planned("sa-table3 --budget paper --data cifar10", ["sa-table3"])
+    scored = [words for job in todo.values() for words in job.commands if "fid" in words]
     assert scored and all(words[words.index("-n") + 1] == "50000" for words in scored)
+    plan = planned("etsdm-edm --budget paper --data cifar10")[0]["etsdm-edm"][0]
+    s = settings.resolve(settings.parse(plan.words(plan.e.rows[0].run)))
+    assert (s["batch_size"], s["lr"], s["images"], s["unet"]["dropout"]) == (
+        512,
+        1e-3,
+        200_000_000,
+        0.13,
+    )
+    assert s["warmup"] * s["batch_size"] == pytest.approx(10_000_000, rel=1e-4)
+    assert s["ema"] == pytest.approx(0.5 ** (512 / 500_000), abs=1e-5) and s["grad_clip"] == 0
+
+
+def test_other_sets_of_the_paper_have_their_own_network_and_weight(here):
+    words = "sa-table3 --budget paper --data hq/ --preset celebahq256 --sa-weight 0.1"
+    args = experiments.parse(words.split())
+    found, todo = experiments.plan_all(
+        ["sa-table3"], experiments.declare("paper", args.sa_weight), args
+    )
+    trained = [job.commands[0] for job in todo.values() if job.commands[0][0] == "train.py"]
+    resolved = [settings.resolve(settings.parse(words[1:])) for words in trained]
+    assert [(s["preset"], s["image_size"], s["batch_size"]) for s in resolved] == [
+        ("celebahq256", 256, 24)
+    ] * 2
+    assert [(s["sa_k"], s["sa_weight"]) for s in resolved] == [(1, 1.0), (2, 0.1)]
+    assert all("--microbatch" in words for words in trained)
+    made_by = pages.command("sa-table3", args)
+    assert made_by == "python experiments.py sa-table3 --budget paper --preset celebahq256 " \
+        "--sa-weight 0.1 --data hq/"  # fmt: skip
 
 
 @pytest.mark.slow
@@ -154,6 +187,17 @@ def test_numbers_are_kept_beside_their_commands(here):
     }
 
 
+def test_two_programs_that_add_numbers_lose_none(here):
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from plans import Numbers; "
+        "from pathlib import Path; kept = Numbers(Path('results/numbers.csv')); "
+        "[kept.add(f'python {sys.argv[1]}.py {i}', value=i) for i in range(40)]"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", program, name]) for name in "ab"]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert len(Numbers(Path("results/numbers.csv")).rows) == 80
+
+
 @pytest.mark.parametrize(
     "values, text",
     [
@@ -179,7 +223,7 @@ SMALL = Experiment(
 @pytest.fixture
 def small(here, monkeypatch):
     """One experiment of two runs and two columns, at 8×8."""
-    monkeypatch.setattr(experiments, "declare", lambda budget: {"small": SMALL})
+    monkeypatch.setattr(experiments, "declare", lambda budget, weight=None: {"small": SMALL})
     cpu = dict(plans.BUDGETS["cpu"], image=("--image-size", "8"), n=12)
     cpu["length"] = ("--batch-size", "4", "--lr", "1e-2")
     monkeypatch.setitem(plans.BUDGETS, "cpu", cpu)
@@ -282,6 +326,25 @@ def test_a_few_per_cent_look_like_little(values, scale):
     assert axes.get_yscale() == scale
     if values and scale == "linear":
         assert axes.get_ylim() == (0, pytest.approx(1.05 * max(values)))
+    axes = pages.files.figure().subplots()
+    pages.dots(axes, e, "a", found, e.rows[:1])
+    assert axes.get_xscale() == scale
+    if values and scale == "linear":
+        assert axes.get_xlim() == (0, pytest.approx(1.05 * max(values)))
+
+
+@pytest.mark.parametrize(
+    "how, columns, said",
+    [
+        ((), experiments.calls(5), "Sampled with DDIM."),
+        (("--clip", "on"), experiments.calls(5), "Sampled with DDIM, x̂_0 clipped to [-1, 1]."),
+        (("--sampler", "heun"), experiments.calls(5), "Sampled with Heun."),
+        ((), experiments.named(experiments.DDPM, 5) | experiments.named(experiments.DDIM, 5), ""),
+    ],
+)
+def test_pages_say_which_sampler(how, columns, said):
+    rows = (Row("one", (), how), Row("two", ("--etsdm",), how))
+    assert pages.how_sampled(dataclasses.replace(SMALL, rows=rows, columns=columns)) == said
 
 
 @pytest.mark.parametrize(
@@ -295,6 +358,10 @@ def test_a_few_per_cent_look_like_little(values, scale):
         ("small --data a/train b/train", "needs a name of its own"),
         ("small --data d.npz:a d.npz:b", "needs a name of its own"),
         ("small --features none.pt2", "no such file"),
+        ("small --preset cifar10", "go with --budget paper"),
+        ("small --sa-weight 0.5", "go with --budget paper"),
+        ("small --budget paper --data a/ --sa-weight 0", "must be above 0"),
+        ("all --budget paper --data a/", "name one experiment"),
     ],
 )
 def test_refusals(small, words, said, capsys):
@@ -331,7 +398,7 @@ def test_numbers_of_two_networks_do_not_share_a_page(small):
 def test_what_is_complete_has_its_page_though_another_fails(small, monkeypatch, capsys):
     """all: two experiments, of which one has its numbers and the other's job fails."""
     both = {"small": SMALL, "other": dataclasses.replace(SMALL, rows=(Row("x", ("--lr", "5")),))}
-    monkeypatch.setattr(experiments, "declare", lambda budget: both)
+    monkeypatch.setattr(experiments, "declare", lambda budget, weight=None: both)
     numbered(SMALL)
 
     def fail(todo, machine):
@@ -362,10 +429,10 @@ def test_equal_pictures_have_an_infinite_psnr():
     assert pages.shown([found["value"]]) == "inf"
 
 
-@pytest.mark.parametrize("name", ["etsdm-table2", "all"])
-def test_the_papers_large_images_have_no_default(here, name):
+@pytest.mark.parametrize("words", ["etsdm-table2", "sa-table3 --preset celeba64"])
+def test_the_papers_large_images_have_no_default(here, words):
     with pytest.raises(ValueError, match="name them with --data"):
-        experiments.main([name, "--budget", "paper"])
+        experiments.main([*words.split(), "--budget", "paper"])
 
 
 def test_dry_run_changes_nothing(small, capsys):
@@ -385,7 +452,7 @@ import runtime, plans, experiments, test_experiments
 cpu = dict(plans.BUDGETS["cpu"], image=("--image-size", "8"), n=12)
 cpu["length"] = ("--batch-size", "4", "--lr", "1e-2")
 plans.BUDGETS["cpu"] = cpu
-experiments.declare = lambda budget: {{"small": test_experiments.SMALL}}
+experiments.declare = lambda budget, weight=None: {{"small": test_experiments.SMALL}}
 runtime.run_program(experiments.main)
 """
 
