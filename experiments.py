@@ -118,8 +118,8 @@ def declare(budget, weight=None):
               "its 95 %: from": "low", "to": "high", "mean of the norms": "norm"}
     found["sa-figure4"] = Experiment(
         "The gap along sampling", steps=4000,
-        claim="at the last step SA-2's gap is about 1/2.5 of the base model's (SA-3 and SA-4 are in "
-              "the same figure)",
+        claim="at the last step SA-2's gap is about 1/2.5 of the base model's; SA-3 and SA-4 are "
+              "beside them",
         rows=(Row("base"), *(Row(f"SA-{k}", ("--sa-k", str(k), *own)) for k in (2, 3, 4))),
         program=("gap.py", "-n", "2000" if small else "4000", "--batch-size", "250",
                  *(("--steps", "50") if small else ())),
