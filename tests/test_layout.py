@@ -157,3 +157,8 @@ def test_readme_counts_are_the_networks():
     for line in unet.describe().splitlines():
         name, count = line.split()[0], line.split()[-2]
         assert f"| `{name}`" in text and count in text
+
+
+def test_readme_has_every_file_in_its_reading_order():
+    text = (ROOT / "README.md").read_text().split("## Reading order")[1].split("\n## ")[0]
+    assert {p.name for p in FILES} <= set(re.findall(r"\]\(([a-z_]+\.py)\)", text))
