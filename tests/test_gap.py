@@ -136,6 +136,26 @@ def runs(tmp_path_factory):
     return folder
 
 
+def test_two_runs_are_compared_image_by_image():
+    """Gaps with the same spread and known means, |m| and |m|/2: the interval of the difference
+    contains the truth, and is narrower than either part's."""
+    g = torch.Generator().manual_seed(0)
+    spread = 10 * torch.randn(500, 30, generator=g, dtype=torch.float64)
+    drawn, runs, boots = gap.resamples(500), {}, {}
+    for name, share in {"all": 1.0, "half": 0.5}.items():
+        row = gap.summarize(gap.gram(spread + share), drawn)
+        boots[name] = row.pop("boot")
+        runs[name] = [dict(row, images="these", n=500)]
+    other = dict(runs["half"][0], images="others")
+    runs["elsewhere"], boots["elsewhere"] = [other], boots["half"]
+    gap.compare(runs, boots)
+    end, truth = runs["half"][0], 0.5 * math.sqrt(30)
+    assert end["less"] == pytest.approx(runs["all"][0]["systematic"] - end["systematic"])
+    assert end["less_low"] < truth < end["less_high"] and end["less_low"] > 0
+    assert end["less_high"] - end["less_low"] < 0.9 * (end["high"] - end["low"])
+    assert runs["all"][0]["less"] == 0 and "less" not in other
+
+
 def test_figure_4(runs, monkeypatch, capsys):
     monkeypatch.chdir(runs)
     gap.main(["base", "sa2", "-n", "8", "--steps", "20", "--ideal"])
@@ -147,11 +167,14 @@ def test_figure_4(runs, monkeypatch, capsys):
     assert [r["run"] for r in rows] == ["base"] * 19 + ["sa2"] * 19
     assert [float(r["t"]) for r in rows[:19]] == pytest.approx(np.linspace(1000, 1, 20)[1:])
     for row in rows:
-        values = {k: float(v) for k, v in row.items() if k not in ("run", "t", "images")}
+        values = {k: float(v) for k, v in row.items() if v and k not in ("run", "t", "images")}
         assert all(math.isfinite(v) for v in values.values())
         assert values["systematic"] <= values["mean"] <= values["norm"]
         assert values["low"] <= values["high"]
         assert values["reducible_mean"] <= values["reducible_norm"]
+    less = float(rows[18]["systematic"]) - float(rows[-1]["systematic"])
+    assert float(rows[-1]["less"]) == pytest.approx(less) and float(rows[18]["less"]) == 0
+    assert f"base has {less:.3f} more" in out and not rows[17]["less"]
     before = [r["norm"] for r in rows if r["run"] == "base"]
     gap.main(["base", "-n", "8", "--steps", "20", "--out", "again.png"])
     with open("again.csv", newline="") as f:
