@@ -209,12 +209,11 @@ def about(e, plans, args, sets):
         lines += [f"Mean over {plans[0].b['enlarged']:,} images of "
                   + (f"{args.test}, shrunk and enlarged." if args.test else
                      "the set that the networks are trained on, shrunk and enlarged.")]
-    lines += [how_sampled(e)] * (not e.program)
-    lines = [line for line in lines if line]
+    lines += [] if e.program else [how_sampled(e)]
     if (e.program or pictures) and plans[0].runs and len(plans) > 1:
         lines += [f"The figure shows {stem(sets[0])}, seed 0."]
     lines += [e.figure] * bool(e.figure)
-    return " ".join(lines)
+    return " ".join(line for line in lines if line)
 
 
 def how_sampled(e):

@@ -315,6 +315,20 @@ def test_figures(small, more, panels, monkeypatch):
         assert "FD(eyes.pt2)" in (axes.get_xlabel(), axes.get_ylabel())
 
 
+def test_a_page_of_a_program_shows_its_figure(small):
+    e = dataclasses.replace(
+        SMALL, paper={}, program=("gap.py", "-n", "7"), columns={"gap": len}, figure="Look here."
+    )
+    made, args = numbered(e)
+    made[0].picture().parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (30, 20), 77).save(made[0].picture())
+    pages.write("small", e, made, args)
+    text = Path("results/small.md").read_text()
+    assert "One seed. Look here." in text and "| one | 0.0000 |" in text
+    assert "Sampled with" not in text and "Columns" not in text
+    assert Image.open("results/small.png").getpixel((3, 3)) == 77
+
+
 @pytest.mark.parametrize(
     "values, scale", [([2.0, 2.1], "linear"), ([2.0, 300.0], "log"), ([], "linear")]
 )
