@@ -126,8 +126,10 @@ def declare(budget, weight=None):
                  *(("--steps", "50") if small else ())),
         figure="The gap is the distance between the network's run and one with the true noise, on "
                "the same images. The systematic part is the norm of the batch mean, less what "
-               "chance leaves in it of so many images; its bands, 95 %, overlap where they are "
-               "darker. On the right, theorem 1's weight τ_t of an error made at t.",
+               "chance leaves in it of so many images; its bands, 95 %, have edges like their "
+               "lines, and overlap where they are darker. \"Less than base's\" compares image by "
+               "image: chance leaves much the same in both, so that this is known better. On the "
+               "right, theorem 1's weight τ_t of an error made at t.",
         columns={label: lambda rows, key=key: rows[-1][key] for label, key in at_end.items()})
     found["sa-samples"] = Experiment(
         "Samples from the same noise", steps=4000, score="picture",
