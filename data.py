@@ -476,8 +476,10 @@ def from_workers(loader):
         yield from loader
     except ValueError as error:  # DataLoader wraps a whole traceback round it
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # It may also die after it has announced a batch and before it hands the memory over: then
+        # nobody is at the other end of the socket.
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise OSError("a process that reads images was killed, perhaps for want of memory "
                       f"({reason(error)}): try fewer --workers") from None

@@ -377,6 +377,23 @@ def test_a_killed_worker_is_one_line():
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError(), BrokenPipeError()]
+)
+def test_a_worker_killed_while_it_hands_a_batch_over_is_one_line(error):
+    """After it has announced the batch: seen on a busy machine, as Errno 104."""
+
+    def loader():
+        yield torch.zeros(1)
+        raise error
+
+    stream = data.from_workers(loader())
+    next(stream)
+    with pytest.raises(OSError, match="reads images was killed.*fewer --workers") as caught:
+        next(stream)
+    assert "\n" not in str(caught.value)
+
+
 def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
     one, two = (runtime.Processes(0, 1, 0, torch.device("cpu")) for _ in range(2))
     with one:
