@@ -19,6 +19,7 @@ import math
 import os
 import re
 import signal
+import time
 import warnings
 import zipfile
 from collections import Counter
@@ -471,15 +472,15 @@ def batches(dataset, batch, start, seed, rank=0, world=1, workers=0):
 
 
 def from_workers(loader):
-    """The loader's batches; an error in a worker arrives as the one line it was there."""
+    """The loader's batches; an error in a worker arrives as the one line it was there. RuntimeError
+    "DataLoader worker (pid ...": it was killed; then torch raises that wherever we are, too."""
     try:
         yield from loader
     except ValueError as error:  # DataLoader wraps a whole traceback round it
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        # It may also die after it has announced a batch and before it hands the memory over: then
-        # nobody is at the other end of the socket.
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        raise OSError("a process that reads images was killed, perhaps for want of memory "
-                      f"({reason(error)}): try fewer --workers") from None
+    except (ConnectionError, EOFError) as error:
+        # A worker that dies after it has announced a batch and before it hands the memory over:
+        # nobody is at the other end of the socket. torch's signal handler says so better, in a
+        # moment, and it is to say it here. runtime.run_program knows its words.
+        time.sleep(2)
+        raise RuntimeError(f"DataLoader worker (pid unknown) is gone: {reason(error)}") from None

@@ -371,6 +371,12 @@ def run_program(main):
             complain(f"out of memory ({(str(error).splitlines() or [''])[0]}): try a smaller "
                      "--batch-size or, in train.py, --microbatch or --recompute")
             sys.exit(2)
+        if "DataLoader worker (pid" in str(error) and not os.environ.get("TRACEBACK"):
+            if hasattr(signal, "SIGCHLD"):  # or torch says it again, while we do
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            complain("a process that reads images was killed, perhaps for want of memory "
+                     f"({' '.join(str(error).split())}): try fewer --workers")
+            sys.exit(2)
         if os.environ.get("TRACEBACK") or not lost(error):
             raise
         # The one that failed may want to speak first. torchrun, meanwhile, asks us to end.
