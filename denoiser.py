@@ -1,222 +1,212 @@
 r"""The Denoiser: given x_t and t, what are x_0 and ε? The only place that converts between them.
 
-    x_t = a x_0 + s ε            v = a ε − s x_0   (velocity, Salimans & Ho 2022)
+    x_t = α x_0 + σ ε            v = α ε − σ x_0   (velocity, Salimans & Ho 2022)
 
-    the network predicts    then x_0 is          and ε is
-    ε  (eps)                (x_t − s ε)/a        ε
-    x_0  (x0)               x_0                  (x_t − a x_0)/s
-    v                       a x_t − s v          s x_t + a v
-    F  (edm)                a d²/r² x_t + s d/r F        s/r² x_t − a d/r F
+    the network predicts    then x_0 is              and ε is
+    ε  (eps)                (x_t − σ ε)/α            ε
+    x_0  (x0)               x_0                      (x_t − α x_0)/σ
+    v                       α x_t − σ v              σ x_t + α v
+    F  (edm)                α d²/r² x_t + σ d/r F    σ/r² x_t − α d/r F
 
-The last is EDM's preconditioning (Karras et al. 2022, table 1), d the std of the data (0.5 for
-pixels, 1 for latents) and r = √(s² + a² d²) that of x_t: the network is shown x_t/r and told
-ln(σ)/4, σ = s/a, and both its input and what it has to say have unit variance at every t. In EDM's
-own coordinates, a = 1, s = σ, these are its c_in, c_skip, c_out and c_noise; in (a, s) they serve
-every schedule.
+The last is EDM's preconditioning (Karras et al. 2022, table 1), with d the std of the data (0.5 for
+pixels, 1 for latents) and r = √(σ² + α² d²) the std of x_t. The network receives x_t/r and, as its
+time input, ln(σ/α)/4. Its input and its target then have unit variance at every t. In EDM's own
+coordinates, α = 1, these are c_in, c_skip, c_out and c_noise; in (α, σ) they serve every schedule.
 
-A Denoiser is four things: a network, a schedule, a prediction type and a time condition. Losses,
-samplers, metrics and analysis see only `predict`, so each works with any combination of the four:
-E-TSDM is a value of `condition`, and nothing outside this file ever asks for it. A fifth, `space`,
-says what x_0 is to the user: pixels, pixels beside a small image, or latents (spaces.py).
+A Denoiser joins a network, a schedule, a prediction type and a time input t -> c. Losses, samplers,
+metrics and analysis use only `predict`, so each works with any combination: E-TSDM is one value of
+`time_input`. A fifth part, `space`, defines what x_0 is: pixels, pixels next to a small image
+(papers/superres.py), or latents (papers/latents.py).
 
-What this file does not do: draw noise, take steps, or define a network.
+Not here: noise, steps, or the network itself (unet.py).
 
     from denoiser import load_run
     x0, eps = load_run("runs/shapes-tiny-sa2").predict(x, t)
 
-x (B, C, H, W), where data are in [-1, 1]; t in [0, T], a number or (B,); net(x, c) the raw network.
+x (B, C, H, W), data in [-1, 1]; t in [0, T], a number or (B,); net(x, c) the raw network, c (B,).
 """
 
 import copy
-import functools
+import importlib
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import etsdm
-import files
 import schedules
-import spaces
 import unet
-from schedules import at, combine, match, noise_in, scales, solve
+from config import PREDICTIONS
+from schedules import Schedule, eps_from_x0, expand
+from support import checkpoint
 
-PREDICTIONS = ("eps", "v", "x0", "edm")
+# Settings that name a part of papers/: its module's extend() adds it to the denoiser.
+PARTS = {"remap": "papers.alternatives", "factor": "papers.superres", "latent": "papers.latents"}
+
+
+class Pixels:
+    """x_0 is the image itself: shape (C, H, W), values in [-1, 1]."""
+
+    value_range, data_std = (-1.0, 1.0), 0.5  # EDM's std of images
+
+    def __init__(self, shape):
+        self.shape = tuple(shape)
+
+    def encode(self, images):
+        return images
+
+    def decode(self, x0):
+        return x0
+
+    def conditioning(self, images):
+        """What the network sees of the images next to x_t: nothing."""
+        return None
 
 
 class Denoiser:
-    """net: a Module or any callable net(x (B, ...), c (B,)) -> like x, or longer (second heads and
-    learned variances come behind the prediction). condition: a pure function t -> c, whose answers
-    to numbers are kept, or None for c = t."""
+    """net: a Module or any callable net(x (B, C, ...), c (B,)) -> (B, C or more, ...); second heads
+    and learned variances follow the prediction. time_input: a function t -> c, None for c = t."""
 
-    def __init__(self, net, schedule, prediction="eps", condition=None, space=None):
+    def __init__(self, net, schedule: Schedule, prediction: str = "eps", time_input=None,
+                 space=None):
         if prediction not in PREDICTIONS:
             raise ValueError(f"unknown prediction {prediction!r}: choose from "
                              + " ".join(PREDICTIONS))
-        self.net, self.schedule, self.space = net, schedule, space
-        self.prediction, self.condition = prediction, condition
-        self.given = None  # (B, ...): what the network sees beside x, as further channels
-        self.data_std = (spaces.Pixels if space is None else space).data_std  # d above
+        self.net, self.schedule, self.prediction = net, schedule, prediction
+        self.time_input, self.space = time_input, space or Pixels(())
+        self.conditioning = None  # (B, ...): further input channels of the network
 
-    def but(self, **changes):
-        """This denoiser with some of its parts replaced, e.g. .but(net=another)."""
+    @property
+    def data_std(self) -> float:
+        """d above."""
+        return self.space.data_std
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of x_0."""
+        return self.space.shape
+
+    def replace(self, **parts) -> "Denoiser":
+        """A copy with some parts replaced, e.g. .replace(net=another)."""
         other = copy.copy(self)
-        vars(other).update(changes)
+        vars(other).update(parts)
         return other
 
-    def on(self, images):
-        """Images (B, C, H, W) in [-1, 1] -> (their x_0, this denoiser, given what it may see of
-        them)."""
-        if self.space is None:
-            return images, self
-        return self.space.encode(images), self.but(given=self.space.given(images))
+    def encode(self, images: Tensor) -> tuple[Tensor, "Denoiser"]:
+        """Images (B, C, H, W) in [-1, 1] -> (their x_0, this denoiser with its conditioning)."""
+        return self.space.encode(images), self.replace(conditioning=self.space.conditioning(images))
 
-    def outputs(self, x, t, told=None):
-        """All that the network says of x_t, told f(t): (B, C or more, ...), in x's precision
-        whatever autocast made of it. told: another time, whose f it is told instead; x_t is shown
-        as at t."""
-        told = t if told is None else told
-        seen = x / match(self.spread(t), x) if self.prediction == "edm" else x
-        if self.given is not None:  # in the same order, as often as x_0 was repeated (SA-k)
-            repeats = len(x) // len(self.given)
-            beside = self.given.repeat(repeats, *[1] * (self.given.dim() - 1))
-            seen = torch.cat([seen, beside.to(x.dtype)], dim=1)
-        # x's precision, but never half: bf16 has no 999.
+    def decode(self, x0: Tensor) -> Tensor:
+        """x_0 -> images (B, C, H, W), roughly in [-1, 1]."""
+        return self.space.decode(x0)
+
+    def marginal_std(self, t: Tensor | float) -> Tensor:
+        """r = √(σ² + α² d²), the std of x_t: float64 of t's shape."""
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return (sigma**2 + alpha**2 * self.data_std**2).sqrt()
+
+    def time_input_at(self, t: Tensor | float) -> Tensor:
+        """The network's time input at t, a number or (B,): a tensor of t's shape."""
+        t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float64)
+        c = t if self.time_input is None else self.time_input(t)
+        if self.prediction == "edm":
+            # E-TSDM shares t, the coordinate of EDM's grid of noise levels. ln 0 does not exist: a
+            # sub-interval that begins at t = 0 is given the level of t = 1, the grid's last.
+            lam = self.schedule.lam(torch.where(c > 0, c.double(), 1.0))
+            c = -lam.clamp(min=-10.0) / 4  # ln(σ/α)/4; the bound is for alpha_bar = 0
+        return c
+
+    def network_output(self, x: Tensor, t: Tensor | float,
+                       t_input: Tensor | float | None = None) -> Tensor:
+        """Raw network output at x_t: (B, C or more, ...), in x's dtype whatever autocast used.
+
+        t_input: time for the network's time input instead of t; x_t is still scaled for t (to
+        measure the slope in t alone).
+        """
+        net_input = x / expand(self.marginal_std(t), x) if self.prediction == "edm" else x
+        if self.conditioning is not None:  # in the same order, repeated as x_0 was (SA-k)
+            times = len(x) // len(self.conditioning)
+            repeated = self.conditioning.repeat(times, *[1] * (self.conditioning.dim() - 1))
+            net_input = torch.cat([net_input, repeated.to(x.dtype)], dim=1)
+        # c has x's precision, but never half: bf16 cannot hold 999.
         dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-        how = self.condition, self.schedule, self.prediction
-        if type(told) is float:
-            c = torch.full(x.shape[:1], number_told(told, *how), dtype=dtype, device=x.device)
-        else:
-            c = what_is_told(told, *how).to(x.device, dtype).expand(len(x))
-        out = self.net(seen, c)
-        return out if out.dtype is x.dtype else out.to(x.dtype)
+        c = self.time_input_at(t if t_input is None else t_input).to(x.device, dtype).expand(len(x))
+        return self.net(net_input, c).to(x.dtype)
 
-    def spread(self, t):
-        """r = √(s² + a² d²), the std of x_t: a number, or float64 of t's shape."""
-        a, s = at(self.schedule, t) if type(t) is float else self.schedule.coefficients(t)
-        return (s**2 + a**2 * self.data_std**2) ** 0.5
+    def prediction_at(self, x: Tensor, t: Tensor | float,
+                      t_input: Tensor | float | None = None) -> Tensor:
+        """The network's prediction at x_t, without what a second head adds: like x (B, C, ...)."""
+        return self.network_output(x, t, t_input)[:, :x.shape[1]]
 
-    def output(self, x, t, told=None):
-        """The network's prediction at x_t, told f(t), or f(told): like x (B, C, ...)."""
-        out = self.outputs(x, t, told)
-        return out if out.shape == x.shape else out[:, :x.shape[1]]
-
-    def explain(self, x, t, out):
-        """x_t and the prediction `out` -> (x0, ε), all of one shape: the table above."""
-        a, s = scales(self.schedule, t, x)
+    def to_x0_eps(self, x: Tensor, t: Tensor | float, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and the network's prediction -> (x0, eps), all of one shape: the table above."""
+        alpha, sigma = (expand(k, x) for k in self.schedule.alpha_sigma(t))
         if self.prediction == "eps":
-            return solve(x, s, out, a), out
+            return (x - sigma * prediction) / alpha, prediction
         if self.prediction == "x0":
-            return out, noise_in(self.schedule, x, t, out)
+            return prediction, eps_from_x0(self.schedule, x, t, prediction)
         if self.prediction == "v":
-            power = a**2 + s**2  # 1, but for the edm schedule
-            return combine(a / power, x, -s / power, out), combine(s / power, x, a / power, out)
-        d, r = self.data_std, match(self.spread(t), x)
-        return (combine(a * d**2 / r**2, x, s * d / r, out),
-                combine(s / r**2, x, -a * d / r, out))
+            power = alpha**2 + sigma**2  # 1, except for the edm schedule
+            return ((alpha * x - sigma * prediction) / power,
+                    (sigma * x + alpha * prediction) / power)
+        d, r = self.data_std, expand(self.marginal_std(t), x)
+        return (alpha * d**2 / r**2 * x + sigma * d / r * prediction,
+                sigma / r**2 * x - alpha * d / r * prediction)
 
-    def predict(self, x, t):
-        """x_t (B, ...), t a number or (B,) -> (x0, ε), both like x. From ε-prediction x0 is not to
-        be had where ᾱ = 0: it comes out infinite or NaN."""
-        return self.explain(x, t, self.output(x, t))
-
-
-def what_is_told(t, condition, schedule, prediction):
-    """f(t) of a network with this condition: t a number or (B,) -> a tensor of its shape."""
-    t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float64)
-    c = t if condition is None else condition(t)
-    if prediction == "edm":
-        # What is shared is t, the coordinate of EDM's own grid of noise levels. ln 0 is no number:
-        # a part that begins at t = 0 is told the level of t = 1, the grid's last.
-        lam = schedule.lam(torch.where(c > 0, c.double(), 1.0))
-        c = -lam.clamp(min=-10.0) / 4  # ln(σ)/4; the bound is for ᾱ = 0, where σ = ∞
-    return c
+    def predict(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """x_t (B, ...), t a number or (B,) -> (x0, eps), both like x. From eps, x0 is infinite or
+        NaN where alpha_bar = 0: eps holds no information on x_0 there."""
+        return self.to_x0_eps(x, t, self.prediction_at(x, t))
 
 
-@functools.lru_cache(maxsize=8192)
-def number_told(t, condition, schedule, prediction):
-    """The same for a number, as a number, and kept, as schedules.at keeps coefficients."""
-    return float(what_is_told(t, condition, schedule, prediction))
-
-
-def zero_based(t):
-    """The condition of imported checkpoints: guided-diffusion, SA-DPM and most others count DDPM's
-    steps 0..T-1, ours are 1..T, so their networks are told t - 1."""
+def zero_based_time(t: Tensor) -> Tensor:
+    """The time input of imported networks. guided-diffusion, SA-DPM and most others count DDPM's
+    steps 0..T-1, ours are 1..T: their networks receive t - 1."""
     return t - 1
 
 
-def from_settings(settings, net=None, first_stage=None):
-    """The Denoiser that settings (the flat dict of config.json) describe, which it then carries as
-    .settings. net=None builds its U-Net; first_stage: the checkpoint's, of latent runs."""
+def build_denoiser(settings: dict, extra: dict | None = None) -> Denoiser:
+    """The Denoiser that a run's settings describe, with a new U-Net; settings are attached.
+
+    settings: Config.settings(), the flat dict of config.json. extra: what a checkpoint holds
+    besides the weights (the first stage of latent diffusion). KeyError, ValueError, TypeError:
+    settings that do not describe a denoiser.
+    """
     schedule = schedules.make_schedule(settings["schedule"], settings["T"], settings["continuous"],
                                        settings["unet"]["image_size"])
-    condition = etsdm.make_condition(settings["etsdm"], settings["etsdm_interval"],
-                                     settings["etsdm_n"], settings["remap"], settings["T"])
-    if settings.get("imported"):
-        condition = zero_based
-    net = unet.UNet(**settings["unet"]) if net is None else net
-    space = spaces.from_settings(settings, first_stage)
-    denoiser = Denoiser(net, schedule, settings["prediction"], condition, space)
+    time_input = zero_based_time if settings.get("imported") else None
+    if settings["etsdm"]:
+        time_input = etsdm.make_time_input(settings["etsdm_interval"], settings["etsdm_n"])
+    net = unet.UNet(**settings["unet"])
+    space = Pixels((settings["channels"], settings["image_size"], settings["image_size"]))
+    denoiser = Denoiser(net, schedule, settings["prediction"], time_input, space)
+    for key, module in PARTS.items():
+        if settings.get(key):
+            denoiser = importlib.import_module(module).extend(denoiser, settings, extra or {})
     denoiser.settings = settings
     return denoiser
 
 
-def load_run(run, weights="ema"):
-    """Open a run folder (or its checkpoint.pt) -> Denoiser in eval mode, on the CPU, its settings
-    in .settings, and .folder, .step, .weights.
+def load_run(run: str | Path | None, weights: str = "ema") -> Denoiser:
+    """Open a run folder, its checkpoint.pt, a name under runs/, or None for the newest run.
 
-    weights: "ema" (what the papers sample from) or "raw". ValueError or OSError, one line each, if
-    it is no run, or one that makes no pictures.
+    weights: "ema" (what the papers sample from) or "raw", the last ones. -> Denoiser in eval mode
+    on the CPU, with .settings, .folder, .step, .weights. ValueError, OSError, one line each: not a
+    run, or one that cannot draw images.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights are ema or raw, not {weights!r}")
-    path = files.find_checkpoint(run)
-    checkpoint = files.load_checkpoint(path)
-    if checkpoint["settings"].get("task") == "autoencoder":
+    path = checkpoint.find_checkpoint(run)
+    saved = checkpoint.load_checkpoint(path)
+    if "unet" not in saved["settings"]:
         raise ValueError(f"{path.parent} is an autoencoder, which draws nothing by itself: train a "
-                         f"model of its latents, python train.py --latent {path.parent.name}")
+                         f"model of its latents, python -m papers.latents {path.parent.name}")
     try:
-        denoiser = from_settings(checkpoint["settings"],
-                                 first_stage=checkpoint.get("extra", {}).get("first_stage"))
+        denoiser = build_denoiser(saved["settings"], saved.get("extra", {}))
     except (KeyError, TypeError) as error:
         raise ValueError(f"the settings in {path} do not describe a model of this version "
                          f"({error})") from error
-    files.load_weights(denoiser.net, checkpoint[weights], path)
-    denoiser.folder, denoiser.step, denoiser.weights = path.parent, checkpoint["step"], weights
-    denoiser.net.eval().requires_grad_(False)
-    return denoiser
-
-
-def load_guided_diffusion(path, preset, schedule="linear"):
-    """A checkpoint of OpenAI's guided-diffusion, of the size `preset` -> Denoiser, as load_run.
-
-    Those that learnt a variance too (learn_sigma) have twice the outputs: `output` leaves theirs
-    out. ValueError, OSError: one line.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        state = files.read_tensors(path)
-    except ValueError as error:
-        raise ValueError(f"{path} holds no weights ({error})") from error
-    if isinstance(state, dict) and state.get("format") == files.FORMAT:
-        raise ValueError(f"{path} is a run of train.py: give it as RUN")
-    tensors = isinstance(state, dict) and all(torch.is_tensor(v) for v in state.values())
-    if not tensors or not state:
-        raise ValueError(f"{path} is no state dict of a network: it holds "
-                         f"{files.describe(state)}")
-    state = unet.from_guided_diffusion(state)
-    channels, outputs = len(state["input_blocks.0.0.weight"][0]), len(state["out_conv.weight"])
-    if channels not in (1, 3) or outputs not in (channels, 2 * channels):
-        raise ValueError(f"{path} has {channels} channels in and {outputs} out: only networks that "
-                         "draw images from noise can be loaded, no upsamplers")
-    size = dict(unet.PRESETS[preset], in_channels=channels, out_channels=outputs)
-    net = unet.UNet(**size)
-    files.load_weights(net, state, path, f"the preset {preset}")
-    side = size["image_size"]
-    denoiser = from_settings(dict(
-        schedule=schedule, T=1000, continuous=False, image_size=side, channels=channels,
-        prediction="eps", etsdm=False, etsdm_interval=100, etsdm_n=5, remap=None, unet=size,
-        imported=True, data=None), net)
-    denoiser.folder, denoiser.step, denoiser.weights = Path(path).resolve().parent, None, "imported"
+    checkpoint.load_weights(denoiser.net, saved["ema" if weights == "ema" else "net"], path)
+    denoiser.folder, denoiser.step, denoiser.weights = path.parent, saved["step"], weights
     denoiser.net.eval().requires_grad_(False)
     return denoiser

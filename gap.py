@@ -33,7 +33,7 @@ large (test_theory.py compares both with two real runs). (2) The error of the fi
 out. (3) The sign is the other one. (4) It returns the mean over the batch as a map, without a norm
 or an interval, and so without a way to tell a gap from the spread of the batch.
 
-What this file does not do: train with what it measures (losses.py), or bound it: the chain of
+Not here: training with what it measures (losses.py), or a bound: the chain of
 theorem 2, ‖Σ w_t‖² <= N/k² Σ‖W_s‖² <= N Σ‖w_t‖², is walked through in tests/test_theory.py.
 
     python gap.py RUN [RUN ...]                  # figure 4: gap.png and gap.csv
@@ -44,52 +44,72 @@ x, G (B, C, H, W), ‖·‖ over C, H, W in pixels' units ([-1, 1]); t falls fro
 schedules.py; η share of DDPM's noise.
 """
 
-import runtime  # isort: skip  (before torch: it sets OpenMP's spinning)
+import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
 
-import argparse
+from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-import covariance
 import data
-import denoiser as denoisers
-import files
+import lipschitz
 import samplers
 import schedules
-import sources
 import toy
+from denoiser import Denoiser
+from schedules import Schedule
+from support import distributed, files, rng
+from support.cli import flag, flag_name, parse_into
+from support.programs import run_main
 
-STYLES = ("k-", "C1--", "C0-.", "C2:", "C3-", "C4--", "C5-.")  # told apart without colour too
+STYLES = ("k-", "C1--", "C0-.", "C2:", "C3-", "C4--", "C5-.")  # distinct without colour
 
 
 # ------------------------------------------------------------------ theorem 1
 
-def gap_weights(schedule):
+def gap_weights(schedule: Schedule) -> Tensor:
     r"""τ_t for t = 0..T, (T+1,) float64, 0 for t < 2:
 
         τ_t = √ᾱ_{t−1} (1 − ᾱ_1)/(√ᾱ_1 (1 − ᾱ_{t−1})) · β_t/√((1 − β_t)(1 − ᾱ_t))
 
-    The last factor is what e_t does to x_{t−1}; the first is how much of that the later steps let
-    through, the product of their c. (∞ at T where ᾱ_T = 0: there ε says nothing about x_0.)
+    The last factor is what e_t does to x_{t−1}; the first is how much of that the later steps pass
+    on, the product of their c. (∞ at T where ᾱ_T = 0: there ε holds nothing about x_0.)
     """
     t = torch.arange(2, schedule.T + 1, dtype=torch.float64)
-    (a, s), (a1, s1) = schedule.coefficients(t - 1), schedule.coefficients(1.0)
-    a_t, s_t = schedule.coefficients(t)
+    (alpha, sigma), (alpha_1, sigma_1) = schedule.alpha_sigma(t - 1), schedule.alpha_sigma(1.0)
+    alpha_t, sigma_t = schedule.alpha_sigma(t)
     beta, _ = schedule.step_variances(t, t - 1)
-    through = a * s1**2 / (a1 * s**2)
-    tau = through * beta * a / (a_t * s_t)  # a_t/a_{t−1} is √(1 − β_t), and 1 for edm
+    passed_on = alpha * sigma_1**2 / (alpha_1 * sigma**2)
+    tau = passed_on * beta * alpha / (alpha_t * sigma_t)  # α_t/α_{t−1}: √(1 − β_t), 1 for edm
     return torch.cat([torch.zeros(2, dtype=torch.float64), tau])
 
 
-def step(schedule, t, t_next, eta=1.0):
-    """(A, c, std) of x_next = A x_0 + c x_t + std z, as floats; η = 1 is DDPM, 0 DDIM."""
-    fresh, A, _ = covariance.parts(schedule, t, t_next, eta)
-    s, s_next = schedule.coefficients(t)[1], schedule.coefficients(t_next)[1]
-    c = (s_next**2 - fresh).clamp(min=0).sqrt() / s
+def step_coefficients(schedule: Schedule, t, t_next, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+    r"""(η²β̃, A, σ_t/α_t) of a step. A is a small difference of two large numbers if the times are
+    close; times its conjugate it is a sum. With r = √(σ_next² − η²β̃) and, for any schedule,
+    β = σ_t² − (α_t/α_next)² σ_next²,
+
+        A = (α_next² σ_t² − r² α_t²)/(σ_t (α_next σ_t + r α_t)),   numerator = α_next² β + η²β̃ α_t²
+    """
+    (alpha, sigma), (alpha_next, sigma_next) = (schedule.alpha_sigma(k) for k in (t, t_next))
+    beta, beta_tilde = schedule.step_variances(t, t_next)
+    fresh = eta**2 * beta_tilde
+    r = (sigma_next**2 - fresh).clamp(min=0).sqrt()
+    A = (alpha_next**2 * beta + fresh * alpha**2) / (sigma * (alpha_next * sigma + r * alpha))
+    return fresh, A, sigma / alpha
+
+
+def step(schedule: Schedule, t: float, t_next: float,
+         eta: float = 1.0) -> tuple[float, float, float]:
+    """(A, c, std) of x_next = A x_0 + c x_t + std z; η = 1 is DDPM, 0 DDIM."""
+    fresh, A, _ = step_coefficients(schedule, t, t_next, eta)
+    sigma, sigma_next = (schedule.alpha_sigma(k)[1] for k in (t, t_next))
+    c = (sigma_next**2 - fresh).clamp(min=0).sqrt() / sigma
     return float(A), float(c), float(fresh.sqrt())
 
 
@@ -106,9 +126,9 @@ def gap_along_run(denoiser, x0, noise, times=None, eta=1.0, ideal=None, progress
     """
     schedule = denoiser.schedule
     if times is None:
-        start = samplers.start_time(denoiser)
+        start = samplers.initial_time(denoiser)
         times = schedules.time_grid(schedule, start, t_start=start)
-    x = schedules.diffuse(schedule, x0, times[0], noise(x0.shape))
+    x = schedules.add_noise(schedule, x0, times[0], noise(x0.shape))
     G = torch.zeros_like(x0, dtype=torch.float64)
     reducible = None if ideal is None else G.clone()
     for t, t_next in pairwise(tqdm(times.tolist(), progress, disable=progress is None,
@@ -131,7 +151,7 @@ def ideal_of_images(images, schedule):
     half = flat.square().sum(1) / 2
 
     def ideal(x, t):
-        a, s = map(float, schedule.coefficients(t))
+        a, s = map(float, schedule.alpha_sigma(t))
         # −‖x − a x_0‖²/(2 s²) without the ‖x‖² that all of them share: one matrix product
         log_weights = (a * x.double().flatten(1) @ flat.T - a**2 * half) / s**2  # (B, N)
         return (log_weights.softmax(1) @ flat).reshape(x.shape)
@@ -140,7 +160,7 @@ def ideal_of_images(images, schedule):
 
 # ------------------------------------------------------------------ numbers about G
 
-def gram(G):
+def inner_products(G):
     """G (B, ...) -> its inner products (B, B): all that the numbers below need."""
     flat = G.flatten(1)
     return (flat @ flat.T).cpu()
@@ -169,39 +189,40 @@ def resamples(B, count=500, seed=0):
 
 # ------------------------------------------------------------------ the program
 
-def measure(denoiser, x0, args, name):
+def measure(denoiser, x0, config, name):
     """One run -> rows of the CSV (dicts, one per t), and the bootstrap values at the end."""
-    noise = samplers.SeededNoise(range(args.seed, args.seed + len(x0)), x0.device)
-    start = samplers.start_time(denoiser)
-    if (args.steps or 0) > start and not denoiser.schedule.continuous:
-        raise ValueError(f"--steps {args.steps}: {name} knows the {start} whole t alone")
-    times = schedules.time_grid(denoiser.schedule, args.steps or start, t_start=start)
+    noise = samplers.SeededNoise([rng.image_seed(config.seed, i) for i in range(len(x0))],
+                                 x0.device)
+    start = samplers.initial_time(denoiser)
+    if (config.steps or 0) > start and not denoiser.schedule.continuous:
+        raise ValueError(f"--steps {config.steps}: {name} knows the {start} whole t alone")
+    times = schedules.time_grid(denoiser.schedule, config.steps or start, t_start=start)
     ideal = None
-    if args.ideal:
-        whole = ideal_set(denoiser, args, name).to(x0.device)
+    if config.ideal:
+        whole = ideal_set(denoiser, config, name).to(x0.device)
         ideal = ideal_of_images(whole, denoiser.schedule)
-    which = "x".join(map(str, (args.data or denoiser.settings["data"], *x0.shape[1:])))
+    which = "x".join(map(str, (config.data or denoiser.settings["data"], *x0.shape[1:])))
     drawn, rows, boot = resamples(len(x0)), [], None
-    tau = gap_weights(denoiser.schedule) if args.eta == 1 and len(times) == start else None
-    for t, G, reducible in gap_along_run(denoiser, x0, noise, times, args.eta, ideal, name,
-                                         args.batch_size):
-        row = dict(run=name, t=t, images=which, n=len(x0), **summarize(gram(G), drawn))
+    tau = gap_weights(denoiser.schedule) if config.eta == 1 and len(times) == start else None
+    for t, G, reducible in gap_along_run(denoiser, x0, noise, times, config.eta, ideal, name,
+                                         config.batch_size):
+        row = dict(run=name, t=t, images=which, n=len(x0), **summarize(inner_products(G), drawn))
         boot = row.pop("boot")
         if tau is not None:  # theorem 1's weights belong to this very grid
             row["tau"] = tau[round(t)].item()
         if reducible is not None:
-            part = summarize(gram(reducible), drawn)
+            part = summarize(inner_products(reducible), drawn)
             row.update({f"reducible_{k}": v for k, v in part.items() if k != "boot"})
         rows.append(row)
     return rows, boot
 
 
-def ideal_set(denoiser, args, name):
+def ideal_set(denoiser, config, name):
     """The whole set that a run was trained on, as what is diffused: float32 (N, *space.shape).
     ValueError: it has no end."""
     s = denoiser.settings
-    source = args.data or sources.here(s["data"], name)
-    whole = sources.images_of(source, s["image_size"], s["channels"], args.seed)
+    source = config.data or data.require_local(s["data"], name)
+    whole = lipschitz.images_of(source, s["image_size"], s["channels"], config.seed)
     if not isinstance(whole, data.Array):
         raise ValueError(f"--ideal takes a set that fits into memory, not {source}")
     images = data.to_float(whole.images)
@@ -209,7 +230,7 @@ def ideal_set(denoiser, args, name):
     return torch.cat([denoiser.space.encode(part) for part in images.split(256)])
 
 
-def draw(path, runs, weights):
+def plot(path, runs, weights):
     """Figure 4: a panel for each quantity, a line for each run; t falls to the right, as in
     sampling. runs: {name: rows}; weights: {schedule: τ}."""
     panels = [("mean", "norm of the batch mean"), ("systematic", "systematic part, 95 %"),
@@ -244,7 +265,7 @@ def draw(path, runs, weights):
     files.save_figure(path, figure, 110)
 
 
-def compare(runs, boots):
+def add_reductions(runs, boots):
     """Into the last row of each run that saw the first one's images: by how much its systematic
     part is less than the first one's, and the 95 % interval. What the images leave by chance, they
     leave in both: the difference is known better than either part."""
@@ -256,7 +277,7 @@ def compare(runs, boots):
                        less_high=high)
 
 
-def table(runs):
+def table_of_ends(runs):
     """The end of each run, and what compare() has found."""
     first = next(iter(runs))
     lines = [f"{'at t = 1':24s} {'images':>6s} {'mean':>7s} {'systematic, 95 %':>22s} {'norm':>7s}"]
@@ -289,7 +310,7 @@ def illustrate(path, nfe=50, size=0.15):
         def net(x, c, sign=sign, seen=seen):
             seen.append((float(c[0]), x.item()))
             return exact(x, c) + size * sign(len(seen))
-        end = samplers.sample(denoisers.Denoiser(net, schedule), x_T, nfe=nfe)
+        end = samplers.sample(Denoiser(net, schedule), x_T, nfe=nfe)
         t, x = np.array([*seen, (0.0, end.item())]).T
         right_path = x if right_path is None else right_path  # the first is the ideal one
         left.plot(t, x, style, label=name)
@@ -308,70 +329,75 @@ def illustrate(path, nfe=50, size=0.15):
     files.write_csv(path.with_suffix(".csv"), rows)
 
 
-def parse(argv=None):
-    """The command line; ValueError for what does not go together."""
-    parser = argparse.ArgumentParser(
-        prog="gap.py", usage="python gap.py [RUN ...] [flags]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Measure how the errors of a sampling run add up: theorem 1 of SA-DPM.",
-        epilog="""examples
+@dataclass
+class GapConfig:
+    runs: tuple[str, ...] = flag((), "names under runs/, run folders, or checkpoints (default: the "
+                                 "newest run); LABEL=RUN gives it a name in the figure",
+                                 positional="RUN", nargs="*", group="measurement")
+    illustrate: bool = flag(False, "draw figure 1 of the paper, in one dimension")
+    num: int = flag(64, "images, each with its own noises; a thousand are needed to distinguish "
+                    "good networks", short="-n")
+    steps: int | None = flag(None, "N points of the grid from T to 1, N - 1 steps", shown="T")
+    eta: float = flag(1.0, "share of fresh noise: 1 DDPM, 0 DDIM")
+    ideal: bool = flag(False, "take the run's whole data set as the truth: adds the reducible gap "
+                       "(time grows with its number of images)")
+    data: str | None = flag(None, "images to start from", shown="the run's own set")
+    batch_size: int = flag(64, "images at a time")
+    seed: int = flag(0, "of the choice of images; the noise of image i is a function of (seed, i)")
+    weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
+    out: Path | None = flag(None, "the figure; its .csv goes next to it",
+                            shown="gap.png or illustration.png")
+
+    prog: ClassVar[str] = "gap.py"
+    usage: ClassVar[str] = "python gap.py [RUN ...] [flags]"
+    description: ClassVar[str] = ("Measure how the errors of a sampling run add up: theorem 1 of "
+                                  "SA-DPM.")
+    examples: ClassVar[str] = """\
   python gap.py shapes-tiny shapes-tiny-sa2 -n 1000
       the gap along 1000 steps of DDPM, without and with SA-2: figure 4, as gap.png and gap.csv
   python gap.py fashion-mnist-tiny fashion-mnist-tiny-sa2 --steps 100 --ideal
       also what training could remove: the gap from the ideal network of that set of images
   python gap.py --illustrate
-      figure 1: errors of one size at every step, that add up or cancel""")
-    add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="names under runs/, run folders, or checkpoints "
-        "(default: the newest run); LABEL=RUN says what to call it")
-    add("--illustrate", action="store_true", help="draw figure 1 of the paper, in one dimension")
-    add("-n", "--num", type=int, default=64, help="images, each with noises of its own; a thousand "
-        "are needed to tell good networks apart (default: 64)")
-    add("--steps", type=int, help="N points of the grid from T to 1, N - 1 steps (default: T)")
-    add("--eta", type=float, default=1.0, help="share of fresh noise: 1 DDPM, 0 DDIM (default: 1)")
-    add("--ideal", action="store_true", help="the run's whole data set as the truth: adds the "
-        "reducible gap (time grows with its number of images)")
-    add("--data", help="images to start from (default: the run's own data set)")
-    add("--batch-size", type=int, default=64, help="images at a time (default: 64)")
-    add("--seed", type=int, default=0, help="of the choice of images; image i has noise seed + i "
-        "(default: 0)")
-    add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last weights")
-    add("--out", type=Path, help="where to draw (default: gap.png); the .csv goes beside it")
-    args = parser.parse_args(argv)
-    given = {k for k, v in vars(args).items() if v not in (parser.get_default(k), [])}
-    if args.illustrate and given - {"illustrate", "out"}:
-        raise ValueError("--illustrate measures no run: give only --out with it")
-    if args.num < 2 or args.batch_size < 1 or args.seed < 0 or not 0 <= args.eta <= 1:
-        raise ValueError("--num must be at least 2, --batch-size 1, --seed 0, and --eta between 0 "
-                         "and 1")
-    if args.steps is not None and args.steps < 2:
-        raise ValueError(f"--steps must be at least 2, not {args.steps}")
-    args.out = args.out or Path("illustration.png" if args.illustrate else "gap.png")
-    if args.out.suffix != ".png" or not args.out.resolve().parent.is_dir():
-        raise ValueError(f"--out {args.out} must be a .png in a folder that exists")
-    return args
+      figure 1: errors of one size at every step, that add up or cancel"""
+
+    def check(self):
+        if self.illustrate and (unused := sorted(self.given - {"illustrate", "out"})):
+            raise ValueError(f"{flag_name(unused[0])} has no effect with --illustrate, which "
+                             "measures no run")
+        for name, least in (("num", 2), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{flag_name(name)} must be at least {least}, not "
+                                 f"{getattr(self, name)}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"--eta must be between 0 and 1, not {self.eta}")
+        if self.steps is not None and self.steps < 2:
+            raise ValueError(f"--steps must be at least 2, not {self.steps}")
+        self.out = self.out or Path("illustration.png" if self.illustrate else "gap.png")
+        lipschitz.check_figure(self.out)
 
 
 def main(argv=None):
-    args = parse(argv)
-    if args.illustrate:
-        illustrate(args.out)
-    with runtime.setup(tf32=False) as process:
-        if not process.first:  # nothing to share out: one process measures
+    config = parse_into(GapConfig, argv)
+    if config.illustrate:
+        illustrate(config.out)
+    with distributed.init(tf32=False) as dist:
+        if not dist.is_main:  # nothing to share out: one process measures
             return
         runs, boots, weights = {}, {}, {}
-        for name, denoiser, x0 in [] if args.illustrate else sources.opened(args, process.device):
-            runs[name], boots[name] = measure(denoiser, x0, args, name)
+        opened = [] if config.illustrate else lipschitz.open_runs(config, dist.device)
+        for name, denoiser, x0 in opened:
+            runs[name], boots[name] = measure(denoiser, x0, config, name)
             s = denoiser.settings
             kind = f"{s['schedule']}{', continuous' * s['continuous']}, {s['image_size']} pixels"
             weights[kind] = gap_weights(denoiser.schedule)
     if runs:
-        compare(runs, boots)
-        draw(args.out, runs, weights)
-        files.write_csv(args.out.with_suffix(".csv"), [r for rows in runs.values() for r in rows])
-        print(table(runs))
-    print(f"figure: {args.out.resolve()}\nnumbers: {args.out.with_suffix('.csv').resolve()}")
+        add_reductions(runs, boots)
+        plot(config.out, runs, weights)
+        files.write_csv(config.out.with_suffix(".csv"), [r for rows in runs.values() for r in rows])
+        print(table_of_ends(runs))
+    print(f"figure: {config.out.resolve()}\n"
+          f"numbers: {config.out.with_suffix('.csv').resolve()}")
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    run_main(main)

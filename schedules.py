@@ -1,154 +1,149 @@
-r"""The forward process: how much signal and how much noise is in x_t, and when a sampler looks.
+r"""The forward process: how much signal and how much noise x_t holds, and when a sampler looks.
 
-    x_t = a x_0 + s ε,   a = √ᾱ(t),   s = √(1 − ᾱ(t)),   ε ~ N(0, I)                    DDPM eq. 4
+    x_t = α x_0 + σ ε,   α = √ᾱ(t),   σ = √(1 − ᾱ(t)),   ε ~ N(0, I)                    DDPM eq. 4
 
 Papers: DDPM (linear), iDDPM (cosine), simple diffusion (cosine-shift), Lin et al. 2024 "Common
 Diffusion Noise Schedules and Sample Steps are Flawed" (zero-terminal-snr), Karras et al. 2022 (edm,
-where a = 1 and s = σ); and of E-TSDM the continuous forms and Modified-NS, the names that end in
--mns.
+α = 1 and σ is its noise level), and E-TSDM (the continuous forms; Modified-NS, the names in -mns).
 
-Time t is a real number in [0, T]: t = 0 is clean data, the integers 1..T are DDPM's steps, and
-ᾱ(0) = 1 exactly, so no array of "previous" values exists anywhere. A schedule comes in two forms:
+Time t is a real number in [0, T]. t = 0 is clean data, the integers 1..T are DDPM's steps, and
+ᾱ(0) = 1 exactly, so no array of "previous" values exists. Discrete schedules are a float64 table of
+log ᾱ over 0..T, read between integers by linear interpolation; continuous ones are a closed form in
+u = t/T. The logarithm keeps both ends exact: 1 − ᾱ = −expm1(log ᾱ) has all its digits at t = 1e-9,
+and log 0 is −∞. EDM's x is that of the same SNR divided by √ᾱ: only alpha_sigma() and
+step_variances() use this.
 
-    discrete      a float64 table of log ᾱ over 0..T, read between integers by linear interpolation
-    continuous    a closed form in u = t/T
+Not here: the time that the network receives (etsdm.py), and steps backwards (samplers.py).
 
-Either way it is one object that holds log ᾱ as a function of t, and the inverse of that function.
-The logarithm keeps both ends exact: 1 − ᾱ = −expm1(log ᾱ) has all its digits at t = 1e-9, and
-log 0 = −∞ is a number. EDM's x is that of the same SNR divided by √ᾱ, and only coefficients() and
-step_variances() know of it.
+    python -c "import schedules; print(schedules.make_schedule('cosine').alpha_sigma(500))"
+    python -m papers.figures        # log SNR over t, and E-TSDM's figure A9
 
-What this file does not do: choose what the network is told about t (etsdm.py), or take a step
-backwards (samplers.py).
-
-    python -c "import schedules; print(schedules.make_schedule('cosine').coefficients(500))"
-    python schedules.py                   # E-TSDM's figure A9: their SNRs, and which s explode at 0
-
-ᾱ (alpha_bar) signal power; a, s coefficients; λ (lam) = log(a/s), half the log signal-to-noise
-ratio (SNR); β_t = 1 − ᾱ(t)/ᾱ(t−1); β̃ (beta_tilde) the variance of q(x_next | x_t, x_0). Everything
-is float64 until it meets x.
+ᾱ (alpha_bar) signal power; λ (lam) = log(α/σ), half the log signal-to-noise ratio (SNR);
+β_t = 1 − ᾱ(t)/ᾱ(t−1); β̃ (beta_tilde) the variance of q(x_next | x_t, x_0). All is float64 until it
+meets x.
 """
 
-import argparse
 import functools
 import math
-import os
 
 import torch
+from torch import Tensor
 
-NAMES = ("linear", "quadratic", "cosine", "cosine-shift", "zero-terminal-snr",
-         "linear-mns", "quadratic-mns", "cosine-mns", "edm")
-SPACINGS = ("uniform", "quadratic", "logsnr")
-BETA_ENDS = (1e-4, 0.02)  # DDPM's β_1 and β_T at T = 1000; latent diffusion's: (0.0015, 0.0195)
-SIGMAS = (0.002, 80.0)  # EDM's noise levels at t = 1 and t = T
+SCHEDULES = ("linear", "quadratic", "cosine", "cosine-shift", "zero-terminal-snr",
+             "linear-mns", "quadratic-mns", "cosine-mns", "edm")
+SPACINGS = ("uniform", "quadratic", "logsnr", "leading")
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM's noise levels at t = 1 and t = T
 
 
 class Schedule:
-    """ᾱ and its relatives as functions of t in [0, T], a number or a tensor of any shape; they give
-    float64 of that shape. (Made by make_schedule.)
+    """ᾱ and related quantities as functions of t in [0, T], a number or a tensor of any shape: each
+    returns float64 of that shape. make_schedule() builds it.
 
-    exploding   a = 1 and s = σ (edm) instead of a² + s² = 1: x, and with it a and s, are divided by
-                √ᾱ. λ, its inverse and ᾱ = 1/(1 + σ²), that of the same SNR, do not change by that
-    prior_std   what standard normal noise is multiplied by to be x_T: 1, or EDM's σ(T) = 80
+    variance_exploding   α = 1 (edm) instead of α² + σ² = 1: x, α and σ are divided by √ᾱ. λ, its
+                         inverse and ᾱ = 1/(1 + σ²), which belong to the SNR, are not
+    prior_std            std of the noise that stands for x_T: 1, or EDM's σ(T) = 80
     """
 
-    def __init__(self, name, T, continuous, log_alpha_bar, inverse, exploding=False):
-        self.name, self.T, self.continuous, self.exploding = name, T, continuous, exploding
+    def __init__(self, name, T, continuous, log_alpha_bar, inverse, variance_exploding=False):
+        self.name, self.T, self.continuous = name, T, continuous
         self._log_alpha_bar, self._inverse = log_alpha_bar, inverse
-        self.prior_std = SIGMAS[1] if exploding else 1.0
+        self.variance_exploding = variance_exploding
+        self.prior_std = SIGMA_MAX if variance_exploding else 1.0
 
-    def log_alpha_bar(self, t):
+    def log_alpha_bar(self, t: Tensor | float) -> Tensor:
         return self._log_alpha_bar(torch.as_tensor(t, dtype=torch.float64))
 
-    def alpha_bar(self, t):
+    def alpha_bar(self, t: Tensor | float) -> Tensor:
         return self.log_alpha_bar(t).exp()
 
-    def coefficients(self, t):
-        """(a, s) with x_t = a x_0 + s ε."""
+    def alpha_sigma(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """(α, σ) with x_t = α x_0 + σ ε."""
         log_ab = self.log_alpha_bar(t)
-        a, s = (log_ab / 2).exp(), (-torch.expm1(log_ab)).sqrt()
-        return (torch.ones_like(a), s / a) if self.exploding else (a, s)
+        alpha, sigma = (log_ab / 2).exp(), (-torch.expm1(log_ab)).sqrt()
+        if self.variance_exploding:
+            return torch.ones_like(alpha), sigma / alpha
+        return alpha, sigma
 
-    def lam(self, t):
-        """λ = log(a/s): +∞ at t = 0, −∞ where ᾱ = 0."""
+    def lam(self, t: Tensor | float) -> Tensor:
+        """λ = log(α/σ): +∞ at t = 0, −∞ where ᾱ = 0."""
         log_ab = self.log_alpha_bar(t)
         return (log_ab - torch.log(-torch.expm1(log_ab))) / 2
 
-    def t_of_lam(self, lam):
-        """The time at which log(a/s) = λ: there ᾱ = 1/(1 + exp(−2λ)), and log ᾱ has an inverse."""
+    def t_of_lam(self, lam: Tensor | float) -> Tensor:
+        """The time at which log(α/σ) = λ. There ᾱ = 1/(1 + exp(−2λ)), and log ᾱ has an inverse."""
         lam = torch.as_tensor(lam, dtype=torch.float64)
         return self._inverse(-torch.logaddexp(-2 * lam, torch.zeros_like(lam)))
 
-    def step_variances(self, t, t_next):
-        r"""(β, β̃) of a step t -> t_next < t, neighbours or not:
+    def step_variances(self, t: Tensor | float, t_next: Tensor | float) -> tuple[Tensor, Tensor]:
+        r"""(β, β̃) of a step t -> t_next < t of any length:
 
-        β = Var q(x_t | x_next) = 1 − ᾱ_t/ᾱ_next
-        β̃ = Var q(x_next | x_t, x_0) = β (1 − ᾱ_next)/(1 − ᾱ_t)
-
-        Exploding: of x/√ᾱ, so that β = σ_t² − σ_next² and β̃ = β σ_next²/σ_t².
+        β = Var q(x_t | x_next) = 1 − ᾱ_t/ᾱ_next                                    DDPM eq. 2
+        β̃ = Var q(x_next | x_t, x_0) = β (1 − ᾱ_next)/(1 − ᾱ_t)                      DDPM eq. 7
+        variance exploding, of x/√ᾱ: β = σ_t² − σ_next² and β̃ = β σ_next²/σ_t²
         """
         log_t, log_next = self.log_alpha_bar(t), self.log_alpha_bar(t_next)
-        # Equal: no step, and where ᾱ = 0 at both ends the difference would be ∞ − ∞.
+        # Equal: a step of no length. If ᾱ = 0 at both ends, the difference would be ∞ − ∞.
         beta = torch.where(log_t == log_next, 0.0, -torch.expm1(log_t - log_next))
         beta_tilde = beta * torch.expm1(log_next) / torch.expm1(log_t)
-        if self.exploding:
+        if self.variance_exploding:
             return beta / log_t.exp(), beta_tilde / log_next.exp()
         return beta, beta_tilde
 
 
-def make_schedule(name, T=1000, continuous=False, image_size=32, beta_ends=BETA_ENDS):
-    r"""The Schedule of this name (NAMES). image_size (pixels) matters to cosine-shift only.
+def make_schedule(name: str, T: int = 1000, continuous: bool = False, image_size: int = 32,
+                  betas: tuple[float, float] = (1e-4, 0.02)) -> Schedule:
+    r"""Build the Schedule of this name (SCHEDULES). image_size (pixels) is for cosine-shift only.
 
-    beta_ends are β_1 and β_T at T = 1000, of the schedules made of betas; for another T both are
-    scaled by 1000/T, so that as much noise has been added at T. Continuous forms use the rates
-    1000 β. edm is continuous whatever was asked, and its noise levels are SIGMAS. ValueError:
-    unknown name, T < 2, or a β >= 1 (too few steps for these ends).
+    betas are β_1 and β_T at T = 1000, for the linear and quadratic families (latent diffusion's are
+    0.0015 and 0.0195). For another T both are scaled by 1000/T, so that x_T holds as much noise.
+    Continuous forms use the rates 1000 β. edm is always continuous, from SIGMA_MIN to SIGMA_MAX.
+    ValueError: unknown name, T < 2, betas that do not rise, or a β >= 1 (too few steps for them).
     """
-    if name not in NAMES:
-        raise ValueError(f"unknown schedule {name!r}: choose from {' '.join(NAMES)}")
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}: choose from {' '.join(SCHEDULES)}")
     if int(T) != T or T < 2:
         raise ValueError(f"T must be a whole number of steps, at least 2, not {T}")
-    if not 0 < beta_ends[0] < beta_ends[1]:
-        raise ValueError(f"beta must grow from above 0, not from {beta_ends[0]} to {beta_ends[1]}")
+    if not 0 < betas[0] < betas[1]:
+        raise ValueError(f"betas must rise from above 0, not from {betas[0]} to {betas[1]}")
     T = int(T)
     if name == "edm":
-        return Schedule(name, T, True, *edm_form(T), exploding=True)
+        return Schedule(name, T, True, *edm_form(T), variance_exploding=True)
     make = continuous_form if continuous else discrete_form
-    return Schedule(name, T, continuous, *make(name, T, image_size, beta_ends))
+    return Schedule(name, T, continuous, *make(name, T, image_size, betas))
 
 
 # ------------------------------------------------------------------ discrete: a table over 0..T
 
-def discrete_form(name, T, image_size, beta_ends):
+def discrete_form(name, T, image_size, betas):
     """(log ᾱ, its inverse), read from a table whose knots are the integers 0..T."""
     u = torch.arange(T + 1, dtype=torch.float64) / T  # t/T
+    low, high = (b * 1000 / T for b in betas)
     if name == "cosine-shift":
-        return table(cosine_shift(u, image_size))
-    if name in ("cosine", "cosine-mns"):
+        log_ab = cosine_shift(u, image_size)
+    elif name in ("cosine", "cosine-mns"):
         log_ab = log_cosine(u, 0.0 if name == "cosine-mns" else 0.008)
         # iDDPM clips β at 0.999: without it ᾱ_T = 0.
-        return table(accumulate((-torch.expm1(log_ab[1:] - log_ab[:-1])).clamp(max=0.999)))
-    low, high = (b * 1000 / T for b in beta_ends)
-    if name in ("linear", "zero-terminal-snr"):
-        log_ab = accumulate(torch.linspace(low, high, T, dtype=torch.float64))
-        return table(zero_terminal(log_ab) if name == "zero-terminal-snr" else log_ab)
-    if name == "linear-mns":  # β_t = β_T t/T
-        return table(accumulate(high * u[1:]))
-    root = torch.linspace(math.sqrt(low), math.sqrt(high), T, dtype=torch.float64)
-    log_ab = accumulate(root**2)  # quadratic
-    if name == "quadratic":
-        return table(log_ab)
-    # quadratic-mns: β_t = β' (t/T)², with β' raised (to 0.0214810) until the SNR at T is unchanged.
-    below, above = high, 1 - 1e-9
-    for _ in range(200):  # bisection, to the last bit
-        middle = (below + above) / 2
-        enough = torch.log1p(-middle * u[1:] ** 2).sum() < log_ab[-1]
-        below, above = (below, middle) if enough else (middle, above)
-    return table(accumulate(above * u[1:] ** 2))
+        log_ab = log_product((-torch.expm1(log_ab[1:] - log_ab[:-1])).clamp(max=0.999))
+    elif name in ("linear", "zero-terminal-snr"):
+        log_ab = log_product(torch.linspace(low, high, T, dtype=torch.float64))
+        log_ab = zero_terminal(log_ab) if name == "zero-terminal-snr" else log_ab
+    elif name == "linear-mns":  # β_t = β_T t/T
+        log_ab = log_product(high * u[1:])
+    else:
+        root = torch.linspace(math.sqrt(low), math.sqrt(high), T, dtype=torch.float64)
+        log_ab = log_product(root**2)
+    if name == "quadratic-mns":  # β_t = β' (t/T)², β' raised (to 0.0214810) to keep the SNR at T
+        below, above = high, 1 - 1e-9
+        for _ in range(200):  # bisection, to the last bit
+            middle = (below + above) / 2
+            enough = torch.log1p(-middle * u[1:] ** 2).sum() < log_ab[-1]
+            below, above = (below, middle) if enough else (middle, above)
+        log_ab = log_product(above * u[1:] ** 2)
+    return interpolated(log_ab)
 
 
-def accumulate(beta):
-    """β_1..β_T -> log ᾱ over 0..T: a sum of log1p(−β), where a product would round to 1."""
+def log_product(beta):
+    """β_1..β_T -> log ᾱ over 0..T: a sum of log1p(−β). A product of 1 − β would round to 1."""
     if beta.max() >= 1:
         raise ValueError(f"beta reaches {beta.max():.4g} with T = {len(beta)}, and must stay below "
                          "1: use a larger T")
@@ -156,33 +151,28 @@ def accumulate(beta):
 
 
 def zero_terminal(log_ab):
-    r"""a ← (a − a_T) a_1/(a_1 − a_T) over 1..T: a_1 stays, a_T becomes exactly 0 (Lin 2024)."""
-    a = (log_ab / 2).exp()
-    a = (a - a[-1]) * a[1] / (a[1] - a[-1])
-    a[0] = 1.0
-    return 2 * a.log()
+    r"""α ← (α − α_T) α_1/(α_1 − α_T) over 1..T: α_1 stays, α_T becomes exactly 0 (Lin 2024)."""
+    alpha = (log_ab / 2).exp()
+    alpha = (alpha - alpha[-1]) * alpha[1] / (alpha[1] - alpha[-1])
+    alpha[0] = 1.0
+    return 2 * alpha.log()
 
 
-def table(log_ab):
+def interpolated(log_ab):
     """(log ᾱ, its inverse) from the values log_ab (T+1,) at 0..T, by linear interpolation."""
-    copies = {}  # one per device: fetching the table from the CPU would stall a GPU every step
-
-    def on(device):
-        if device not in copies:
-            copies[device] = log_ab.to(device)
-        return copies[device]
+    table_on = functools.cache(log_ab.to)  # a copy per device: to copy at each step stalls a GPU
 
     def forward(t):
-        values = on(t.device)
-        i = t.floor().long().clamp(0, len(values) - 1)
-        low, high = values[i], values[(i + 1).clamp(max=len(values) - 1)]
+        table = table_on(t.device)
+        i = t.floor().long().clamp(0, len(table) - 1)
+        low, high = table[i], table[(i + 1).clamp(max=len(table) - 1)]
         f = t - i
         return torch.where(f > 0, low + f * (high - low), low)  # never 0 · (−∞)
 
     def inverse(y):
-        values = on(y.device)
-        i = (torch.searchsorted(-values, -y.contiguous(), right=True) - 1).clamp(0, len(values) - 2)
-        low, high = values[i], values[i + 1]
+        table = table_on(y.device)
+        i = (torch.searchsorted(-table, -y.contiguous(), right=True) - 1).clamp(0, len(table) - 2)
+        low, high = table[i], table[i + 1]
         f = ((y - low) / (high - low)).nan_to_num(1.0)  # −∞/−∞: ᾱ = 0 is t = T
         return i + f.clamp(0, 1)
 
@@ -191,21 +181,23 @@ def table(log_ab):
 
 # ------------------------------------------------------------------ continuous: functions of t/T
 
-def continuous_form(name, T, image_size, beta_ends):
-    """(log ᾱ, its inverse) in closed form, as functions of t; β's rates are per unit of u."""
-    low, high = (1000 * b for b in beta_ends)
+def continuous_form(name, T, image_size, betas):
+    """(log ᾱ, its inverse) in closed form, as functions of t. β's rates are per unit of u = t/T."""
+    low, high = (1000 * b for b in betas)
     if name in ("linear", "zero-terminal-snr"):
         slope = high - low
-        form = (lambda u: -(low * u + slope * u**2 / 2),  # the root below: without cancellation
-                lambda y: -2 * y / (low + (low**2 - 2 * slope * y).sqrt()))
-        if name == "zero-terminal-snr":
-            form = zero_terminal_continuous(*form)
+        line = form = (lambda u: -(low * u + slope * u**2 / 2),
+                       lambda y: -2 * y / (low + (low**2 - 2 * slope * y).sqrt()))
+        if name == "zero-terminal-snr":  # α ← (α − α(T))/(1 − α(T)); expm1: the digits near t = 0
+            keep = 1 - math.exp(-(low + slope / 2) / 2)
+            form = (lambda u: 2 * torch.log1p((torch.expm1(line[0](u) / 2) / keep).clamp(min=-1)),
+                    lambda y: line[1](2 * torch.log1p(torch.expm1(y / 2) * keep)))
     elif name == "linear-mns":
         form = lambda u: -high * u**2 / 2, lambda y: (-2 * y / high).sqrt()
     elif name == "quadratic":  # ∫ (p + q u)² du
         p, q = math.sqrt(low), math.sqrt(high) - math.sqrt(low)
         form = (lambda u: -u * (p**2 + p * q * u + q**2 * u**2 / 3),
-                lambda y: _cube_root_difference(p, -3 * q * y) / q)
+                lambda y: p / q * torch.expm1(torch.log1p(-3 * q * y / p**3) / 3))
     elif name == "quadratic-mns":  # the β_max that gives the same SNR at T
         high = low + math.sqrt(low * high) + high
         form = lambda u: -high / 3 * u**3, lambda y: (-3 * y / high) ** (1 / 3)
@@ -218,24 +210,18 @@ def continuous_form(name, T, image_size, beta_ends):
     return lambda t: form[0](t / T), lambda y: (form[1](y) * T).clamp(0, T)
 
 
-def _cube_root_difference(p, d):
-    """∛(p³ + d) − p, without cancellation at small d."""
-    root = (p**3 + d) ** (1 / 3)
-    return d / (root**2 + root * p + p**2)
-
-
 def log_cosine(u, offset):
     r"""log f(u)/f(0), f(u) = cos²((u + offset)/(1 + offset) π/2); iDDPM has offset 0.008."""
     angle = (u + offset) / (1 + offset) * math.pi / 2
     start = offset / (1 + offset) * math.pi / 2
-    # log cos² two ways: each keeps its digits at one end, where cos is near 1 or near 0.
+    # log cos² two ways: each keeps its digits at one end, cos near 1 or cos near 0.
     log_cos = torch.where(angle < 1, torch.log1p(-angle.sin() ** 2), 2 * angle.cos().abs().log())
     return log_cos - math.log1p(-math.sin(start) ** 2)
 
 
 def cosine_continuous(offset, floor=-20.0):
-    """(log ᾱ, inverse) of iDDPM's formula; log SNR stays above `floor`, since cos reaches 0."""
-    least = -math.log1p(math.exp(-floor))  # log ᾱ where log SNR = floor
+    """(log ᾱ, inverse) of iDDPM's formula. log SNR stays above `floor`, since cos reaches 0."""
+    lowest = -math.log1p(math.exp(-floor))  # log ᾱ at log SNR = floor
     start = math.log1p(-math.sin(offset / (1 + offset) * math.pi / 2) ** 2)
 
     def inverse(y):
@@ -244,26 +230,16 @@ def cosine_continuous(offset, floor=-20.0):
         angle = torch.atan2((-torch.expm1(y)).sqrt(), (y / 2).exp())
         return angle * 2 / math.pi * (1 + offset) - offset
 
-    return lambda u: log_cosine(u, offset).clamp(min=least), inverse
+    return lambda u: log_cosine(u, offset).clamp(min=lowest), inverse
 
 
 def cosine_shift(u, image_size, limit=15.0):
-    r"""log SNR = −2 log tan(πu/2) + 2 log(64/image_size), within ±limit; ᾱ(0) = 1 all the same.
-
-    Neighbouring pixels of a large image average noise away, so it needs more (simple diffusion,
-    Hoogeboom 2023); a side of 64 gives the plain cosine.
-    """
+    """log SNR = −2 log tan(πu/2) + 2 log(64/image_size), within ±limit; ᾱ(0) = 1 all the same
+    (simple diffusion, Hoogeboom 2023). Adjacent pixels of a large image average noise away, so it
+    needs more. A side of 64 gives the plain cosine."""
     log_snr = -2 * torch.log(torch.tan(math.pi * u / 2).abs()) + 2 * math.log(64 / image_size)
     log_ab = -torch.logaddexp(-log_snr.clamp(-limit, limit), torch.zeros_like(u))
     return torch.where(u > 0, log_ab, torch.zeros_like(u))
-
-
-def zero_terminal_continuous(forward, inverse):
-    """a ← (a − a(T))/(1 − a(T)) of another continuous schedule; expm1 and log1p keep the digits
-    near t = 0."""
-    end = math.exp(float(forward(torch.ones((), dtype=torch.float64))) / 2)  # a(T)
-    return (lambda u: 2 * torch.log1p((torch.expm1(forward(u) / 2) / (1 - end)).clamp(min=-1)),
-            lambda y: inverse(2 * torch.log1p(torch.expm1(y / 2) * (1 - end))))
 
 
 def edm_form(T, rho=7):
@@ -272,18 +248,18 @@ def edm_form(T, rho=7):
         σ(t) = (σ_min^(1/7) + (t − 1)/(T − 1) (σ_max^(1/7) − σ_min^(1/7)))^7     t >= 1
         σ(t) = σ_min t                                                            t < 1
 
-    So equal steps in t from T to 1, then 0, are EDM's grid (eq. 5); and σ(0) = 0, where its own
-    coordinate would end at σ_min. Beyond T the formula goes on: Heun's churn may ask there.
+    So equal steps in t from T to 1, then 0, are EDM's grid (eq. 5). The formula also holds beyond
+    T, for the churn of Heun's sampler.
     """
-    low, high = (sigma ** (1 / rho) for sigma in SIGMAS)
+    low, high = SIGMA_MIN ** (1 / rho), SIGMA_MAX ** (1 / rho)
 
     def forward(t):
         root = low + (t - 1) / (T - 1) * (high - low)
-        return -torch.log1p(torch.where(t < 1, SIGMAS[0] * t, root**rho) ** 2)
+        return -torch.log1p(torch.where(t < 1, SIGMA_MIN * t, root**rho) ** 2)
 
     def inverse(y):
         sigma = torch.expm1(-y).sqrt()
-        return torch.where(sigma < SIGMAS[0], sigma / SIGMAS[0],
+        return torch.where(sigma < SIGMA_MIN, sigma / SIGMA_MIN,
                            1 + (T - 1) * (sigma ** (1 / rho) - low) / (high - low))
 
     return forward, inverse
@@ -291,66 +267,38 @@ def edm_form(T, rho=7):
 
 # ------------------------------------------------------------------ using a schedule
 
-def match(coefficient, x):
-    """A coefficient, a number, 0-d or (B,), made to multiply x (B, ...) in x's own dtype."""
-    if type(coefficient) is float or coefficient.dim() == 0:
-        return coefficient  # neither changes the dtype of x, wherever it lives
-    return coefficient.to(x).reshape(-1, *[1] * (x.dim() - 1))
+def expand(coefficient: Tensor, x: Tensor) -> Tensor:
+    """Shape a coefficient (B,) or (B, ...) to multiply x (B, ...), in x's dtype and on its device.
+    A 0-d coefficient stays as it is: PyTorch then keeps x's dtype and device."""
+    if coefficient.dim() == 0:
+        return coefficient
+    return coefficient.to(x).reshape(*coefficient.shape, *[1] * (x.dim() - coefficient.dim()))
 
 
-@functools.lru_cache(maxsize=8192)
-def at(schedule, t):
-    """(a, s) at the number t, as numbers. They are kept: samplers come to the same few times with
-    every batch, and one entry of a table takes longer to look up than a step of DDIM."""
-    return tuple(map(float, schedule.coefficients(t)))
+def add_noise(schedule: Schedule, x0: Tensor, t: Tensor | float, eps: Tensor) -> Tensor:
+    """x_t ~ q(x_t | x_0), DDPM eq. 4: x0 (B, ...), t a number or (B,), eps like x0 -> like x0."""
+    alpha, sigma = (expand(c, x0) for c in schedule.alpha_sigma(t))
+    return alpha * x0 + sigma * eps
 
 
-@functools.lru_cache(maxsize=64)
-def along(schedule, times):
-    """Over a falling tuple of times -> tuples: a, s and λ at each, β and β̃ of each step. Kept, too:
-    a sampler walks one grid with every batch."""
-    grid = torch.tensor(times, dtype=torch.float64)
-    columns = (*schedule.coefficients(grid), schedule.lam(grid),
-               *schedule.step_variances(grid[:-1], grid[1:]))
-    return tuple(tuple(column.tolist()) for column in columns)
+def eps_from_x0(schedule: Schedule, xt: Tensor, t: Tensor | float, x0: Tensor) -> Tensor:
+    """The ε that x_t (B, ...) holds if its image is x0: (x_t − α x_0)/σ. t a number or (B,)."""
+    alpha, sigma = (expand(c, xt) for c in schedule.alpha_sigma(t))
+    return (xt - alpha * x0) / sigma
 
 
-def scales(schedule, t, x):
-    """(a, s) at t, a number or (B,), made to multiply x (B, ...)."""
-    if type(t) is float:
-        return at(schedule, t)
-    return tuple(match(k, x) for k in schedule.coefficients(t))
+def time_grid(schedule: Schedule, points: int, spacing: str = "uniform", t_end: float = 1.0,
+              t_start: float | None = None) -> Tensor:
+    r"""Return `points` strictly falling times (float64) from t_start, T unless given, to t_end.
 
+    uniform, quadratic   equal steps in t, in √t: real numbers, since rounding could repeat a step
+    logsnr               equal steps in λ. If ᾱ(t_start) = 0, λ is −∞ there: then from λ(T − 1) on
+    leading              1 + (T // points) i, the grid of DDIM's and SA-DPM's programs: 901, 801,
+                         ..., 1 for 10 points. It counts the steps t_end, t_end + 1, ..., t_start,
+                         in continuous time too, and stops short of t_start
 
-def combine(a, x, s, y):
-    """a x + s y, both of one shape; with numbers, in two passes over memory instead of three."""
-    return (a * x).add_(y, alpha=s) if type(s) is float else a * x + s * y
-
-
-def solve(x, s, y, a):
-    """The z of x = a z + s y: (x − s y)/a."""
-    return torch.sub(x, y, alpha=s).div_(a) if type(s) is float else (x - s * y) / a
-
-
-def diffuse(schedule, x0, t, eps):
-    """x_t ~ q(x_t | x_0): x0 (B, ...), t a number or (B,), noise eps like x0 -> x_t like x0."""
-    a, s = scales(schedule, t, x0)
-    return combine(a, x0, s, eps)
-
-
-def noise_in(schedule, xt, t, x0):
-    """The ε that x_t (B, ...) must hold if its image is x0: (x_t − a x_0)/s."""
-    a, s = scales(schedule, t, xt)
-    return solve(xt, a, x0, s)
-
-
-def time_grid(schedule, points, spacing="uniform", t_end=1.0, t_start=None):
-    r"""`points` strictly falling times, float64: from t_start (T unless given) to t_end. A single
-    point is t_start.
-
-    spacing: equal steps in t (uniform), in √t (quadratic) or in λ (logsnr). Times are real-valued:
-    rounding to integers is how other programs come to repeat or skip one. Where ᾱ(t_start) = 0, λ
-    is −∞ there, and the logsnr grid places its other points from λ(T − 1) on.
+    A single point is t_start; leading rejects it, since its point would be t_end. ValueError: times
+    out of order or range, or more leading points than steps.
     """
     t_start = schedule.T if t_start is None else t_start
     if points < 1:
@@ -360,6 +308,12 @@ def time_grid(schedule, points, spacing="uniform", t_end=1.0, t_start=None):
                          f"not {t_end} and {t_start}")
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}: choose from {' '.join(SPACINGS)}")
+    if spacing == "leading":
+        steps = int(t_start - t_end) + 1
+        if not 1 < points <= steps:
+            raise ValueError(f"--spacing leading takes from 2 to {steps} points, not {points}: use "
+                             "another spacing")
+        return t_end + steps // points * torch.arange(points, dtype=torch.float64).flip(0)
     if points == 1:
         return torch.tensor([t_start], dtype=torch.float64)
     if spacing == "uniform":
@@ -367,72 +321,10 @@ def time_grid(schedule, points, spacing="uniform", t_end=1.0, t_start=None):
     elif spacing == "quadratic":
         grid = torch.linspace(t_start**0.5, t_end**0.5, points, dtype=torch.float64) ** 2
     else:
-        skip = int(schedule.alpha_bar(t_start) == 0)  # λ = −∞ there: the others begin at T − 1
+        skip = int(schedule.alpha_bar(t_start) == 0)
         first = schedule.lam(min(t_start, schedule.T - 1) if skip else t_start)
         lam = torch.linspace(float(first), float(schedule.lam(t_end)), points - skip,
                              dtype=torch.float64)
         grid = torch.cat([torch.zeros(skip, dtype=torch.float64), schedule.t_of_lam(lam)])
     grid[0], grid[-1] = t_start, t_end  # rounding must not move the ends
     return grid
-
-
-# ------------------------------------------------------------------ a look at them
-
-# A marker says which family, a line whether it was modified: both without colour.
-STYLES = {"linear": "k-o", "linear-mns": "k--o", "quadratic": "C0-s", "quadratic-mns": "C0--s",
-          "cosine": "C1-^", "cosine-mns": "C1--^", "cosine-shift": "C1:v",
-          "zero-terminal-snr": "0.5", "edm": "C2-.x"}
-
-
-def draw(figure, T=1000):
-    """Three panels on a matplotlib figure: log SNR of the tables, SNR of Modified-NS against the
-    originals (E-TSDM, figure A9), and ds/dt of the continuous forms towards t = 0."""
-    snr, ratio, slope = figure.subplots(1, 3)
-    t = torch.arange(1, T + 1, dtype=torch.float64)
-    near = torch.logspace(-4, 2, 121, dtype=torch.float64, requires_grad=True)
-    for name in NAMES:
-        look = dict(lw=1.2, ms=4, label=name, markevery=0.12)
-        if name != "edm":  # its t is no step of diffusion: another axis
-            log_snr = 2 * make_schedule(name, T).lam(t)
-            shown = log_snr.isfinite()
-            snr.plot(t[shown], log_snr[shown], STYLES[name], **look)
-        if name.endswith("-mns"):
-            plain = make_schedule(name.removesuffix("-mns"), T)
-            log_ratio = 2 * (make_schedule(name, T).lam(t) - plain.lam(t))
-            ratio.plot(t, log_ratio.exp(), STYLES[name],
-                       **look | dict(label=f"{name} / {plain.name}"))
-        s = make_schedule(name, T, continuous=True).coefficients(near)[1]
-        ds = torch.autograd.grad(s.sum(), near)[0]
-        shown = ds > 0  # cosine-shift stands still below t = 0.7, where log SNR is cut at 15
-        slope.plot(near.detach()[shown], ds[shown], STYLES[name], **look)
-    snr.set(xlabel="t (steps)", ylabel="log SNR = 2λ", title="Tables: signal-to-noise ratio")
-    ratio.axhline(1, color="0.7", lw=0.6, zorder=0)
-    ratio.set(xlabel="t (steps, log scale)", ylabel="SNR modified / SNR original (log scale)",
-              xscale="log", yscale="log", title="Tables: Modified-NS against the originals")
-    slope.set(xlabel="t (steps, log scale)", ylabel="ds/dt (per step, log scale)", xscale="log",
-              yscale="log", title="Continuous forms: ds/dt towards t = 0")
-    for axes in (snr, ratio, slope):
-        axes.legend(fontsize=8)
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="schedules.py", usage="python schedules.py [--out FILE.png]",
-        description="Draw the schedules: log SNR over t, Modified-NS against the originals (figure "
-        "A9 of E-TSDM), and ds/dt near t = 0, which goes to infinity for those that E-TSDM is for.")
-    parser.add_argument("--out", default="schedules.png", help="(default: schedules.png)")
-    args = parser.parse_args(argv)
-    from matplotlib.figure import Figure  # the one place that needs it: the rest is for everybody
-    figure = Figure(figsize=(16, 5), layout="constrained")
-    draw(figure)
-    temporary = f"{args.out}.{os.getpid()}.tmp"  # a reader never sees half a file
-    try:
-        figure.savefig(temporary, format="png", dpi=100)
-        os.replace(temporary, args.out)
-    except OSError as error:
-        parser.error(f"--out {args.out}: {error.strerror}")
-    print(f"figure: {os.path.abspath(args.out)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,9 @@
 r"""The network: the U-Net of ADM ("Diffusion Models Beat GANs", Dhariwal & Nichol 2021).
 
-    net(x, c):   noisy images x (B, C, H, W), conditions c (B,)   ->   prediction (B, C_out, H, W)
+    net(x, c):   noisy images x (B, C, H, W), time input c (B,)   ->   prediction (B, C_out, H, W)
 
-c is what the network is *told* about time (etsdm.py): a real number in [0, T]. The network never
-learns which noise schedule it serves. The picture to keep in mind, for three levels:
+c is the time input (etsdm.py): a real number in [0, T]. The network never learns which noise
+schedule it serves. For three levels it looks like this:
 
     conv  [Res Res] down  [Res Res] down  [Res Res]                        conv
       |     |   |    |      |   |    |      |   |   \                        ^
@@ -15,10 +15,10 @@ Two families of sizes are in PRESETS. SA-DPM's: plain convolutions resample, the
 added, attention has one head. E-TSDM's, ADM proper: BigGAN residual blocks resample, the time
 embedding scales and shifts the normalised map, heads have 64 channels.
 
-What this file does not do: class labels, and guided-diffusion's "new attention order" (no released
-weights use it). SA-DPM's own net differs from its preset here in what no count
-of parameters shows: sin before cos, GroupNorm eps 1e-6, one-sided padding in front of a strided
-convolution, and no layers that start at zero.
+Not here: class labels, and guided-diffusion's "new attention order" (no released weights use it).
+SA-DPM's own network differs from its preset here in ways that no count of parameters shows: sin
+before cos, GroupNorm eps 1e-6, one-sided padding in front of a strided convolution, and no layers
+that start at zero.
 
     python -c "import unet; print(unet.describe())"        # the presets, with parameter counts
 
@@ -52,8 +52,8 @@ PRESETS = {
     "ffhq256": dict(ADM, channel_mult=(1, 1, 2, 2, 4, 4), time_channels=512),          # 138,286,467
     "ffhq256-large": dict(ADM, channel_mult=(1, 1, 2, 4, 6, 8), res_blocks=4,
                           time_channels=2048),                                         # 725,956,227
-    # OpenAI's released 256-pixel networks without classes (LSUN, ImageNet), for sample.py's
-    # --guided-diffusion. Theirs have 3 more outputs, for a learned variance: 552,814,086.
+    # OpenAI's released 256-pixel networks without classes (LSUN, ImageNet), for
+    # papers/checkpoints.py. Theirs have 3 more outputs, for a learned variance: 552,814,086.
     "adm256": dict(ADM, channels=256, channel_mult=(1, 1, 2, 2, 4, 4)),                # 552,807,171
 }
 
@@ -73,7 +73,7 @@ class UNet(nn.Module):
     patch                  p x p pixels become channels before the first convolution, and back after
                            the last (SA and ADM: 1)
     second_head            None, or "simple" or "block": another out_channels, behind the others,
-                           from an output of their own on the same last map (covariance.py)
+                           from a second output layer on the same last map (papers/heads.py)
 
     ValueError: a size that cannot be halved often enough, widths that do not divide.
     """
@@ -96,13 +96,13 @@ class UNet(nn.Module):
                              f"{norm_groups} groups")
         E = time_channels or 4 * channels
         self.channels, self.patch = channels, patch
-        self.recompute = False  # True: keep each stage's input alone, and compute the rest again
+        self.recompute = False  # True: keep only each stage's input, and compute the rest again
         self.time_embed = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
 
         def res(c_in, c_out, resample=None):
             return ResBlock(c_in, c_out, E, dropout, scale_shift, norm_groups, resample)
 
-        def attention(width, level):  # a list: where there is none, it is empty
+        def attention(width, level):  # a list, empty for levels without attention
             here = image_size // patch >> level in attention_resolutions
             return [Attention(width, head_channels, norm_groups)] if here else []
 
@@ -143,8 +143,7 @@ class UNet(nn.Module):
                 zero(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))])
 
     def forward(self, x, c):
-        # Time is embedded in full precision even under bf16 autocast: bf16 cannot tell t = 999
-        # from 1000.
+        # Time is embedded in full precision even under bf16 autocast: bf16 rounds 999 to 1000.
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.time_embed[0].weight.dtype
             emb = self.time_embed(timestep_embedding(c, self.channels, dtype))  # (B, E)
@@ -158,10 +157,13 @@ class UNet(nn.Module):
         out = F.pixel_shuffle(self.out_conv(F.silu(self.out_norm(h))), self.patch)
         if self.second_head is None:
             return out
-        return torch.cat([out, F.pixel_shuffle(self.second_head(h, emb), self.patch)], dim=1)
+        # Contiguous, because GroupNorm's backward pass on a CPU crashes for a channels_last input
+        # that needs no gradient: here the output of a frozen trunk (PyTorch 2.11 to 2.13).
+        h = self.second_head(h.contiguous(), emb)
+        return torch.cat([out, F.pixel_shuffle(h, self.patch)], dim=1)
 
     def run(self, stage, emb, *maps):
-        """A stage of maps (B, ., H, W) side by side. With `recompute`, backward() gets its inner
+        """A stage of concatenated maps (B, ., H, W). With `recompute`, backward() gets its inner
         maps by running it once more: a third more work for a fraction of the memory."""
         if not (self.recompute and torch.is_grad_enabled()):
             return stage(torch.cat(maps, dim=1) if len(maps) > 1 else maps[0], emb)
@@ -170,8 +172,8 @@ class UNet(nn.Module):
 
 
 def lay_out(h):
-    """Channels last in memory, where that is faster: a CPU's float32 convolutions like it, and the
-    layers keep it up. The normalisation of bf16 does not."""
+    """Channels last in memory, if that is faster: it is for a CPU's float32 convolutions, and the
+    layers keep the layout. The normalisation of bf16 gets slower."""
     if h.is_cuda or torch.is_autocast_enabled("cpu"):
         return h
     return h.contiguous(memory_format=torch.channels_last)
@@ -289,36 +291,6 @@ def timestep_embedding(c, dim, dtype=torch.float32):
     w = torch.exp(-math.log(10000) / half * j)
     angle = c.double()[:, None] * w
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, dim % 2)).to(dtype)
-
-
-# ---- weights of OpenAI's guided-diffusion and improved-diffusion
-
-_RENAME = (("in_layers.0.", "norm1."), ("in_layers.2.", "conv1."), ("emb_layers.1.", "time."),
-           ("out_layers.0.", "norm2."), ("out_layers.3.", "conv2."),
-           ("skip_connection.", "skip."), ("proj_out.", "proj."), (".op.", ".conv."),
-           ("out.0.", "out_norm."), ("out.2.", "out_conv."))
-
-
-def from_guided_diffusion(state_dict):
-    """A guided-diffusion U-Net's state dict under our names: {key: tensor} -> {key: tensor}.
-
-    Nothing is dropped or invented, so load_state_dict(strict=True) checks the rest. Those networks
-    count time from 0: they are told our t less one (denoiser.zero_based). ValueError: not such a
-    state dict, or a class-conditional one.
-    """
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}  # from inside DDP
-    if "input_blocks.0.0.weight" not in state_dict:
-        raise ValueError("not a guided-diffusion U-Net: it has no input_blocks.0.0.weight, but "
-                         + ", ".join(list(state_dict)[:3]))
-    if any(k.startswith("label_emb") for k in state_dict):
-        raise ValueError("a class-conditional network (label_emb): only others can be loaded")
-    ours = {}
-    for key, value in state_dict.items():
-        for theirs, name in _RENAME:
-            key = key.replace(theirs, name)
-        # qkv and proj are 1-d convolutions there, 1x1 ones here
-        ours[key] = value[..., None] if value.dim() == 3 else value
-    return ours
 
 
 def describe():

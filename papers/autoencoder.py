@@ -16,22 +16,38 @@ to the squared error, and L is least in l_i where that is kl_weight/2 · (1 − 
 
     error with noise − error without  =  kl_weight/2 · mean (1 − exp(l))  <=  kl_weight/2.
 
-What this file does not do: the perceptual (LPIPS) and patch-GAN terms of the paper's loss, since we
+Not here: the perceptual (LPIPS) and patch-GAN terms of the paper's loss, since we
 have neither network. Squared error alone answers with the mean of all images that a latent could
 be: edges come out right, and texture too fine for the latents comes out soft, not invented. The
 paper's other autoencoder (VQ) is not here, nor is a tanh at the end: outputs can leave [−1, 1].
 
-    python -c "import autoencoder; print(autoencoder.Autoencoder(32).latent_shape)"
-    python train.py --task autoencoder          # trains one
-    python train.py --latent RUN                # diffusion on its latents
+    python -m papers.autoencoder train --data photos/ --image-size 64
+    python -m papers.autoencoder reconstruct RUN photos/        # then: metrics.py psnr of two folders
+    python -m papers.latents RUN                                # diffusion on its latents
+    python -c "from papers import autoencoder; print(autoencoder.Autoencoder(32).latent_shape)"
 
 B images x (B, C, H, W) in [−1, 1]; latents (B, c, h, w), D = c h w of them; m mean, l log variance.
 """
 
+import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
+import data
+import train
+from config import Config
+from support import checkpoint, distributed, files
+from support.cli import flag, parse_into
+from support.programs import ignore_write_errors, run_main
 from unet import Attention, zero
 
 
@@ -162,3 +178,174 @@ class ResBlock(nn.Module):
 def conv(c_in, c_out):
     """3x3, the same size out as in."""
     return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+# ------------------------------------------------------------------ train
+
+DENOISER_FIELDS = ("preset", "schedule", "continuous", "prediction", "etsdm", "etsdm_interval",
+                   "etsdm_n", "dropout", "sa_k", "sa_weight", "loss_space", "train_times",
+                   "recompute")
+RECIPE = dict(batch_size=64, images=256_000, lr=2e-3, beta2=0.99, ema=0.995, grad_clip=1.0,
+              warmup=100, flip=False, sample_every=1000, save_every=500)
+
+
+@dataclass
+class AutoencoderConfig(Config):
+    downsamplings: int = flag(2, "the latents' side is the image's, halved so often",
+                              group="autoencoder")
+    latent_channels: int = flag(4, "numbers per latent position")
+    kl_weight: float = flag(1e-4, "weight of the latents' distance from normal noise")
+
+    unused: ClassVar[tuple] = DENOISER_FIELDS
+    prog: ClassVar[str] = "papers.autoencoder train"
+    usage: ClassVar[str] = "python -m papers.autoencoder train [flags]"
+    description: ClassVar[str] = ("Train an autoencoder, the first stage of latent diffusion. The "
+                                  "same command resumes it.")
+    examples: ClassVar[str] = """\
+  python -m papers.autoencoder train --data photos/ --image-size 64
+  python -m papers.latents photos-autoencoder"""
+
+    @classmethod
+    def recipe(cls, given):
+        values = {**super().recipe(given), **RECIPE, "image_size": 32}
+        if given.get("steps", 0) > 0:
+            values["images"] = given["steps"] * given.get("batch_size", values["batch_size"])
+        return values
+
+    def check(self):
+        super().check()
+        self.require("downsamplings", 1 <= self.downsamplings <= 5, "must be 1 to 5")
+        self.require("latent_channels", self.latent_channels >= 1, "must be at least 1")
+        self.require("kl_weight", 0 <= self.kl_weight < float("inf"), "must be 0 or more")
+        unit = 2**self.downsamplings
+        self.require("image_size", self.image_size % unit == 0,
+                     f"must be a multiple of {unit} for --downsamplings {self.downsamplings}")
+
+    def size(self):
+        """The arguments of Autoencoder."""
+        return dict(image_size=self.image_size, channels=self.channels,
+                    mult=(1,) + (2,) * self.downsamplings, latent_channels=self.latent_channels)
+
+    def settings(self):
+        kept = {k: v for k, v in super().settings().items()
+                if k not in DENOISER_FIELDS and k != "unet"}
+        return {**kept, "autoencoder": self.size()}
+
+    def name_parts(self):
+        extra = [f"{self.downsamplings}-downsamplings"] * (self.downsamplings != 2)
+        return ["autoencoder", *extra]
+
+    def next_command(self):
+        return f"python -m papers.latents {shlex.quote(self.name)}"
+
+
+class AutoencoderObjective:
+    """The autoencoder's loss, in the form that train.py's loop needs."""
+
+    loss_names = ("reconstruction", "kl")
+
+    def __init__(self, config, dataset=None, saved=None):
+        self.config, self.extra_state = config, (saved or {}).get("extra", {})
+        self.net = Autoencoder(**config.size())
+
+    def draw(self, n, generator, device_generator):
+        """The noise of n images' latents."""
+        return dict(noise=torch.randn(n, *self.net.latent_shape, generator=device_generator,
+                                      device=device_generator.device))
+
+    def loss(self, model, images, draws):
+        total, *parts = loss(model, images, draws["noise"], self.config.kl_weight)
+        return total, dict(zip(self.loss_names, parts, strict=True))
+
+    @torch.no_grad()
+    def preview(self, net, images):
+        """Images, each next to its reconstruction."""
+        decoded = net.decode(net.encode(data.to_float(images))[0])
+        return torch.stack([images, data.to_uint8(decoded)], dim=1).flatten(0, 1), 2
+
+
+# ------------------------------------------------------------------ reconstruct
+
+@dataclass
+class ReconstructConfig:
+    run: str = flag("", "a run of python -m papers.autoencoder train", positional="RUN",
+                    group="images")
+    images: str = flag("", "folder, zip or array of images, or a data set", positional="IMAGES")
+    num: int = flag(1000, "at most so many images", short="-n")
+    batch_size: int = flag(64, "images at a time")
+    weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
+    out: Path = flag(Path("reconstructed"), "folder to write to; the originals go to OUT-original")
+
+    prog: ClassVar[str] = "papers.autoencoder reconstruct"
+    usage: ClassVar[str] = "python -m papers.autoencoder reconstruct RUN IMAGES [flags]"
+    description: ClassVar[str] = "Write what an autoencoder makes of images, and the originals."
+    examples: ClassVar[str] = """\
+  python -m papers.autoencoder reconstruct fashion-autoencoder test-images/
+  python metrics.py psnr reconstructed/ reconstructed-original/"""
+
+    def check(self):
+        if not (self.run and self.images):
+            raise ValueError("RUN and IMAGES are both needed: python -m papers.autoencoder "
+                             "reconstruct RUN IMAGES")
+        for name in ("num", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not "
+                                 f"{getattr(self, name)}")
+        for folder in (self.out, self.originals()):
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ValueError(f"--out {self.out}: {folder} exists already. Choose a new folder")
+
+    def originals(self):
+        return self.out.with_name(f"{self.out.name}-original")
+
+
+@torch.no_grad()
+def reconstruct(argv=None):
+    """The program `reconstruct`."""
+    config = parse_into(ReconstructConfig, argv)
+    with distributed.init(tf32=False) as dist:
+        if not dist.is_main:  # seconds of work: one process does it
+            return
+        path = checkpoint.find_checkpoint(config.run)
+        saved = checkpoint.load_checkpoint(path)
+        size = saved["settings"].get("autoencoder")
+        if not size or "unet" in saved["settings"]:
+            raise ValueError(f"{config.run} is not an autoencoder run")
+        net = Autoencoder(**size)
+        checkpoint.load_weights(net, saved["ema" if config.weights == "ema" else "net"], path)
+        net.to(dist.device).eval()
+        dataset = data.load(config.images, size["image_size"], size["channels"], progress=True)
+        n = min(config.num, len(dataset))
+        for folder in (config.out, config.originals()):
+            folder.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=n, unit="image", dynamic_ncols=True) as bar:
+            for start in range(0, n, config.batch_size):
+                indices = range(start, min(start + config.batch_size, n))
+                images = torch.stack([dataset[i] for i in indices])
+                x = data.to_float(images.to(dist.device))
+                decoded = data.to_uint8(net.decode(net.encode(x)[0])).cpu()
+                for i, image, original in zip(indices, decoded, images, strict=True):
+                    for folder, picture in ((config.out, image), (config.originals(), original)):
+                        files.save_png(folder / f"{i:06d}.png", data.grid(picture[None], 1), False)
+                bar.update(len(indices))
+        print(f"{n} images of {dataset.summary}\nreconstructions: {config.out.resolve()}\n"
+              f"next: python metrics.py psnr {shlex.quote(str(config.out))} "
+              f"{shlex.quote(str(config.originals()))}")
+
+
+def main(argv=None):
+    command, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    if command == "train":
+        train.main(rest, AutoencoderObjective, AutoencoderConfig)
+    elif command == "reconstruct":
+        reconstruct(rest)
+    elif command in ("-h", "--help"):
+        print("python -m papers.autoencoder train [flags]\n"
+              "python -m papers.autoencoder reconstruct RUN IMAGES [flags]\n\nEach has --help.")
+    else:
+        raise ValueError(f"{command}: the programs are train and reconstruct")
+
+
+if __name__ == "__main__":
+    ignore_write_errors()
+    run_main(main)

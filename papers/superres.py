@@ -1,0 +1,253 @@
+r"""Super-resolution: a diffusion model whose network also sees the small image, enlarged.
+
+    python -m papers.superres train --factor 4 --data photos/ --image-size 64 --preset celeba64
+    python -m papers.superres enlarge RUN small/        # writes large images next to comparisons
+
+E-TSDM's super-resolution is from 64 to 256 pixels: the known image is the mean over each factor x
+factor block, enlarged by bicubic interpolation and given to the network as further input channels.
+Noise, time and sharing do not change, so the objective and the samplers are those of train.py and
+samplers.py; this file adds the conditioning.
+
+Not here: real degradations (blur, noise, compression). The small image is an exact block mean.
+
+B images, C channels, H = W their side in pixels; images in [-1, 1].
+"""
+
+import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
+
+import hashlib
+import shlex
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+import data
+import sample
+import train
+from config import Config
+from denoiser import Pixels
+from support import distributed, files
+from support.cli import flag, parse_into
+from support.programs import ignore_write_errors, run_main
+
+
+class LowRes(Pixels):
+    """Pixels, of which the mean over each factor x factor block is known."""
+
+    def __init__(self, shape, factor):
+        super().__init__(shape)
+        self.factor = factor
+        if factor < 2 or shape[-1] % factor:
+            raise ValueError(f"--factor {factor} must be at least 2 and divide the {shape[-1]} "
+                             "pixels of --image-size")
+
+    def shrink(self, images):
+        """(B, C, H, W) -> (B, C, H/factor, W/factor), rounded to 256 levels as a file would be."""
+        return data.to_float(data.to_uint8(F.avg_pool2d(images.float(), self.factor)))
+
+    def enlarge(self, small):
+        """The small images at full size, bicubic: what the network sees, and has to beat."""
+        # antialias: the kernel of Pillow and MATLAB (a = -1/2), which keeps straight lines straight
+        large = F.interpolate(small, scale_factor=self.factor, mode="bicubic", antialias=True)
+        return large.clamp(-1, 1)
+
+    def conditioning(self, images):
+        return self.enlarge(self.shrink(images))
+
+
+def extend(denoiser, settings, extra):
+    """denoiser.build_denoiser calls this for settings with a factor."""
+    return denoiser.replace(space=LowRes(denoiser.shape, settings["factor"]))
+
+
+# ------------------------------------------------------------------ train
+
+@dataclass
+class SuperResConfig(Config):
+    factor: int = flag(4, "how many times smaller the known image is", group="super-resolution")
+
+    prog: ClassVar[str] = "papers.superres train"
+    usage: ClassVar[str] = "python -m papers.superres train [flags]"
+    description: ClassVar[str] = "Train a super-resolution model. The same command resumes it."
+    examples: ClassVar[str] = """\
+  python -m papers.superres train --factor 4 --data photos/ --image-size 64 --preset celeba64
+      from 16 to 64 pixels; then: python -m papers.superres enlarge photos-celeba64-sr4 small/"""
+
+    def check(self):
+        super().check()
+        LowRes((self.channels, self.image_size, self.image_size), self.factor)
+
+    def network(self):
+        return dict(super().network(), in_channels=2 * self.channels)  # x_t and the known image
+
+    def name_parts(self):
+        preset, *rest = super().name_parts()
+        return [preset, f"sr{self.factor}", *rest]
+
+    def next_command(self):
+        return f"python -m papers.superres enlarge {shlex.quote(self.name)} IMAGES"
+
+
+class SuperResObjective(train.DiffusionObjective):
+    """DiffusionObjective with a preview in groups of three: bicubic, result, original."""
+
+    def preview(self, net, images, **arguments):
+        results, _ = super().preview(net, images, **arguments)
+        bicubic = data.to_uint8(self.denoiser.space.conditioning(data.to_float(images)))
+        return torch.stack([bicubic, results, images], dim=1).flatten(0, 1), 3
+
+
+# ------------------------------------------------------------------ enlarge
+
+@dataclass
+class EnlargeConfig(sample.SampleConfig):
+    low_res: str = flag("", "images to enlarge: a file, folder, zip or array. Images of at least "
+                        "the run's full size are shrunk first, as in training", positional="IMAGES")
+    num: int | None = flag(None, "number of images; under torchrun write -n", short="-n",
+                           shown="all of them, of shapes 64")
+
+    unused: ClassVar[tuple] = ("npz",)
+    prog: ClassVar[str] = "papers.superres enlarge"
+    usage: ClassVar[str] = "python -m papers.superres enlarge RUN IMAGES [flags]"
+    description: ClassVar[str] = ("Enlarge images. Next to the results: what bicubic interpolation "
+                                  "makes of them and, if they were shrunk, the originals.")
+    examples: ClassVar[str] = """\
+  python -m papers.superres enlarge photos-tiny-sr4 small/ --out large
+      large-bicubic/ holds what a plain enlargement makes of them"""
+
+    def check(self):
+        if not self.low_res:
+            raise ValueError("IMAGES are missing: python -m papers.superres enlarge RUN IMAGES")
+        super().check()
+
+
+class LowResInputs:
+    """The images to enlarge, as the network sees them.
+
+    Images of the run's small size are taken as they are. Larger ones, of at least the full size,
+    are originals: they are brought to the full size and shrunk as in training, and the results can
+    be compared with them. ValueError: images between these sizes, or not square.
+    """
+
+    def __init__(self, source, denoiser):
+        s, self.space = denoiser.settings, denoiser.space
+        full, small = s["image_size"], s["image_size"] // s["factor"]
+        self.images = data.load(source, None, s["channels"])  # ValueError: not squares of one size
+        side = self.images[0].shape[-1]
+        if side != small and side < full:
+            raise ValueError(f"{source}: images of {side}x{side} pixels are neither the {small} "
+                             f"pixels that this run enlarges nor originals of at least {full}")
+        self.shrunk = side != small
+        if self.shrunk:
+            self.images = data.load(source, full, s["channels"])
+        self.summary = self.images.summary + f", shrunk to {small}x{small}" * self.shrunk
+
+    def conditioning(self, indices, device="cpu"):
+        """The small images, enlarged: (b, C, H, W)."""
+        images = data.to_float(torch.stack([self.images[i] for i in indices]).to(device))
+        return self.space.conditioning(images) if self.shrunk else self.space.enlarge(images)
+
+    def comparisons(self, indices):
+        """{name: uint8 (b, C, H, W)}: bicubic and, if known, original."""
+        found = dict(bicubic=data.to_uint8(self.conditioning(indices)))
+        if self.shrunk:
+            found["original"] = torch.stack([self.images[i] for i in indices])
+        return found
+
+    def digest(self, n):
+        """A short hash of the first n images."""
+        digest = hashlib.sha256()
+        for i in range(n):
+            digest.update(self.images[i].numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def write_comparisons(out, inputs, num):
+    """Fill OUT-bicubic/ and OUT-original/, image by image, with the names of the results."""
+    for i in range(num):
+        for name, images in inputs.comparisons([i]).items():
+            folder = out.with_name(f"{out.name}-{name}")
+            folder.mkdir(exist_ok=True)
+            files.save_png(sample.png_path(folder, i), data.grid(images, 1), sweep=False)
+
+
+def check_comparison_folders(out, inputs):
+    """ValueError if a folder for comparisons holds something else. They carry the settings.json of
+    the results that they belong to."""
+    for name in inputs.comparisons([0]):
+        folder = out.with_name(f"{out.name}-{name}")
+        if folder.exists() and any(folder.iterdir()) and not (folder / "settings.json").exists():
+            raise ValueError(f"--out {out}: its comparisons go to {folder}, which holds something "
+                             "else. Choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        files.clean_stale(folder)
+        files.write_text(folder / "settings.json",
+                         (out / "settings.json").read_text(encoding="utf-8"))
+
+
+def enlarge(argv=None):
+    """The program `enlarge`."""
+    config = parse_into(EnlargeConfig, argv)
+    with distributed.init(tf32=False, deterministic=config.deterministic) as dist:
+        denoiser, arguments = sample.open_run(config, dist)
+        if not denoiser.settings.get("factor"):
+            raise ValueError(f"{denoiser.folder.name} was not trained to enlarge images: give a "
+                             "run of python -m papers.superres train")
+        inputs = dist.main_first(lambda: LowResInputs(config.low_res, denoiser))
+        total = len(inputs.images)
+        config.num = min(config.num or (64 if total >= data.INFINITE else total), total)
+        dist.print0(f"to be enlarged: {config.num} of {inputs.summary}")
+        out = config.out or denoiser.folder / "generated" / config.tag(denoiser.step)
+        record = {**sample.sampling_record(config, denoiser, arguments),
+                  "low_res": dist.on_main(inputs.digest, min(config.num, 4096))}
+
+        def prepare():
+            sample.open_output_folder(out, record, dist)
+            check_comparison_folders(out, inputs)
+
+        def make_images(indices):
+            seen = denoiser.replace(conditioning=inputs.conditioning(indices, dist.device))
+            return sample.draw(seen, indices, config.seed, dist.device, arguments)
+
+        dist.on_main(prepare)
+        sample.write_missing(out, make_images, config, dist)
+        if dist.is_main:
+            sample.summarize(out, config)
+            write_comparisons(out, inputs, config.num)
+            write_grid(out, inputs, config.num)
+            if inputs.shrunk:
+                print(f"next: python metrics.py psnr {shlex.quote(str(out))} "
+                      f"{shlex.quote(f'{out}-original')}")
+
+
+def write_grid(out, inputs, num):
+    """The grid next to the folder: bicubic, result and, if known, original, side by side."""
+    first = list(range(min(num, 64)))
+    results = torch.stack([data.load(str(sample.png_path(out, i)), None, inputs.images[0].shape[0])
+                           [0] for i in first])
+    found = inputs.comparisons(first)
+    parts = [found["bicubic"], results] + ([found["original"]] if inputs.shrunk else [])
+    columns = len(parts) * -(-max(1, round(len(first) ** 0.5)) // 2)
+    files.save_png(out.with_name(out.name + ".png"),
+                   data.grid(torch.stack(parts, dim=1).flatten(0, 1), columns))
+
+
+def main(argv=None):
+    command, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    if command == "train":
+        train.main(rest, SuperResObjective, SuperResConfig)
+    elif command == "enlarge":
+        enlarge(rest)
+    elif command in ("-h", "--help"):
+        print("python -m papers.superres train [flags]\n"
+              "python -m papers.superres enlarge RUN IMAGES [flags]\n\nEach has --help.")
+    else:
+        raise ValueError(f"{command}: the programs are train and enlarge")
+
+
+if __name__ == "__main__":
+    ignore_write_errors()
+    run_main(main)

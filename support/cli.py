@@ -1,0 +1,112 @@
+r"""A dataclass as a command line: its fields are the flags.
+
+    @dataclass
+    class Config:
+        steps: int = flag(1000, "training steps", group="training")
+        lr: float = flag(1e-3, "learning rate", resume=True)
+
+    config = parse_into(Config, ["--lr", "1e-4"])       # config.lr, config.steps, config.given
+
+Name, type and default of a flag are the field's; flag() adds the line of help. A class may also have
+
+    prog, usage, description, examples   texts for --help
+    unused                               inherited fields that are not flags of this program
+    recipe(given) -> dict                defaults that depend on other flags, such as a preset's
+    check()                              raises ValueError, each message beginning with its flag
+
+Not here: what the flags mean. A value on the command line always wins over a recipe, and a recipe
+over a default.
+
+    python -c "from support.cli import flag; print(flag(1, 'a number').metadata['help'])"
+"""
+
+import argparse
+import types
+import typing
+from dataclasses import MISSING, field, fields
+
+
+def flag(default, help, choices=None, resume=False, short=None, positional=None, nargs=None,
+         group=None, metavar=None, shown=None):
+    """A dataclass field that is a flag.
+
+    choices     allowed values
+    resume      it may change when a run is resumed
+    short       a second spelling, such as "-n"
+    positional  the name of a positional argument; nargs "*" or "+" collects several
+    nargs       "+" for a flag of several values (a tuple), or a number of them
+    group       title of the --help section that begins with this field
+    shown       what --help prints as the default, if not the default itself
+    """
+    return field(default=default, metadata=dict(
+        help=help, choices=choices, resume=resume, short=short, positional=positional, nargs=nargs,
+        group=group, metavar=metavar, shown=shown))
+
+
+def flag_name(name):
+    """A field's name as typed: sa_k -> --sa-k."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_into(cls, argv=None):
+    """Parse the command line into cls(...), check it, and record in .given the typed fields."""
+    given = vars(make_parser(cls).parse_intermixed_args(argv))
+    given = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in given.items()}
+    recipe = cls.recipe(given) if hasattr(cls, "recipe") else {}
+    config = cls(**{**recipe, **given})
+    config.given = frozenset(given)
+    config.check()
+    return config
+
+
+def make_parser(cls):
+    """The argparse parser of a config class. A flag that is not typed is absent from the result."""
+    examples = getattr(cls, "examples", "")
+    parser = argparse.ArgumentParser(
+        prog=cls.prog, usage=getattr(cls, "usage", None), description=cls.description,
+        epilog=f"examples\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    hints, section, sections = typing.get_type_hints(cls), parser, {}
+    for f in fields(cls):
+        info = f.metadata
+        if not info:  # a plain field, filled in by recipe() or check()
+            continue
+        if info["group"]:
+            section = sections.setdefault(info["group"], None) or parser.add_argument_group(
+                info["group"])
+            sections[info["group"]] = section
+        if f.name in getattr(cls, "unused", ()):
+            continue
+        add_flag(section, f, hints[f.name])
+    return parser
+
+
+def add_flag(section, f, hint):
+    """Add one field to a parser or an argument group."""
+    info, default = f.metadata, None if f.default is MISSING else f.default
+    shown = info["shown"]
+    if shown is None and default not in (None, "", ()) and not isinstance(default, bool):
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else f"{default}"
+    text = info["help"] + (f" (default: {shown})" if shown else "")
+    text = text.replace("%", "%%")
+    if info["positional"]:
+        section.add_argument(f.name, nargs=info["nargs"] or "?", metavar=info["positional"],
+                             choices=info["choices"], help=text)
+        return
+    names = ([info["short"]] if info["short"] else []) + [flag_name(f.name)]
+    kind = element_type(hint)
+    if kind is bool:
+        section.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
+        return
+    section.add_argument(*names, type=kind, choices=info["choices"], nargs=info["nargs"],
+                         metavar=info["metavar"], help=text)
+
+
+def element_type(hint):
+    """int | None -> int; tuple[float, ...] -> float; Path -> Path."""
+    if isinstance(hint, types.UnionType):
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    if typing.get_origin(hint) is tuple:
+        hint = typing.get_args(hint)[0]
+    return hint

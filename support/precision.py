@@ -1,0 +1,70 @@
+r"""float32, TF32 or bf16: what the hardware computes in, and networks made fast for inference.
+
+    autocast_dtype("auto", device)     bf16 if the hardware has units for it, else None (float32)
+    for_inference(net, device)         a frozen network as a plain function
+
+Not here: when to use which (the programs' --precision).
+
+    python -c "from support import precision; print(precision.for_inference)"
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+
+
+def set_tf32(allowed):
+    """Let GPUs round float32 products to 10 bits (TF32), for speed, or forbid it."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # The old switch sets the new ones too. Setting only the new ones makes torch.export and
+        # inductor raise when they read the old one (PyTorch issue 179445).
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+def autocast_dtype(name, device):
+    """device: a torch.device. auto | fp32 | bf16 -> the dtype that autocast computes in, or None for plain float32."""
+    if name == "auto":
+        name = "bf16" if has_bf16_units(device) else "fp32"
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(
+            including_emulation=False):
+        raise ValueError("--precision bf16: this GPU has no units for it; use --precision fp32")
+    return torch.bfloat16 if name == "bf16" else None
+
+
+def has_bf16_units(device):
+    """True if bf16 is faster than float32: GPUs since Ampere, CPUs with AMX or AVX-512 BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return False
+    flags = text.split("flags", 1)[-1].split("\n", 1)[0].split()
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def for_inference(net, device, precision="fp32", compiled=False):
+    """Freeze a network and make it fast -> a function of the same arguments.
+
+    The module is changed: it moves to the device, goes into eval mode, and with bf16 its
+    convolutions hold bf16 weights. Autocast gives the same numbers, but casts frozen weights at
+    every call. ValueError: a GPU without bf16.
+    """
+    dtype = autocast_dtype(precision, device)
+    net.to(device).eval().requires_grad_(False)
+    for layer in net.modules():
+        if dtype is not None and isinstance(layer, torch.nn.Conv2d):
+            layer.to(dtype)
+    if compiled:
+        # freezing: weights become constants, in the layout that the CPU's convolutions prefer
+        net = torch.compile(net, options={"freezing": device.type == "cpu"})
+
+    @torch.no_grad()
+    def call(*inputs):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return net(*inputs)
+
+    return call

@@ -1,0 +1,35 @@
+r"""Random generators that are functions of integers: nothing to save, nothing to restore.
+
+    generator(seed, step)      the numbers of one training step
+    image_seed(seed, i)        the seed of image i of a sampling run; no two seeds share an image
+
+Not here: what the numbers are used for.
+
+    python -c "from support import rng; print(rng.hash_ints(0, 1), rng.hash_ints(1, 0))"
+"""
+
+import torch
+
+
+def generator(*key, device="cpu"):
+    """A torch.Generator seeded by integers, e.g. (seed, step)."""
+    return torch.Generator(device).manual_seed(hash_ints(*key))
+
+
+def hash_ints(*key):
+    """Integers -> one 63-bit integer, by splitmix64's finaliser after each.
+
+    Mixing makes (0, 1), (1, 0) and neighbouring seeds give unrelated streams.
+    """
+    z, mask = 0, 2**64 - 1
+    for word in key:
+        z = (z + word + 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
+        z ^= z >> 31
+    return z >> 1
+
+
+def image_seed(seed, i):
+    """The generator seed of image i: seed 0 gives i itself; runs of other seeds share no image."""
+    return (seed << 32) + i
