@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 import etsdm
-from etsdm import make_condition, remap, share_timesteps, unremap
+from etsdm import share_timesteps
 
 
 def by_definition(t, interval, n):
@@ -64,68 +64,31 @@ def test_numbers_and_shapes():
     assert share_timesteps(t[..., ::2]).tolist() == share_timesteps(t)[..., ::2].tolist()
 
 
-@pytest.mark.parametrize("name", etsdm.REMAPS)
-def test_remaps_are_invertible_and_stretch_small_t(name):
-    t = torch.linspace(0, 1000, 2001, dtype=torch.float64)
-    c = remap(t, name)
-    assert_close(unremap(c, name), t, rtol=1e-10, atol=1e-9)
-    assert (c.diff() > 0).all()
-    assert_close(c[[0, -1]], t[[0, -1]], rtol=0, atol=1e-9)
-    assert (c[1] - c[0]) / 0.5 > 20, "one step near 0 must move the condition by much more than one"
-
-
-def test_remap_values():
-    assert_close(remap(250.0, "sqrt").item(), 500.0)
-    # inverse of the logistic function on [m, 1 - m], by numpy's formula
-    import numpy as np
-
-    m = etsdm.MARGIN
-    p = m + (1 - 2 * m) * 0.25
-    logit = np.log(p / (1 - p)) / np.log((1 - m) / m)
-    assert_close(remap(250.0, "inverse-sigmoid").item(), 500 * (1 + logit))
-
-
-@pytest.mark.parametrize("name", etsdm.REMAPS)
-@pytest.mark.parametrize("low, high", [(0, 1000), (1, 1000), (0.01, 999)])
-def test_remap_quantile_is_uniform_in_the_condition(name, low, high):
-    u = torch.linspace(0, 1, 501, dtype=torch.float64)
-    t = etsdm.remap_quantile(u, name, low, high)
-    end = torch.tensor([low, high], dtype=torch.float64)
-    assert_close(t[[0, -1]], end, rtol=1e-9, atol=1e-12)
-    ends = remap(end, name)
-    assert_close(remap(t, name), ends[0] + u * (ends[1] - ends[0]), rtol=1e-9, atol=1e-9)
-    # as a distribution: the share of t below a time is the share of f(t) below its condition
-    below = (etsdm.remap_quantile((u[1:] + u[:-1]) / 2, name, low, high) < 250).double().mean()
-    share = (remap(250, name) - ends[0]) / (ends[1] - ends[0])
-    assert_close(below, share, rtol=0, atol=2e-3)
-    assert etsdm.remap_quantile(0.5, name, low, high).shape == ()
-
-
-def test_beyond_T_a_condition_is_finite():
-    """Heun's churn on EDM's schedule asks beyond T."""
-    for name in etsdm.REMAPS:
-        assert torch.isfinite(remap(torch.tensor([1000.0, 1070.0]), name)).all()
-
-
-def test_make_condition():
-    assert make_condition() is None
-    assert make_condition(etsdm=True)(torch.tensor([57, 570])).tolist() == [40, 570]
-    assert make_condition(etsdm=True, interval=50, n=2)(49.0) == 25
-    assert_close(make_condition(remap_name="sqrt", T=100)(25.0).item(), 50.0)
+def test_make_time_input():
+    assert etsdm.make_time_input()(torch.tensor([57, 570])).tolist() == [40, 570]
+    assert etsdm.make_time_input(50, 2)(49.0) == 25
 
 
 @pytest.mark.parametrize(
-    "kwargs, words",
+    "interval, n, words",
     [
-        (dict(etsdm=True, remap_name="sqrt"), "alternatives"),
-        (dict(remap_name="cube"), "unknown remap 'cube': choose from sqrt"),
-        (dict(etsdm=True, interval=2000), "longer than the 1000 timesteps"),
-        (dict(etsdm=True, interval=10, n=11), "shorter than a step"),
-        (dict(etsdm=True, n=0), "whole number n >= 1"),
-        (dict(etsdm=True, interval=-5, n=1), "interval > 0|shorter than a step"),
+        (2000, 5, "--etsdm-interval must be above 0 and at most 1000 timesteps, not 2000"),
+        (-5, 1, "--etsdm-interval must be above 0"),
+        (float("nan"), 1, "--etsdm-interval must be above 0"),
+        (float("inf"), 1, "--etsdm-interval must be above 0"),
+        (10, 11, "--etsdm-n must be a whole number from 1 to 10,"),
+        (100, 0, "--etsdm-n must be a whole number"),
+        (100, 2.5, "--etsdm-n must be a whole number"),
     ],
 )
-def test_contradictions_are_refused_in_one_line(kwargs, words):
-    with pytest.raises(ValueError, match=words) as error:
-        make_condition(**kwargs)
-    assert "\n" not in str(error.value)
+def test_errors_begin_with_the_flag(interval, n, words):
+    with pytest.raises(ValueError) as error:
+        etsdm.check_sharing(interval, n, 1000)
+    assert str(error.value).startswith(words) and "\n" not in str(error.value)
+    etsdm.check_sharing(10, 10, 1000)
+
+
+@pytest.mark.parametrize("interval, n", [(100, 0), (100, 2.5), (0, 1)])
+def test_share_timesteps_rejects_what_it_cannot_share(interval, n):
+    with pytest.raises(ValueError, match="interval > 0 and a whole number n >= 1"):
+        share_timesteps(5, interval, n)

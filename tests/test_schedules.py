@@ -10,7 +10,7 @@ import schedules
 from schedules import make_schedule
 
 CONTINUOUS = [False, True]
-everywhere = pytest.mark.parametrize("name", schedules.NAMES)
+everywhere = pytest.mark.parametrize("name", schedules.SCHEDULES)
 both = pytest.mark.parametrize("continuous", CONTINUOUS)
 
 
@@ -32,17 +32,17 @@ def test_every_schedule_is_a_schedule(name, continuous, T):
     assert ab.dtype == torch.float64
     assert ab[0] == 1.0, "alpha_bar(0) is exactly 1"
     assert (ab.diff() <= 0).all() and (ab >= 0).all()
-    a, noise = s.coefficients(t)
-    if name == "edm":  # a = 1; dividing x by the root of a² + s² makes it a VP schedule
-        assert (a == 1).all() and s.continuous and s.prior_std == 80
-        scale = (1 + noise**2).sqrt()
-        a, noise = a / scale, noise / scale
+    alpha, sigma = s.alpha_sigma(t)
+    if name == "edm":  # dividing x by the root of α² + σ² makes it variance preserving
+        assert (alpha == 1).all() and s.continuous and s.prior_std == 80
+        scale = (1 + sigma**2).sqrt()
+        alpha, sigma = alpha / scale, sigma / scale
     else:
         assert s.continuous == continuous and s.prior_std == 1
-    assert_close(a**2 + noise**2, torch.ones_like(t), rtol=0, atol=1e-15)
-    assert_close(a, ab.sqrt(), rtol=1e-12, atol=0)
+    assert_close(alpha**2 + sigma**2, torch.ones_like(t), rtol=0, atol=1e-15)
+    assert_close(alpha, ab.sqrt(), rtol=1e-12, atol=0)
     inner = (ab > 0) & (t > 0)
-    assert_close(s.lam(t[inner]), torch.log(a[inner] / noise[inner]), rtol=1e-9, atol=1e-9)
+    assert_close(s.lam(t[inner]), torch.log(alpha[inner] / sigma[inner]), rtol=1e-9, atol=1e-9)
     assert s.lam(0.0) == math.inf
     assert (float(ab[-1]) == 0) == (name == "zero-terminal-snr")
 
@@ -81,7 +81,7 @@ def test_linear_known_numbers():
 
 def test_cosine_tail_is_clipped_not_zero():
     s = make_schedule("cosine")
-    assert_close(1 / s.coefficients(1000)[0].item(), 20291.0, rtol=1e-4, atol=0)
+    assert_close(1 / s.alpha_sigma(1000)[0].item(), 20291.0, rtol=1e-4, atol=0)
     assert_close(s.lam(1000).item(), -9.918, rtol=1e-4, atol=0)
     assert_close(s.alpha_bar(1).item(), 0.9999587, rtol=1e-6, atol=0)
 
@@ -129,8 +129,8 @@ def test_continuous_forms_by_quadrature(name):
 def test_continuous_zero_terminal_is_the_shifted_linear():
     s, lin = (make_schedule(n, continuous=True) for n in ("zero-terminal-snr", "linear"))
     t = f64(1e-3, 1, 300, 999)
-    a, end = lin.coefficients(t)[0], lin.coefficients(1000)[0]
-    assert_close(s.coefficients(t)[0], (a - end) / (1 - end), rtol=1e-12, atol=1e-15)
+    alpha, end = lin.alpha_sigma(t)[0], lin.alpha_sigma(1000)[0]
+    assert_close(s.alpha_sigma(t)[0], (alpha - end) / (1 - end), rtol=1e-12, atol=1e-15)
     assert s.alpha_bar(1000) == 0
 
 
@@ -161,18 +161,18 @@ EDM_18 = f64(80, 57.585985, 40.785574, 28.374585, 19.352453, 12.910082, 8.400935
 
 def test_uniform_times_are_edms_noise_levels():
     s = make_schedule("edm")
-    a, sigma = s.coefficients(schedules.time_grid(s, 18))
+    alpha, sigma = s.alpha_sigma(schedules.time_grid(s, 18))
     assert_close(sigma, EDM_18, rtol=5e-8, atol=0)  # eight digits are printed
     # below t = 1 a straight line to sigma(0) = 0; beyond T the formula goes on
-    assert_close(s.coefficients(f64(0, 1e-9, 0.5, 1))[1], 0.002 * f64(0, 1e-9, 0.5, 1))
+    assert_close(s.alpha_sigma(f64(0, 1e-9, 0.5, 1))[1], 0.002 * f64(0, 1e-9, 0.5, 1))
     root = 80 ** (1 / 7) + (80 ** (1 / 7) - 0.002 ** (1 / 7)) * 50 / 999
-    assert_close(s.coefficients(1050)[1].item(), root**7, rtol=1e-12, atol=0)
+    assert_close(s.alpha_sigma(1050)[1].item(), root**7, rtol=1e-12, atol=0)
 
 
 def test_edm_lam_and_its_inverse_keep_their_digits():
     s = make_schedule("edm")
     t = torch.cat([torch.logspace(-9, 0, 40), torch.linspace(1, 1100, 999)]).double()
-    sigma = s.coefficients(t)[1]
+    sigma = s.alpha_sigma(t)[1]
     assert_close(s.lam(t), -sigma.log(), rtol=0, atol=4e-15)
     assert_close(s.alpha_bar(t), 1 / (1 + sigma**2), rtol=1e-14, atol=0)
     assert_close(s.t_of_lam(s.lam(t)), t, rtol=4e-14, atol=0)
@@ -181,7 +181,7 @@ def test_edm_lam_and_its_inverse_keep_their_digits():
 def test_edm_steps_in_its_own_coordinates():
     """beta = the variance that is added, beta_tilde = EDM's ancestral share of sigma_next."""
     s = make_schedule("edm")
-    (_, high), (_, low) = s.coefficients(640.0), s.coefficients(31.5)
+    (_, high), (_, low) = s.alpha_sigma(640.0), s.alpha_sigma(31.5)
     beta, beta_tilde = s.step_variances(640.0, 31.5)
     assert_close(beta, high**2 - low**2, rtol=1e-13, atol=0)
     assert_close(beta_tilde, low**2 * (high**2 - low**2) / high**2, rtol=1e-13, atol=0)
@@ -210,26 +210,26 @@ def test_modified_ns_matches_the_snr_at_T_and_is_flat_at_0(continuous):
         "edm",
     ],
 )
-def test_ds_dt_at_zero(name):
-    """E-TSDM theorem 3.1's premise: da/dt(0) != 0 <=> ds/dt -> infinity, on the continuous
+def test_slope_of_sigma_at_zero(name):
+    """E-TSDM theorem 3.1's premise: dα/dt(0) != 0 <=> dσ/dt -> infinity, on the continuous
     forms."""
     s = make_schedule(name, continuous=True)
     t = f64(1e-4, 1e-2)
-    slope = (s.coefficients(t * 1.001)[1] - s.coefficients(t)[1]) / (0.001 * t)
+    slope = (s.alpha_sigma(t * 1.001)[1] - s.alpha_sigma(t)[1]) / (0.001 * t)
     if name == "cosine-shift":  # clipped at log SNR 15 this near to 0
         t = f64(2.0, 4.0)
-        slope = (s.coefficients(t * 1.001)[1] - s.coefficients(t)[1]) / (0.001 * t)
+        slope = (s.alpha_sigma(t * 1.001)[1] - s.alpha_sigma(t)[1]) / (0.001 * t)
     grows = bool(slope[0] > 5 * slope[1])
     assert grows == (name in ("linear", "quadratic", "cosine", "zero-terminal-snr"))
 
 
 @pytest.mark.parametrize("name", ["linear", "quadratic", "cosine"])
 def test_modified_ns_has_no_slope_at_zero(name):
-    """da/dt(0) = 0, by differences that shrink: of the originals they do not."""
+    """dα/dt(0) = 0, by differences that shrink: of the originals they do not."""
     t = f64(1e-4, 1e-2)
     for which, flat in ((name, False), (name + "-mns", True)):
         s = make_schedule(which, continuous=True)
-        slope = -torch.expm1(s.log_alpha_bar(t) / 2) / t  # (1 - a)/t, with its digits
+        slope = -torch.expm1(s.log_alpha_bar(t) / 2) / t  # (1 - α)/t, with its digits
         assert (slope[0] < 0.02 * slope[1]) == flat
         assert flat or abs(slope[0] / slope[1] - 1) < 0.02
 
@@ -250,22 +250,11 @@ def test_modified_ns_snr_against_the_originals():
     assert_close(ratios["linear"][-1].item(), 1.041, rtol=1e-3, atol=0)
 
 
-@pytest.mark.slow
-def test_the_figure(tmp_path, capsys):
-    out = tmp_path / "schedules.png"
-    schedules.main(["--out", str(out)])
-    assert out.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [out]
-    assert str(out) in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stopped:
-        schedules.main(["--out", str(tmp_path / "none" / "schedules.png")])
-    assert stopped.value.code == 2 and "No such file" in capsys.readouterr().err
-
-
 def test_digits_survive_near_zero():
     """1 - alpha_bar at t = 1e-9 is 1e-13 of beta's rate: a plain 1 - cumprod has no digit left
     there."""
     s = make_schedule("linear", continuous=True)
-    assert_close(s.coefficients(1e-9)[1].item() ** 2, 0.1 * 1e-12, rtol=1e-8, atol=0)
+    assert_close(s.alpha_sigma(1e-9)[1].item() ** 2, 0.1 * 1e-12, rtol=1e-8, atol=0)
 
 
 @everywhere
@@ -275,10 +264,10 @@ def test_step_variances_are_bayes(name, continuous):
     s = make_schedule(name, continuous=continuous)
     for t, t_next in ((999, 998), (700.5, 200), (40, 3)):
         beta, beta_tilde = s.step_variances(t, t_next)
-        (a_t, s_t), (a, noise) = s.coefficients(t), s.coefficients(t_next)
-        k = a_t / a  # q(x_t | x_next) = N(k x_next, beta)
-        assert_close(beta, s_t**2 - k**2 * noise**2, rtol=1e-6, atol=1e-12)
-        precision = k**2 / beta + 1 / noise**2
+        (alpha_t, sigma_t), (alpha, sigma) = s.alpha_sigma(t), s.alpha_sigma(t_next)
+        k = alpha_t / alpha  # q(x_t | x_next) = N(k x_next, beta)
+        assert_close(beta, sigma_t**2 - k**2 * sigma**2, rtol=1e-6, atol=1e-12)
+        precision = k**2 / beta + 1 / sigma**2
         assert_close(beta_tilde, 1 / precision, rtol=1e-6, atol=1e-12)
     assert s.step_variances(5.0, 0.0)[1] == 0
 
@@ -305,15 +294,15 @@ def test_interpolation_is_linear_in_log_alpha_bar():
     assert_close(s.log_alpha_bar(41.25), 0.75 * low + 0.25 * high, rtol=1e-14, atol=0)
 
 
-def test_diffuse_has_the_moments_it_says():
+def test_add_noise_has_the_right_moments():
     s = make_schedule("linear")
     g = torch.Generator().manual_seed(0)
     x0 = torch.full((2, 200_000), 0.7)
-    xt = schedules.diffuse(s, x0, torch.tensor([100, 800]), torch.randn(x0.shape, generator=g))
+    xt = schedules.add_noise(s, x0, torch.tensor([100, 800]), torch.randn(x0.shape, generator=g))
     assert xt.dtype == torch.float32
-    a, noise = s.coefficients(torch.tensor([100, 800]))
-    assert_close(xt.double().mean(1), 0.7 * a, rtol=0, atol=0.01)
-    assert_close(xt.double().std(1), noise, rtol=0.01, atol=0)
+    alpha, sigma = s.alpha_sigma(torch.tensor([100, 800]))
+    assert_close(xt.double().mean(1), 0.7 * alpha, rtol=0, atol=0.01)
+    assert_close(xt.double().std(1), sigma, rtol=0.01, atol=0)
 
 
 @everywhere
@@ -349,7 +338,7 @@ def test_logsnr_grid_of_a_schedule_without_signal_at_T():
     [
         (lambda: make_schedule("lineer"), "unknown schedule 'lineer': choose from linear"),
         (lambda: make_schedule("linear", T=0), "T must be"),
-        (lambda: make_schedule("linear", beta_ends=(0.02, 1e-4)), "beta must grow"),
+        (lambda: make_schedule("linear", betas=(0.02, 1e-4)), "betas must rise"),
         (lambda: schedules.time_grid(make_schedule("linear"), 0), "at least one point"),
         (lambda: schedules.time_grid(make_schedule("linear"), 5, "karras"), "unknown spacing"),
         (lambda: schedules.time_grid(make_schedule("linear"), 5, t_end=0), "times must satisfy"),
@@ -362,23 +351,43 @@ def test_errors_say_what_is_wrong(call, words):
 
 
 @pytest.mark.parametrize("name", ["linear", "edm"])
-def test_what_is_kept_for_numbers_is_what_tensors_give(name):
-    """at() and along() answer from memory, combine() and solve() in fewer passes."""
-    schedule = schedules.make_schedule(name)
-    times = (1000.0, 410.5, 37.0, 1.0)
-    grid = f64(*times)
-    expected = (*schedule.coefficients(grid), schedule.lam(grid))
-    expected += schedule.step_variances(grid[:-1], grid[1:])
-    for _ in range(2):
-        for got, want in zip(schedules.along(schedule, times), expected, strict=True):
-            assert got == tuple(want.tolist())
-        for t in times:
-            assert schedules.at(schedule, t) == tuple(float(c) for c in schedule.coefficients(t))
-    x, y = torch.randn(2, 2, 3, dtype=torch.float64)
-    a, s = schedules.at(schedule, 37.0)
-    for t in (37.0, torch.tensor([37.0, 37.0])):
-        scales = schedules.scales(schedule, t, x)
-        xt = schedules.combine(scales[0], x, scales[1], y)
-        assert_close(xt, a * x + s * y)
-        assert_close(schedules.solve(xt, scales[1], y, scales[0]), x)
-    assert schedules.at(schedules.make_schedule("cosine"), 37.0) != schedules.at(schedule, 37.0)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("t", [37.0, 37, torch.tensor([37, 37]), torch.tensor([36.5, 37.5])])
+def test_coefficients_are_float64_and_x_keeps_its_dtype(name, dtype, t):
+    schedule = make_schedule(name)
+    alpha, sigma = schedule.alpha_sigma(t)
+    assert alpha.dtype == sigma.dtype == torch.float64
+    x0, eps = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    xt = schedules.add_noise(schedule, x0, t, eps)
+    back = schedules.eps_from_x0(schedule, xt, t, x0)
+    assert xt.dtype == back.dtype == dtype
+    if dtype == torch.float64:
+        column = [c.reshape(-1, 1, 1, 1) for c in (alpha, sigma)]
+        assert_close(xt, column[0] * x0 + column[1] * eps, rtol=1e-15, atol=0)
+        assert_close(back, eps, rtol=1e-9, atol=1e-9)
+
+
+def test_expand():
+    x = torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16)
+    for shape, expanded in (((), ()), ((2,), (2, 1, 1, 1)), ((2, 3, 4, 4), (2, 3, 4, 4))):
+        c = schedules.expand(torch.ones(shape, dtype=torch.float64), x)
+        assert c.shape == expanded and (c * x).shape == x.shape and (c * x).dtype == x.dtype
+
+
+@everywhere
+@both
+def test_leading_grid_is_that_of_ddims_program(name, continuous):
+    s = make_schedule(name, continuous=continuous)
+    grid = schedules.time_grid(s, 10, "leading")
+    assert grid.dtype == torch.float64
+    assert grid.tolist() == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
+    for points in (2, 3, 7, 50, 501, 999, 1000):
+        steps = range(1, 1 + 1000 // points * points, 1000 // points)
+        assert schedules.time_grid(s, points, "leading").tolist() == list(steps)[::-1]
+    # other ends: the steps t_end, t_end + 1, ..., t_start take the place of 1..T
+    assert schedules.time_grid(s, 3, "leading", t_start=999).tolist() == [667, 334, 1]
+    assert schedules.time_grid(s, 2, "leading", t_end=11, t_start=20).tolist() == [16, 11]
+    assert schedules.time_grid(s, 2, "leading", t_end=0.5).tolist() == [500.5, 0.5]
+    for points, t_start in ((1, None), (1001, None), (1000, 999)):
+        with pytest.raises(ValueError, match="--spacing leading takes from 2 to"):
+            schedules.time_grid(s, points, "leading", t_start=t_start)

@@ -11,12 +11,12 @@ import toy
 LINEAR = schedules.make_schedule("linear")
 
 
-def log_density(mixture, x, a, s):
+def log_density(mixture, x, alpha, sigma):
     """log q_t(x) from the mixture of Gaussians, for autograd."""
     flat, means = x.flatten(1), mixture.means.flatten(1)
-    v = a**2 * mixture.stds**2 + s**2
+    v = alpha**2 * mixture.stds**2 + sigma**2
     d = flat.shape[1]
-    square = (flat[:, None] - a * means).square().sum(2)
+    square = (flat[:, None] - alpha * means).square().sum(2)
     return torch.logsumexp(
         mixture.weights.log() - d / 2 * torch.log(2 * torch.pi * v) - square / (2 * v), 1
     )
@@ -24,23 +24,23 @@ def log_density(mixture, x, a, s):
 
 @pytest.mark.parametrize("t", [1, 50, 400, 1000])
 @pytest.mark.parametrize("shape", [(1,), (3,), (2, 2, 2)])
-def test_eps_is_minus_s_times_the_score(t, shape):
+def test_eps_is_minus_sigma_times_the_score(t, shape):
     mixture = toy.two_bumps(shape)
-    a, s = LINEAR.coefficients(t)
+    alpha, sigma = LINEAR.alpha_sigma(t)
     x = torch.randn(6, *shape, dtype=torch.float64, requires_grad=True)
-    (score,) = torch.autograd.grad(log_density(mixture, x, a, s).sum(), x)
-    x0, eps = mixture.posterior(x.detach(), a, s)
-    assert_close(eps, -s * score, rtol=1e-9, atol=1e-9)
-    assert_close(a * x0 + s * eps, x.detach(), rtol=1e-9, atol=1e-9)  # the pair explains x_t
+    (score,) = torch.autograd.grad(log_density(mixture, x, alpha, sigma).sum(), x)
+    x0, eps = mixture.posterior(x.detach(), alpha, sigma)
+    assert_close(eps, -sigma * score, rtol=1e-9, atol=1e-9)
+    assert_close(alpha * x0 + sigma * eps, x.detach(), rtol=1e-9, atol=1e-9)  # the pair gives x_t
 
 
 def test_posterior_mean_by_importance_sampling():
     """E[x_0 | x_t] as an average over draws of x_0, weighted by q(x_t | x_0)."""
-    mixture, (a, s) = toy.two_bumps(), LINEAR.coefficients(300)
+    mixture, (alpha, sigma) = toy.two_bumps(), LINEAR.alpha_sigma(300)
     x0 = mixture.sample(2_000_000, torch.Generator().manual_seed(0)).flatten()
     for x in (-0.5, 0.1, 0.8):
-        w = torch.exp(-((x - a * x0) ** 2) / (2 * s**2))
-        got = mixture.posterior(torch.tensor([[x]], dtype=torch.float64), a, s)[0].item()
+        w = torch.exp(-((x - alpha * x0) ** 2) / (2 * sigma**2))
+        got = mixture.posterior(torch.tensor([[x]], dtype=torch.float64), alpha, sigma)[0].item()
         assert_close(got, (w @ x0 / w.sum()).item(), rtol=0, atol=3e-3)
 
 
