@@ -199,7 +199,8 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
     def may_change(self):
         """Names of settings that may differ when a run is resumed. `data` is where the images
         lie; what they are is compared by their digest."""
-        return {f.name for f in fields(self) if f.metadata.get("resume")} | {"data", "name", "steps"}
+        names = {f.name for f in fields(self) if f.metadata.get("resume")}
+        return names | {"data", "name", "steps"}
 
     def name_parts(self):
         """What distinguishes a run at a glance, so that the same command finds it again."""

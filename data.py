@@ -1,59 +1,48 @@
-r"""Images in: from files of almost any kind to batches of uint8 tensors in a fixed order.
+r"""Images in: pixels in [-1, 1], the built-in shapes, and batches in a fixed order.
 
 Every picture ends as a uint8 tensor (C, H, W), 0..255, with H = W = size, C = 1 or 3, and stays
-uint8 until the trainer calls `to_float`. Pictures are checked once, at the start (`load`), and
-the order of training is a pure function of the position in the stream (`batch_indices`).
+uint8 until the trainer calls to_float. The order of training is a pure function of the position in
+the stream (batch_indices), so that a resumed run continues with the right image.
 
-What this file does not do: labels, or augmentation (the trainer flips). What a file's pixels mean
-is pictures.py's affair; sets that are one array (CIFAR-10, IDX, NumPy) are opened by readers.py.
-
-N images, C channels, H height, W width, n = len(data set), e = epoch.
+Not here: labels, or augmentation (the trainer flips); files, zips and arrays
+(support/image_files.py), and what their pixels mean (support/images.py).
 
     python -c "import data; print(data.load('shapes', 32, 3).summary)"
     python -c "import data; print(data.load('photos.zip', 64, 3, progress=True).summary)"
     python -c "import data; print(data.batch_indices(n=10, start=8, batch=4, seed=0))"
+
+N images, C channels, H height, W width, n = len(data set), e = epoch.
 """
-import io
+
 import itertools
 import math
 import os
-import re
-import signal
-import time
-import warnings
-import zipfile
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tqdm import tqdm
+from torch import Tensor
 
-import readers
-from pictures import missing_pixels, prepare
-from readers import reason, shown
+from support import image_files, readers
+from support.images import prepare
 
-# In any part of the name; "./" and "../", which a zip may hold, are no names and hide nothing.
-HIDDEN = re.compile(r"(^|[\\/])(\.(?!\.?[\\/])|__MACOSX([\\/]|$))")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-# The contents are held to the same list: Pillow would run Ghostscript on an EPS called cat.png.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-LARGEST = 2**30  # bytes of a file or member: beyond are hardly images that Pillow would open
-LARGEST_SIDE = 8192  # pixels; a batch of such images fills the memory of any machine
-ENDLESS = 2**31  # this many images or more: too many to permute, never seen twice anyway
+BUILT_IN = ("shapes", "cifar10")
+MAX_SIDE = 8192  # pixels; a batch of such images fills the memory of any machine
+INFINITE = 2**31  # this many images or more: too many to permute, never seen twice anyway
+PREFETCH = 4  # batches that threads decode ahead
 
 
 # ------------------------------------------------------------------ pixels and numbers
 
-def to_float(u8):
+def to_float(u8: Tensor) -> Tensor:
     """uint8 0..255, any shape -> float32 in [-1, 1]: 0 is -1, 255 is exactly +1."""
     return u8.float() / 127.5 - 1
 
 
-def to_uint8(x):
-    """Float in [-1, 1], any shape -> uint8, the exact inverse of `to_float`; outside is clamped.
+def to_uint8(x: Tensor) -> Tensor:
+    """Float in [-1, 1], any shape -> uint8, the exact inverse of to_float; outside is clamped.
 
     (x + 1) * 127.5 is rounded, half up: floor(x * 127.5 + 128). A bare .to(uint8) would truncate
     instead, and darken every image by half a level on average.
@@ -62,11 +51,8 @@ def to_uint8(x):
     return (x.float().clamp(-1, 1) * 127.5 + 128).floor().clamp(0, 255).to(torch.uint8)
 
 
-# ------------------------------------------------------------------ one image
-
-def grid(images, columns):
-    """uint8 images (N, C, H, W) side by side, row by row -> one PIL image; empty places are
-    white."""
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """uint8 images (N, C, H, W), row by row -> one PIL image; empty places are white."""
     n, c, h, w = images.shape
     sheet = torch.full((-(-n // columns), columns, c, h, w), 255, dtype=torch.uint8)
     sheet.flatten(0, 1)[:n] = images.cpu()
@@ -74,11 +60,19 @@ def grid(images, columns):
     return Image.fromarray(pixels.squeeze(2).numpy() if c == 1 else pixels.numpy())
 
 
+# ------------------------------------------------------------------ the built-in shapes
+
 SHAPE_COLOURS = ((214, 48, 49), (46, 160, 67), (39, 94, 214), (245, 166, 35))
 SHAPE_NAMES = ("circle", "square", "triangle", "star")
 
 
-def draw_shape(seed, size=32):
+def choose_shape(seed) -> tuple[np.random.Generator, int, int]:
+    """-> (generator of the rest, index of the name, index of the colour)."""
+    rng = np.random.default_rng(seed)
+    return rng, rng.integers(len(SHAPE_NAMES)), rng.integers(len(SHAPE_COLOURS))
+
+
+def draw_shape(seed, size: int = 32) -> np.ndarray:
     """One anti-aliased coloured shape on a plain light background -> uint8 (size, size, 3)."""
     rng, kind, colour = choose_shape(seed)
     colour = SHAPE_COLOURS[colour]
@@ -100,245 +94,34 @@ def draw_shape(seed, size=32):
     return np.asarray(image.reduce(4))
 
 
-# ------------------------------------------------------------------ data sets
-
-def choose_shape(seed):
-    """-> (generator of the rest, index of the name, index of the colour)."""
-    rng = np.random.default_rng(seed)
-    return rng, rng.integers(len(SHAPE_NAMES)), rng.integers(len(SHAPE_COLOURS))
-
-
 class Shapes:
     """Endless drawings, none ever stored: image i depends on (seed, i) and on nothing else."""
 
-    def __init__(self, size, channels, seed=0):
+    streamed = False
+
+    def __init__(self, size: int, channels: int, seed: int = 0):
         self.size, self.channels, self.seed = size, channels, seed
         self.summary = f"endless shapes -> {channels}x{size}x{size}, drawn on the fly, seed {seed}"
+        self.digest = f"shapes, seed {seed}"
 
     def __len__(self):
-        return ENDLESS
+        return INFINITE
 
     def __getitem__(self, i):
         drawing = Image.fromarray(draw_shape((self.seed, int(i)), self.size))
         return prepare(drawing, self.size, self.channels)
 
-    def label(self, i):
+    def label(self, i: int) -> int:
         """One of 16 classes: which shape, in which colour."""
         _, kind, colour = choose_shape((self.seed, int(i)))
         return int(kind * len(SHAPE_COLOURS) + colour)
 
 
-class Array:
-    """Images in memory: one uint8 tensor (N, C, H, W); `paths` of the files they were, if any."""
+# ------------------------------------------------------------------ data sets
 
-    def __init__(self, images, summary="", paths=()):
-        self.images, self.summary, self.paths = images, summary, list(paths)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i]
-
-
-class Files:
-    """Image files read when asked for; paths are members of the zip `archive` if one is given.
-
-    Works in DataLoader workers, forked or spawned. ValueError names a file that has gone bad.
-    """
-
-    def __init__(self, paths, size, channels, archive=None, others=""):
-        self.paths, self.size, self.channels = list(paths), size, channels
-        self.archive, self.others, self._zip = archive, others, (None, None)
-        self.summary = ""
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getstate__(self):  # a worker that gets us by pickle opens the zip for itself
-        return {**self.__dict__, "_zip": (None, None)}
-
-    def content(self, i):
-        """The bytes of file i."""
-        if self.archive is None:
-            content = readers.content(self.paths[i], LARGEST)
-        else:
-            # A forked worker shares the parent's file position: one open archive per process.
-            if self._zip[0] != os.getpid():
-                archive = zipfile.ZipFile(self.archive)
-                names = Counter(member.filename for member in archive.infolist())
-                self._zip = (os.getpid(), archive, names)
-            _, archive, names = self._zip
-            if names[self.paths[i]] > 1:  # a zip looks members up by name: one would be used twice
-                raise ValueError(f"{names[self.paths[i]]} members of the zip have this name")
-            if (size := archive.getinfo(self.paths[i]).file_size) > LARGEST:
-                raise ValueError(f"{size:,} bytes are too many for an image")
-            # In pieces: asked for all, zipfile inflates 2 GiB of a member that declares 1 KiB.
-            with archive.open(self.paths[i]) as file:
-                content = b"".join(iter(lambda: file.read(2**16), b""))
-        if not content:
-            raise ValueError("empty file")
-        return content
-
-    def read(self, i, check=False):
-        """-> (Pillow mode, (width, height), uint8 tensor); any exception that Pillow can raise."""
-        content = self.content(i)
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if check and image.format == "PNG" and (missing := missing_pixels(content)):
-                raise ValueError(f"{missing:,} bytes of pixels are missing")
-            prepared = prepare(image, self.size, self.channels)
-            return image.mode, image.size, prepared
-
-    def __getitem__(self, i):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return self.read(i)[2]
-        except Exception as error:  # the scan has seen this file whole: it has changed since
-            raise ValueError(f"{shown(self.paths[i])}: {reason(error)}") from error
-
-
-def describe(modes, sizes, target, how, bad=0, others=""):
-    """The summary: `modes` {mode: count}, `sizes` of (width, height), `target` (C, H, W)."""
-    small, large = (f(sizes, key=math.prod) for f in (min, max))
-    span = "{}x{}".format(*small) + (" to {}x{}".format(*large) if large != small else "")
-    kinds = ", ".join(f"{count:,} {mode}" for mode, count in sorted(modes.items()))
-    skipped = f", {bad:,} bad skipped" if bad else ""
-    return (f"{sum(modes.values()):,} images ({kinds}), {span} -> "
-            f"{'x'.join(map(str, target))}, {how}{skipped}{others}")
-
-
-def scan(files, skip_bad, memory_limit, progress):
-    """Decode every file once, before training -> Array if all fits `memory_limit`, else `files`.
-
-    A broken picture found after six hours is worse than a minute spent here, and only a full
-    decode finds the truncated ones: their headers are fine. ValueError names the first five bad
-    files, unless `skip_bad`, which leaves them out and counts them in the summary.
-    """
-    own = files.size is None  # all are to have one size: that of the first that can be read
-    if own:
-        files.size = first_side(files)
-    target = (files.channels, files.size, files.size)
-    keep = len(files) * math.prod(target) <= memory_limit
-    # Filled in place: a list of tensors, stacked at the end, would need the memory twice.
-    images = torch.empty(len(files) if keep else 0, *target, dtype=torch.uint8)
-    modes, sizes, good, bad = Counter(), set(), [], []
-
-    def attempt(i):
-        try:
-            mode, size, image = files.read(i, check=True)
-            return mode, size, image if keep else None
-        except Exception as error:  # a hostile file can make Pillow raise nearly anything
-            return None, None, reason(error)
-
-    # Pillow lets go of the interpreter lock while it decodes, so threads do run in parallel.
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        warnings.simplefilter("ignore")
-        every = pool.map(attempt, range(len(files)))
-        for i, (mode, size, image) in enumerate(
-                tqdm(every, "checking images", len(files), disable=not progress)):
-            if mode is None:
-                bad.append(f"{shown(files.paths[i])} ({image})")
-                continue
-            if keep:
-                images[len(good)] = image
-            good.append(files.paths[i])
-            modes[mode] += 1
-            sizes.add(size)
-    if bad and not (skip_bad and good):
-        more = f" and {len(bad) - 5:,} more" if len(bad) > 5 else ""
-        raise ValueError(f"{len(bad):,} of {len(files):,} images cannot be read: "
-                         f"{', '.join(bad[:5])}{more}; "
-                         + ("--skip-bad-images goes on without them" if good else "none is left"))
-    if own and sizes != {(files.size, files.size)}:
-        raise ValueError("the images are not squares of one size ("
-                         + " ".join("{}x{}".format(*s) for s in sorted(sizes)[:5])
-                         + (" ..." if len(sizes) > 5 else "") + "): give --image-size")
-    files.paths = good
-    files.summary = describe(modes, sizes, target, "in memory" if keep else "streamed", len(bad),
-                             files.others)
-    return Array(images[:len(good)], files.summary, good) if keep else files
-
-
-def first_side(files):
-    """The shorter side of the first image that can be read, in pixels; 1 if none can."""
-    files.size = 1
-    for i in range(len(files)):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return min(files.read(i, check=True)[1])
-        except Exception:  # a bad file: the scan, which follows, will name it
-            continue
-    return 1
-
-
-def find_images(names, root):
-    """The image files among `names` (relative to `root`), in the order of their names.
-
-    Sorted, since neither a folder nor a zip promises an order, and image number i must stay the
-    same image when training resumes. Hidden files do not count, nor what macOS adds to a zip.
-    Names that a zip has twice stay twice, and the scan says so.
-    """
-    found = sorted(name for name in names
-                   if name.lower().endswith(SUFFIXES) and not HIDDEN.search(name))
-    if not found:
-        raise ValueError(f"no images in {shown(root)} (looked, at any depth, for "
-                         f"{' '.join(SUFFIXES)}){left_out(names)}")
-    return found
-
-
-def left_out(names):
-    """What find_images passes over, for the summary: ", 3 other files left out (.heic 2, .txt 1)".
-
-    Telephones save .heic: without this, half of a folder could be missing unnoticed.
-    """
-    kinds = Counter(shown(os.path.splitext(name)[1].lower()[:12]) or "no suffix" for name in names
-                    if not name.lower().endswith(SUFFIXES) and not HIDDEN.search(name))
-    if not kinds:
-        return ""
-    listing = [f"{kind} {count:,}" for kind, count in
-               sorted(kinds.items(), key=lambda item: (-item[1], item[0]))]
-    return (f", {kinds.total():,} other file{'s' * (kinds.total() > 1)} left out "
-            f"({', '.join(listing[:3] + ['...'] * (len(listing) > 3))})")
-
-
-def walk(root):
-    """All file names under a folder, relative to it. Links are followed, each folder read once."""
-    def stop(error):  # os.walk passes over unreadable folders in silence; we do not
-        raise error
-
-    if not os.listdir(root):
-        raise ValueError(f"empty folder: {shown(root)}")
-    seen = set()
-    for folder, below, names in os.walk(root, onerror=stop, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link back up: never the same folder twice
-            below.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        yield from (os.path.relpath(os.path.join(folder, name), root) for name in names)
-
-
-def fit(array, size, channels, progress):
-    """uint8 (N, H, W, 1, 3 or 4) -> uint8 tensor (N, channels, size, size), as by `prepare`.
-
-    An array of the right shape already is only copied, so published sets keep every bit.
-    """
-    if 0 in array.shape:
-        raise ValueError(f"no images in an array of shape {array.shape}")
-    if array.shape[1:] == (size, size, channels):
-        return torch.from_numpy(np.array(array.transpose(0, 3, 1, 2), order="C"))
-    images = torch.empty(len(array), channels, size, size, dtype=torch.uint8)
-    for i, pixels in enumerate(tqdm(array, "resizing images", disable=not progress)):
-        pixels = np.ascontiguousarray(pixels if pixels.shape[2] > 1 else pixels[..., 0])
-        images[i] = prepare(Image.fromarray(pixels), size, channels)
-    return images
-
-
-def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30, progress=False):
-    """-> a data set: len(d), d[i] uint8 tensor (channels, size, size), d.summary in one line.
+def load(source: str, size: int | None, channels: int, seed: int = 0, skip_bad: bool = False,
+         memory_limit: int = 2 * 2**30, progress: bool = False):
+    """Open a data set: len(d), d[i] uint8 (channels, size, size), d.summary in one line, d.digest.
 
     source        "shapes", "cifar10" (downloaded), or a path: a folder or .zip of images or one
                   image, .npy, .npz or FILE.npz:KEY, an IDX file or folder, CIFAR-10's archives or
@@ -348,76 +131,53 @@ def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30,
     skip_bad      leave broken image files out instead of stopping
     memory_limit  bytes of prepared images up to which files are kept in memory
 
-    All that is wrong with the source is a ValueError or OSError of one line.
+    ValueError or OSError, of one line: what is wrong with the source.
     """
     if channels not in (1, 3) or size is not None and size < 1:
         raise ValueError(f"channels is 1 or 3 and size at least 1, not {channels} and {size}")
-    if size is not None and size > LARGEST_SIDE:
-        raise ValueError(f"{size} pixels a side are too many: {LARGEST_SIDE} at most")
+    if size is not None and size > MAX_SIDE:
+        raise ValueError(f"--image-size {size} is too large: {MAX_SIDE} at most")
     if source == "shapes":
-        return Shapes(size or 32, channels, seed)
-    path, key = readers.cifar_archive() if source == "cifar10" else str(source), None
-    if ".npz:" in path and not os.path.exists(path):
-        path, key = path.rsplit(".npz:", 1)
-        path += ".npz"
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no such file or folder: {shown(path)}")
-    try:
-        if os.path.isdir(path):
-            names = sorted(os.listdir(path))
-            idx = [name for name in names if readers.IDX_TRAIN.search(name)]
-            if idx:
-                path = os.path.join(path, idx[0])
-            elif not any(map(readers.CIFAR_BATCH.search, names)):
-                names = list(walk(path))
-                paths = [os.path.join(path, name) for name in find_images(names, path)]
-                files = Files(paths, size, channels, others=left_out(names))
-                return scan(files, skip_bad, memory_limit, progress)
-        elif not os.path.isfile(path):  # a named pipe: opening it would wait for ever
-            raise ValueError("neither a file nor a folder")
-        elif path.lower().endswith(SUFFIXES):
-            return scan(Files([path], size, channels), skip_bad, memory_limit, progress)
-        elif zipfile.is_zipfile(path) and not path.lower().endswith(".npz"):
-            with zipfile.ZipFile(path) as archive:
-                members = [m.filename for m in archive.infolist() if not m.is_dir()]
-            files = Files(find_images(members, path), size, channels, path, left_out(members))
-            return scan(files, skip_bad, memory_limit, progress)
-        array = readers.read_array(path, key, size or 0)
-        if size is None:
-            size, width = array.shape[1:3]
-            if size != width:
-                raise ValueError(f"the images are {width}x{size}, no squares: give --image-size")
-        images = fit(array, size, channels, progress)
-    except Exception as error:  # gzip, tarfile, pickle, NumPy: each has its own family of errors
-        if isinstance(error, OSError) and path in str(error):
-            raise
-        text = reason(error)
-        raise ValueError(text if shown(path) in text else f"{shown(path)}: {text}") from error
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[array.shape[3]]
-    return Array(images, describe({mode: len(array)}, {array.shape[2:0:-1]}, images.shape[1:],
-                                  "in memory"))
+        dataset = Shapes(size or 32, channels, seed)
+    else:
+        path, key = readers.cifar_archive() if source == "cifar10" else str(source), None
+        if ".npz:" in path and not os.path.exists(path):
+            path, key = path.rsplit(".npz:", 1)
+            path += ".npz"
+        dataset = image_files.open_path(path, key, size, channels, skip_bad, memory_limit, progress)
+    if source in BUILT_IN and os.path.exists(source):
+        dataset.summary += f"; built in: for the folder {source}, give ./{source}"
+    return dataset
+
+
+def require_local(source: str, run: str) -> str:
+    """`source`, the data set of a run, if it exists here; else FileNotFoundError."""
+    path = source.replace(".npz:", ".npz\0").split("\0")[0]  # FILE.npz:KEY
+    if source not in BUILT_IN and not os.path.exists(path):
+        raise FileNotFoundError(f"{run} was trained on {source!r}, which does not exist here: name "
+                                "the images (--data; for fid, as B)")
+    return source
 
 
 # ------------------------------------------------------------------ the order of training
 
 @lru_cache(maxsize=2)  # two, because a batch may straddle the end of an epoch
-def permutation(n, epoch, seed):
+def permutation(n: int, epoch: int, seed: int) -> np.ndarray:
     """The order of epoch `epoch`: int64 (n,), read-only because it is shared."""
     order = np.random.default_rng((seed, epoch)).permutation(n)
     order.flags.writeable = False
     return order
 
 
-def batch_indices(n, start, batch, seed):
+def batch_indices(n: int, start: int, batch: int, seed: int) -> np.ndarray:
     """Image indices at stream positions start .. start + batch - 1: int64 (batch,).
 
     Position p is in epoch e = p // n, which visits every image once in an order of its own; an
     endless set (n >= 2^31) is simply counted through. A function of the position and of no hidden
-    state: training that resumes at position p sees exactly what it would have seen uninterrupted.
-    (For one version of NumPy: it keeps default_rng's streams stable, but does not promise to.)
+    state. (For one version of NumPy: it keeps default_rng's streams stable, but does not promise.)
     """
     positions = np.arange(start, start + batch, dtype=np.int64)
-    if n >= ENDLESS:
+    if n >= INFINITE:
         return positions
     indices = np.empty_like(positions)
     for epoch in range(start // n, (start + batch - 1) // n + 1):
@@ -426,61 +186,28 @@ def batch_indices(n, start, batch, seed):
     return indices
 
 
-def quiet_worker(_):
-    """Ctrl-C reaches every process of a terminal, and a cluster's SIGTERM every process of a job:
-    only the trainer is to answer. Its workers go on for as long as it may take to save."""
-    def later(number, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(30)
+def batches(dataset, batch: int, start: int, seed: int, rank: int = 0, world_size: int = 1,
+            workers: int = 0) -> Iterator[Tensor]:
+    """Endless uint8 tensors (batch // world_size, C, H, W) from stream position `start` on.
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, later)
-    torch.set_num_threads(1)
-
-
-def batches(dataset, batch, start, seed, rank=0, world=1, workers=0):
-    """Endless iterator of uint8 tensors (batch // world, C, H, W) from stream position `start` on.
-
-    `batch` is the global one; process `rank` of `world` takes its contiguous part, so that the
-    parts, put together, are the batch that one process would have had. `start` counts images:
-    steps done times `batch`. ValueError if batch > len(dataset), or world does not divide it.
+    `batch` is the global one; process `rank` takes its contiguous part, so that the parts, put
+    together, are the batch that one process would have had. `start` counts images: steps done times
+    `batch`. ValueError if batch > len(dataset), or world_size does not divide it.
     """
-    n = len(dataset)
+    n, share = len(dataset), batch // world_size
     if batch > n:
-        raise ValueError(f"a batch of {batch} from only {n} images: use a smaller batch")
-    if batch < 1 or batch % world:
-        raise ValueError(f"a batch of {batch} cannot be shared equally by {world} processes")
+        raise ValueError(f"--batch-size {batch} is more than the {n} images: use a smaller batch")
+    if batch < 1 or batch % world_size:
+        raise ValueError(f"--batch-size {batch} must be divisible by the {world_size} processes")
 
     def indices():
-        share = batch // world
         for position in itertools.count(start, batch):
-            whole = batch_indices(n, position, batch, seed)
-            yield whole[rank * share:(rank + 1) * share].tolist()
+            yield batch_indices(n, position, batch, seed)[rank * share:(rank + 1) * share].tolist()
 
-    if isinstance(dataset, Array):  # a gather is faster than any worker could hand it over
+    if isinstance(dataset, image_files.Array):
         return (dataset.images[i] for i in indices())
-    # Drawing a batch of shapes takes milliseconds; a worker would take a core from the network.
-    if not workers or isinstance(dataset, Shapes):
-        return (torch.stack([dataset[i] for i in some]) for some in indices())
-    # A generator of its own: DataLoader draws a seed, and from the global one that would make the
-    # noise of training depend on the number of workers.
-    return from_workers(torch.utils.data.DataLoader(
-        dataset, batch_sampler=indices(), num_workers=workers, collate_fn=torch.stack,
-        worker_init_fn=quiet_worker, persistent_workers=True, prefetch_factor=4,
-        generator=torch.Generator()))
-
-
-def from_workers(loader):
-    """The loader's batches; an error in a worker arrives as the one line it was there. RuntimeError
-    "DataLoader worker (pid ...": it was killed; then torch raises that wherever we are, too."""
-    try:
-        yield from loader
-    except ValueError as error:  # DataLoader wraps a whole traceback round it
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-    except (ConnectionError, EOFError) as error:
-        # A worker that dies after it has announced a batch and before it hands the memory over:
-        # nobody is at the other end of the socket. torch's signal handler says so better, in a
-        # moment, and it is to say it here. runtime.run_program knows its words.
-        time.sleep(2)
-        raise RuntimeError(f"DataLoader worker (pid unknown) is gone: {reason(error)}") from None
+    each = itertools.chain.from_iterable(indices())
+    images = map(dataset.__getitem__, each)
+    if workers and dataset.streamed:  # drawing shapes would only take a core from the network
+        images = image_files.in_threads(dataset.__getitem__, each, workers, PREFETCH * share)
+    return (torch.stack(list(itertools.islice(images, share))) for _ in itertools.count())

@@ -86,6 +86,11 @@ class Denoiser:
         """(C, H, W) of x_0."""
         return self.space.shape
 
+    @property
+    def value_range(self) -> tuple[float, float] | None:
+        """(low, high) of x_0, or None if it has no bounds (latents)."""
+        return self.space.value_range
+
     def replace(self, **parts) -> "Denoiser":
         """A copy with some parts replaced, e.g. .replace(net=another)."""
         other = copy.copy(self)

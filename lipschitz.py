@@ -130,7 +130,7 @@ def open_runs(config, device) -> Iterator[tuple[str, Denoiser, Tensor]]:
         s = denoiser.settings
         if s.get("factor"):
             raise ValueError(f"{name} enlarges images, and draws nothing from noise alone")
-        dataset = images_of(config.data or require_local(s["data"], name), s["image_size"],
+        dataset = images_of(config.data or data.require_local(s["data"], name), s["image_size"],
                             s["channels"], config.seed)
         num = min(config.num, len(dataset))
         x0 = data.to_float(next(data.batches(dataset, num, 0, config.seed)))
@@ -150,15 +150,6 @@ def split_label(run: str | None) -> tuple[str | None, str | None]:
     """LABEL=RUN -> (label, run); a run alone, or a path that contains a = -> (None, run)."""
     label, equals, rest = (run or "").partition("=")
     return (label, rest) if equals and label and not os.path.exists(run) else (None, run)
-
-
-def require_local(source: str, run: str) -> str:
-    """`source`, the data set of a run, if it exists here; else FileNotFoundError."""
-    path = source.replace(".npz:", ".npz\0").split("\0")[0]  # FILE.npz:KEY
-    if source not in data.BUILT_IN and not os.path.exists(path):
-        raise FileNotFoundError(f"{run} was trained on {source!r}, which does not exist here: name "
-                                "the images (--data; for fid, as B)")
-    return source
 
 
 # ------------------------------------------------------------------ the program

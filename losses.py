@@ -84,7 +84,7 @@ def mean_square(r: Tensor) -> Tensor:
 
 
 def residual_in(space: str, denoiser: Denoiser, eps: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """The residuals of ε and x_0, (B, ...), as that of another quantity: `space`, of LOSS_SPACES."""
+    """The residuals of ε and x_0, (B, ...), as that of another quantity, of LOSS_SPACES."""
     if space in ("eps", "x0"):
         return eps if space == "eps" else x0
     alpha, sigma = denoiser.schedule.alpha_sigma(t)

@@ -113,13 +113,13 @@ class Generated:
         self.denoiser, self.arguments = sample.open_run(config, dist)
         s = self.denoiser.settings
         if s.get("factor"):
-            raise ValueError(f"{run} enlarges images: python -m papers.superres enlarge {run} IMAGES "
-                             "writes its results, which psnr and fid take as a folder")
+            raise ValueError(f"{run} enlarges images: python -m papers.superres enlarge writes its "
+                             "results, which psnr and fid take as a folder")
         self.n, self.shape = config.num or MIN_IMAGES, (s["channels"], *[s["image_size"]] * 2)
         self.data, self.notes = s["data"], config.warnings(self.denoiser)
         self.summary = (f"{self.n:,} images by {self.denoiser.folder.name} at step "
                         f"{self.denoiser.step}, {config.weights} weights, seed {config.seed}, "
-                        f"{config.tag()}")
+                        f"{sample.tag(config, self.denoiser.step)}")
 
     def batch(self, indices):
         """-> uint8 (b, C, H, W): quantized, as files are."""
@@ -246,13 +246,14 @@ def fid(sources, sides, config, dist):
     except ValueError as error:
         raise ValueError(f"{' and '.join(sources)}: {error}") from error
     counts = [int(s["n"]) if "n" in s else None for s in both]
-    warnings, D = warn_network(net, [str(s.get("precision", "fp32")) for s in both]), len(both[0]["mu"])
+    warnings = warn_network(net, [str(s.get("precision", "fp32")) for s in both])
+    D = len(both[0]["mu"])
     for source, n in zip(sources, counts, strict=True):
         if n is None:
             warnings.append(f"{source} has no record of its image count or network")
         elif n < MIN_IMAGES:
-            warnings.append(f"{n:,} images of {source}: under {MIN_IMAGES:,} the value is too high, "
-                            "by an amount that depends on N: compare only with the same N")
+            warnings.append(f"{n:,} images of {source}: under {MIN_IMAGES:,} the value is too "
+                            "high, by an amount that depends on N: compare only with the same N")
         if n is not None and n <= D:
             warnings.append(f"{n:,} images of {source} in {D} dimensions: the covariance does not "
                             "have full rank")
@@ -370,8 +371,8 @@ class MetricsConfig(samplers.SamplerConfig):
                                  "programs: give only one that you trust")
     num: int | None = flag(None, "images of a run or of shapes; a set on disk is used whole",
                            short="-n", shown=f"{MIN_IMAGES}", group="images")
-    image_size: int | None = flag(None, "resize and crop sets to this side", shown="the run's, else "
-                                  "their own")
+    image_size: int | None = flag(None, "resize and crop sets to this side",
+                                  shown="the run's, else their own")
     channels: int | None = flag(None, "1: sets turned gray", choices=(1, 3), shown="the run's, "
                                 "else 3")
     skip_bad_images: bool = flag(False, "continue without files that cannot be read")
@@ -401,7 +402,7 @@ an .npz of statistics (mu, sigma; fid only), or a run, which is sampled on the f
 
     def check(self):
         super().check()
-        samplers.check_images(self)
+        sample.check_images(self)
         wanted, words = {"fid": ((1, 2), "A or A B"), "is": ((1,), "A alone"),
                          "psnr": ((2,), "A B"), "stats": ((2,), "A OUT.npz")}[self.metric]
         if len(self.images) not in wanted:

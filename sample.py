@@ -19,7 +19,7 @@ import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort:
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,7 +32,7 @@ import data
 import samplers
 from denoiser import load_run
 from support import distributed, files, precision, rng
-from support.cli import flag, parse_into
+from support.cli import flag, flag_name, parse_into
 from support.programs import run_main
 
 
@@ -44,7 +44,8 @@ class SampleConfig(samplers.SamplerConfig):  # --sampler, --nfe, --spacing, --et
     num: int = flag(64, "number of images; under torchrun write -n", short="-n")
     batch_size: int = flag(64, "images at a time, per process")
     seed: int = flag(0, "image i is a function of (seed, i)")
-    out: Path | None = flag(None, "folder to write to", shown="generated/SAMPLER-NFE-... in the run")
+    out: Path | None = flag(None, "folder to write to", shown="generated/SAMPLER-NFE-STEP in the "
+                            "run, and other flags")
     npz: bool = flag(False, "also pack the images into one .npz, arr_0 (N, H, W, C)")
 
     prog: ClassVar[str] = "sample.py"
@@ -66,9 +67,28 @@ class SampleConfig(samplers.SamplerConfig):  # --sampler, --nfe, --spacing, --et
 
     def check(self):
         super().check()
-        samplers.check_images(self)
+        check_images(self)
         if self.run == "":
             raise ValueError("RUN is empty: leave it out for the newest run")
+
+
+def check_images(config):
+    """ValueError for --num, --batch-size or --seed out of range. metrics.py calls this too."""
+    for name in ("num", "batch_size"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"{flag_name(name)} must be at least 1, not {getattr(config, name)}")
+    if not 0 <= config.seed < 2**31:  # a generator's seed has 63 bits: see rng.image_seed
+        raise ValueError(f"--seed must be from 0 to {2**31 - 1}, not {config.seed}")
+
+
+def tag(config, step):
+    """A folder's name for these flags: sampler, calls, step, and every flag that is not usual."""
+    parts = [config.sampler, str(config.nfe), f"step{step}"]
+    for f in fields(samplers.SamplerConfig):
+        value = getattr(config, f.name)
+        if f.name not in ("sampler", "nfe", "compile", "deterministic") and value != f.default:
+            parts.append(f"{f.name.replace('_', '-')}-{value}")
+    return "-".join(parts + [f"seed-{config.seed}"] * bool(config.seed))
 
 
 def open_run(config, dist):
@@ -182,7 +202,7 @@ def main(argv=None):
         if denoiser.settings.get("factor"):
             raise ValueError(f"{denoiser.folder.name} enlarges images: python -m papers.superres "
                              f"enlarge {denoiser.folder.name} IMAGES")
-        out = config.out or (denoiser.folder / "generated" / config.tag(denoiser.step))
+        out = config.out or (denoiser.folder / "generated" / tag(config, denoiser.step))
         dist.on_main(open_output_folder, out, sampling_record(config, denoiser, arguments), dist)
         write_missing(out, lambda batch: draw(denoiser, batch, config.seed, dist.device, arguments),
                       config, dist)

@@ -19,8 +19,7 @@ for constant ε. Expanding ε around the start of the step adds integrals of exp
 
 Every sampler makes exactly nfe network calls. Heun takes two per step and may leave one unused; it
 then warns. All use only denoiser.predict(x, t) -> (x_0, ε) and the schedule, so each works with
-every schedule, prediction and time input. Not here: image files (sample.py), estimated variances
-(papers/covariance.py).
+every schedule, prediction and time input. Not here: image files, estimated variances (papers/).
 
     x = samplers.sample(denoiser, torch.randn(16, 3, 32, 32), "dpm-solver", 20, "logsnr")
 
@@ -66,11 +65,10 @@ def sample(denoiser, x: Tensor, sampler: str = "ddim", nfe: int = 50,
     noise            noise(shape) -> Gaussian like x; None draws from torch's global generator
     variance         of the fresh noise: "small" = η² β̃ (as None), "large" = β (ddpm only), or a
                      function (x, t, t_next) -> variance of x_next given x_t (ddpm and ddim)
-    s_churn, ...     heun: EDM's S_churn, the noise added and removed on the way, while σ/α is from
-                     s_min to s_max, times s_noise
+    s_churn, ...     heun: EDM's S_churn, S_min, S_max, S_noise; its σ is σ/α
 
-    UserWarning: heun leaves a call unused. ValueError: an argument is out of range or has no effect
-    on this sampler (its flag is named), or ε-prediction at ᾱ = 0, where it determines no x_0.
+    UserWarning: heun leaves a call unused. ValueError, which names the flag: an argument is out of
+    range, or has no effect on this sampler; or ε-prediction at ᾱ = 0, where it has no x_0.
     """
     SamplerConfig(sampler=sampler, nfe=nfe, eta=eta, order=order, variance=variance, churn=s_churn,
                   churn_min=s_min, churn_max=s_max, churn_noise=s_noise).check()
@@ -81,10 +79,7 @@ def sample(denoiser, x: Tensor, sampler: str = "ddim", nfe: int = 50,
     if times[0] > initial_time(denoiser):
         raise ValueError(f"eps-prediction has no x_0 at t = {times[0]:g}, where alpha_bar = 0 in "
                          f"{schedule.name}: predict v or x0, or start lower (t_start)")
-    if noise is None:
-        def noise(shape):
-            return torch.randn(shape, dtype=x.dtype, device=x.device)
-
+    noise = noise or (lambda shape: torch.randn(shape, dtype=x.dtype, device=x.device))
     if sampler == "heun":
         times = times.tolist() + [0.0] * denoise_to_zero
         return heun(denoiser, x, times, clip, noise, s_churn, s_min, s_max, s_noise)
@@ -92,8 +87,7 @@ def sample(denoiser, x: Tensor, sampler: str = "ddim", nfe: int = 50,
         eta = 1.0 if sampler == "ddpm" else eta
         x = ddim(denoiser, x, times.tolist(), eta, variance, clip, noise)
     elif sampler == "dpm-solver":
-        equal = isinstance(spacing, str) and spacing == "logsnr"
-        times, orders = singlestep_plan(schedule, times, order, equal)
+        times, orders = singlestep_plan(schedule, times, order, equal=spacing == "logsnr")
         x = dpm_solver(denoiser, x, times.tolist(), orders, clip)
     else:
         x = dpm_solver_2m(denoiser, x, times.tolist(), clip)
@@ -101,8 +95,7 @@ def sample(denoiser, x: Tensor, sampler: str = "ddim", nfe: int = 50,
 
 
 def predict(denoiser, x, t, clip):
-    """denoiser.predict with x̂_0 clamped to clip. ε is then computed again, so that the pair still
-    gives x_t. (Analytic-DPM's program keeps the network's ε in DDIM: slightly other numbers.)"""
+    """denoiser.predict with x̂_0 clamped to clip. ε is then computed again, so that both give x."""
     x0, eps = denoiser.predict(x, t)
     if clip is None:
         return x0, eps
@@ -190,17 +183,13 @@ def add_churn(schedule, x, t, gamma, s_min, s_max, s_noise, noise):
     exceed the schedule's maximum, so at t = T only edm adds noise. z is drawn only if it is used;
     EDM's program draws it at every step, so seeds do not compare."""
     alpha, sigma = schedule.alpha_sigma(t)
-    if alpha == 0 or not s_min <= sigma / alpha <= s_max:
-        return x, t
     t_hat = schedule.t_of_lam(schedule.lam(t) - math.log1p(gamma)).item()
     alpha_hat, sigma_hat = schedule.alpha_sigma(t_hat)
     added = (sigma_hat / alpha_hat) ** 2 - (sigma / alpha) ** 2
-    if added <= 0:
+    if alpha == 0 or added <= 0 or not s_min <= sigma / alpha <= s_max:
         return x, t
     return alpha_hat / alpha * x + alpha_hat * added.sqrt() * s_noise * noise(x.shape), t_hat
 
-
-# ------------------------------------------------------------------ times and orders
 
 def grid_for_nfe(schedule: Schedule, sampler: str, nfe: int, spacing: str | Tensor | Callable,
                  t_end: float = 1.0, t_start: float | None = None,
@@ -231,16 +220,13 @@ def grid_for_nfe(schedule: Schedule, sampler: str, nfe: int, spacing: str | Tens
 def check_time_grid(times: Tensor, T: int) -> Tensor:
     """The grid as float64 on the CPU. ValueError: not strictly falling times in (0, T]."""
     times = times.double().cpu()
-    if times.dim() != 1 or len(times) == 0 or (times.diff() >= 0).any():
-        raise ValueError("a grid of times must be a falling sequence")
-    if not 0 < times[-1] <= times[0] <= T:
-        raise ValueError(f"a grid of times must lie above 0 and up to {T}, not from {times[0]:g} "
-                         f"to {times[-1]:g}")
+    if times.dim() != 1 or not len(times) or (times.diff() >= 0).any() or not (
+            0 < times[-1] <= times[0] <= T):
+        raise ValueError(f"a grid of times must fall strictly, above 0 and up to {T}")
     return times
 
 
-def singlestep_plan(schedule: Schedule, times: Tensor, order: int,
-                    equal: bool = False) -> tuple[Tensor, list[int]]:
+def singlestep_plan(schedule, times, order, equal=False) -> tuple[Tensor, list[int]]:
     """(times, orders) for dpm_solver(): an update of order o spans o steps and costs o calls.
 
     As many updates of full order as fit, then the rest: 10 steps are 3 + 3 + 3 + 1. Their inner
@@ -256,7 +242,7 @@ def singlestep_plan(schedule: Schedule, times: Tensor, order: int,
         outer = time_grid(schedule, len(orders) + 1, "logsnr", times[-1].item(), times[0].item())
         parts = [outer[:1]]  # first the start, then each update's inner points and its end
         for t, t_next, o in zip(outer[:-1], outer[1:], orders, strict=True):
-            inner = torch.arange(1, o, dtype=torch.float64) / o
+            inner = torch.arange(1, o).double() / o
             lam = torch.lerp(schedule.lam(t), schedule.lam(t_next), inner)
             parts += [schedule.t_of_lam(lam), t_next[None]]
         times = torch.cat(parts)
@@ -304,55 +290,51 @@ def initial_time(denoiser) -> int:
     return T - int(needs_signal and denoiser.schedule.alpha_bar(T) == 0)
 
 
-# ------------------------------------------------------------------ the flags
-
 @dataclass
 class SamplerConfig:
     """The flags of sample.py and metrics.py that choose a sampler."""
 
     sampler: str = flag("ddim", "which sampler", choices=SAMPLERS, group="sampling")
     nfe: int = flag(50, "network calls per image; heun: 2N - 1 for N steps")
-    spacing: str = flag("uniform", "times of the calls between T and t = 1; remap: uniform in the "
-                        "time input of a --remap run", choices=(*SPACINGS, "remap"))
+    spacing: str = flag("uniform", "times of the calls; remap: uniform in the time input of a "
+                        "--remap run", choices=(*SPACINGS, "remap"))
     eta: float = flag(0.0, "ddim: share of fresh noise, 0 to 1")
     order: int = flag(3, "dpm-solver: its order", choices=(1, 2, 3))
-    variance: str | None = flag(None, "of the fresh noise: small or large for ddpm; for ddpm and "
-                                "ddim analytic (papers.covariance), or npr or sn of a run with "
-                                "such a head", ("small", "large", *ESTIMATED), shown="small")
+    variance: str | None = flag(None, "of the fresh noise: large for ddpm; for ddpm and ddim "
+                                "analytic (papers.covariance), or npr or sn of a run with such a "
+                                "head", choices=("small", "large", *ESTIMATED), shown="small")
     churn: float = flag(0.0, "heun: noise added and removed on the way, EDM's S_churn")
     churn_min: float = flag(0.0, "... from this noise level on")
     churn_max: float = flag(math.inf, "... up to this noise level", shown="no limit")
     churn_noise: float = flag(1.0, "... times this, EDM's S_noise")
     clip: str = flag("auto", "keep the predicted x_0 in the data's range; auto: for ddpm, and ddim "
                      "with fresh noise", choices=("auto", "on", "off"))
-    precision: str = flag("fp32", "of the networks; bf16 is faster if the hardware has units for "
-                          "it, and rounds", choices=("fp32", "bf16"))
+    precision: str = flag("fp32", "of the networks; bf16 is faster, and rounds", ("fp32", "bf16"))
     compile: bool = flag(False, "torch.compile the networks: a minute at the start")
-    deterministic: bool = flag(False, "the same bits again on GPUs too (CPUs give them always), by "
-                               "slower algorithms")
+    deterministic: bool = flag(False, "the same bits again on GPUs too, by slower algorithms")
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
     given: ClassVar[frozenset] = frozenset()  # the typed flags: support.cli sets it
 
     def check(self) -> None:
         """ValueError that begins with the flag it is about: out of range, or without effect."""
-        if self.sampler not in SAMPLERS:
+        churn = ("churn", "churn_min", "churn_max", "churn_noise")
+        used = {"ddpm": ("variance",), "ddim": ("eta", "variance" * (self.variance != "large")),
+                "dpm-solver": ("order",), "dpm-solver++": (), "heun": churn}.get(self.sampler)
+        if used is None:
             raise ValueError(f"--sampler must be one of {' '.join(SAMPLERS)}, not {self.sampler!r}")
         if not (callable(self.variance) or self.variance in (None, "small", "large", *ESTIMATED)):
-            raise ValueError(f"--variance must be small, large or a function, not {self.variance!r}")
+            raise ValueError(f"--variance {self.variance!r} is neither small, large nor a function")
         for name, low, high in (("nfe", 1, 100_000), ("order", 1, 3), ("eta", 0, 1),
                                 ("churn", 0, 1e9), ("churn_min", 0, 1e9), ("churn_noise", 0, 1e9),
                                 ("churn_max", self.churn_min, math.inf)):
             value = getattr(self, name)
             if not low <= value <= high or name in ("nfe", "order") and value != int(value):
                 raise ValueError(f"{flag_name(name)} must be from {low:g} to {high:g}, not {value}")
-        churn = ("churn", "churn_min", "churn_max", "churn_noise")
-        used = {"ddpm": ("variance",), "ddim": ("eta", "variance" * (self.variance != "large")),
-                "dpm-solver": ("order",), "heun": churn}.get(self.sampler, ())
-        set_flags = self.given | {name for name in ("eta", "variance", "churn") if getattr(self, name)}
-        for name in [f for f in ("eta", "order", "variance", *churn) if f in set_flags]:
-            if name not in used:
+        changed = {name for name in ("eta", "variance", "churn") if getattr(self, name)}
+        for name in ("eta", "order", "variance", *churn):
+            if name in self.given | changed and name not in used:
                 raise ValueError(f"{flag_name(name)} has no effect on {self.sampler}: leave it out")
-            if name in churn and not self.churn:
+            if name in self.given and name in churn and not self.churn:
                 raise ValueError(f"{flag_name(name)} has no effect without --churn above 0")
 
     def grid(self, denoiser) -> tuple[Tensor, int]:

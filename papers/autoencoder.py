@@ -22,7 +22,7 @@ be: edges come out right, and texture too fine for the latents comes out soft, n
 paper's other autoencoder (VQ) is not here, nor is a tanh at the end: outputs can leave [−1, 1].
 
     python -m papers.autoencoder train --data photos/ --image-size 64
-    python -m papers.autoencoder reconstruct RUN photos/        # then: metrics.py psnr of two folders
+    python -m papers.autoencoder reconstruct RUN photos/    # next: metrics.py psnr
     python -m papers.latents RUN                                # diffusion on its latents
     python -c "from papers import autoencoder; print(autoencoder.Autoencoder(32).latent_shape)"
 

@@ -49,8 +49,8 @@ def convert(state_dict):
     if any(k.startswith("label_emb") for k in state_dict):
         raise ValueError("a class-conditional network (label_emb): only others can be loaded")
     if "out.2.weight" not in state_dict:
-        raise ValueError("not a U-Net that draws images, since it has no out.2.weight: a classifier "
-                         "or an encoder of guided-diffusion")
+        raise ValueError("it has no out.2.weight, like a classifier: only networks that draw "
+                         "images can be loaded")
     ours = {}
     for key, value in state_dict.items():
         for theirs, name in RENAME:

@@ -17,8 +17,8 @@ Var[ε | x_t], of Analytic-DPM (Bao et al., ICLR 2022) and of NPR- and SN-DPM (B
 
 For the ideal ε_θ all are the same on average over x_t; NPR's target also counts the error of a real
 one. Then the papers clip. Data in [low, high] have Cov0 <= ((high − low)/2)², which matters near T,
-where (σ/α)² magnifies an error of Γ 25,000 times. And the noise of the last step that adds any, onto
-t = 1, must not be visible: on average E|std z| = std √(2/π) <= 2 grey levels (DDPM) or 1 (DDIM).
+where (σ/α)² magnifies an error of Γ 25,000 times. And the noise of the last step that adds any,
+onto t = 1, must not be visible: E|std z| = std √(2/π) <= 2 grey levels (DDPM) or 1 (DDIM).
 
 Where x̂_0 is clipped, our samplers re-derive ε from it; the papers' DDIM keeps the network's ε.
 

@@ -60,8 +60,8 @@ class HeadConfig(Config):
     unused: ClassVar[tuple] = (*DENOISER_FIELDS, "image_size", "channels")
     prog: ClassVar[str] = "papers.heads"
     usage: ClassVar[str] = "python -m papers.heads {npr,sn} RUN [flags]"
-    description: ClassVar[str] = ("Train a second head for the variance of each pixel, on the frozen "
-                                  "network of a finished run. The same command resumes it.")
+    description: ClassVar[str] = ("Train a second head for the variance of each pixel, on the "
+                                  "frozen network of a finished run. The same command resumes it.")
     examples: ClassVar[str] = """\
   python -m papers.heads npr shapes-tiny-sa2
   python sample.py shapes-tiny-sa2-npr --sampler ddpm --variance npr --nfe 25"""

@@ -200,7 +200,7 @@ def enlarge(argv=None):
         total = len(inputs.images)
         config.num = min(config.num or (64 if total >= data.INFINITE else total), total)
         dist.print0(f"to be enlarged: {config.num} of {inputs.summary}")
-        out = config.out or denoiser.folder / "generated" / config.tag(denoiser.step)
+        out = config.out or denoiser.folder / "generated" / sample.tag(config, denoiser.step)
         record = {**sample.sampling_record(config, denoiser, arguments),
                   "low_res": dist.on_main(inputs.digest, min(config.num, 4096))}
 

@@ -5,9 +5,9 @@ r"""A dataclass as a command line: its fields are the flags.
         steps: int = flag(1000, "training steps", group="training")
         lr: float = flag(1e-3, "learning rate", resume=True)
 
-    config = parse_into(Config, ["--lr", "1e-4"])       # config.lr, config.steps, config.given
+    config = parse_into(Config, ["--lr", "1e-4"])    # config.lr, config.steps, config.given
 
-Name, type and default of a flag are the field's; flag() adds the line of help. A class may also have
+Name, type and default of a flag are the field's; flag() adds the line of help. A class may have
 
     prog, usage, description, examples   texts for --help
     unused                               inherited fields that are not flags of this program

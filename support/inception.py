@@ -17,11 +17,11 @@ which no other file replaces. The graph is Inception-v3 (Szegedy et al., 2016), 
     7b         8x8    as 5b
     7c         8x8    3x3 max, stride 1: unlike its twin 7b, but every score is made so
 
-What this file does not do: the scores (metrics.py); training; TensorFlow's own resize and scaling
+Not here: the scores (metrics.py); training; TensorFlow's own resize and scaling
 (another grid, and x/128 − 1), with which scores differ a little; and switching TF32 off, which can
-move FID by hundredths: runtime.setup(tf32=False) does.
+move FID by hundredths: distributed.init(tf32=False) does.
 
-    python -c "import inception; print(sum(p.numel() for p in inception.Inception().parameters()))"
+    python -c "from support.inception import Inception; print(Inception().Mixed_7c.plan)"
 
 N images, H height, W width, C channels.
 """
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-import readers
+from support import readers
 
 NAME = "pt_inception-2015-12-05-6726825d.pth"  # 95,628,359 bytes
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{NAME}"

@@ -25,7 +25,7 @@ def set_tf32(allowed):
 
 
 def autocast_dtype(name, device):
-    """device: a torch.device. auto | fp32 | bf16 -> the dtype that autocast computes in, or None for plain float32."""
+    """auto | fp32 | bf16, a torch.device -> the dtype that autocast computes in, or None."""
     if name == "auto":
         name = "bf16" if has_bf16_units(device) else "fp32"
     if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(

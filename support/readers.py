@@ -4,9 +4,11 @@ Each reader gives uint8 (N, H, W, C), 0..255, and names in one line what is wron
 of them executes anything a file contains: CIFAR-10's pickles go through an unpickler that knows
 only arrays, and NumPy's are read with allow_pickle=False.
 
-What this file does not do: test splits, resizing (data.py), or unpacking to the disk.
+Also what the cache folder keeps between starts: downloads, and which image files were checked.
 
-    python -c "import readers; print(readers.read_array('train-images-idx3-ubyte.gz').shape)"
+Not here: test splits, resizing (data.py), or unpacking to the disk.
+
+    python -c "from support import readers as r; print(r.read_array('train-images.gz').shape)"
 
 N images, H height, W width, C channels.
 """
@@ -14,6 +16,7 @@ N images, H height, W width, C channels.
 import gzip
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -27,7 +30,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from files import atomic_write
+from support.files import atomic_write
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
@@ -36,16 +39,16 @@ BATCH = 2**30  # bytes; an official batch has 31 million
 IDX_TRAIN = re.compile(r"^train-images.*idx3-ubyte(\.gz)?$")
 
 
-def reason(error):
+def one_line(error):
     """One line, fit for a user, that says what an exception says."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image of a known format"
     # Spaces stay as they are: they may belong to a name.
     text = " ".join(line.strip() for line in str(error).strip().splitlines())
-    return shown(text) or type(error).__name__
+    return printable(text) or type(error).__name__
 
 
-def shown(name):
+def printable(name):
     """A file's name as one line that can be printed: line breaks, control characters and bytes that
     are no UTF-8 (surrogates in Python, at which print stops) as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
@@ -137,7 +140,7 @@ def cifar_batches(path):
                     raise ValueError("a pickle, but of no dictionary")
                 batch, labels = pickled.get(b"data"), np.asarray(pickled.get(b"labels", []))
             except Exception as error:  # a hostile pickle can raise nearly anything
-                raise ValueError(f"{where}: {reason(error)}") from error
+                raise ValueError(f"{where}: {one_line(error)}") from error
         if not isinstance(batch, np.ndarray) or batch.dtype != np.uint8:
             raise ValueError(f"{where} holds no uint8 array")
         # A reshape would take any shape with the right number of bytes, and mix the rows up.
@@ -149,20 +152,43 @@ def cifar_batches(path):
         yield batch, labels.astype(np.int64)
 
 
+def find_idx(folder):
+    """The IDX file of training images in a folder, or None. It may lie in a folder of its own name,
+    as Kaggle's archives have it, and next to one."""
+    def named(place):
+        return [os.path.join(place, name) for name in sorted(os.listdir(place))
+                if IDX_TRAIN.search(name)]
+
+    found = named(folder)
+    found += [inner for place in found if os.path.isdir(place) for inner in named(place)]
+    # A pipe or a broken link is better than nothing: the reader names it.
+    return min((path for path in found if not os.path.isdir(path)),
+               key=lambda path: not os.path.isfile(path), default=None)
+
+
+def labels_of(path):
+    """Where the labels of an IDX file of images are: next to it, or as deep as it is."""
+    def renamed(name):
+        return name.replace("images", "labels").replace("idx3", "idx1")
+
+    folder, name = os.path.split(path)
+    deep = os.path.join(os.path.dirname(folder), renamed(os.path.basename(folder)), renamed(name))
+    beside = os.path.join(folder, renamed(name))
+    return deep if not os.path.isfile(beside) and os.path.isfile(deep) else beside
+
+
 def read_labels(path):
     """Labels of a training set: an IDX images file or folder, with labels beside it, or CIFAR-10's
     archive or folder of pickles -> int64 (N,). ValueError: there are none."""
     if os.path.isdir(path) and not any(map(CIFAR_BATCH.search, os.listdir(path))):
-        found = [name for name in sorted(os.listdir(path)) if IDX_TRAIN.search(name)]
-        path = os.path.join(path, (found or [""])[0])
-    where = os.path.join(os.path.dirname(path), os.path.basename(path).replace(
-        "images", "labels").replace("idx3", "idx1"))
+        path = find_idx(path) or path
+    where = labels_of(path)
     if "idx3" in os.path.basename(path) and os.path.isfile(where):
         try:
             with (gzip.open if where.endswith(".gz") else open)(where, "rb") as file:
                 raw = file.read()
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{where}: {reason(error)}") from error
+            raise ValueError(f"{where}: {one_line(error)}") from error
         if raw[:4] != b"\0\0\x08\x01" or len(raw) - 8 != int.from_bytes(raw[4:8], "big"):
             raise ValueError(f"{where} is no IDX file of labels, or cut")
         return np.frombuffer(raw, np.uint8, offset=8).astype(np.int64)
@@ -170,7 +196,7 @@ def read_labels(path):
         try:
             return np.concatenate([labels for _, labels in cifar_batches(path)])
         except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as error:
-            raise ValueError(f"{path}: {reason(error)}") from error
+            raise ValueError(f"{path}: {one_line(error)}") from error
     raise ValueError(f"no labels beside {path} (known are IDX files and CIFAR-10's archives)")
 
 
@@ -288,8 +314,8 @@ def download(url, path, sha256, instead="give the path of a copy"):
             if digest.hexdigest() != sha256:
                 raise OSError(f"its SHA-256 is {digest.hexdigest()}")
     except Exception as error:  # OSError mostly, but a cut reply is an HTTPException
-        raise OSError(f"cannot download {url} ({reason(error)}): put the file with SHA-256 {sha256}"
-                      f" at {path}, or {instead}") from error
+        raise OSError(f"cannot download {url} ({one_line(error)}): put the file with SHA-256 "
+                      f"{sha256} at {path}, or {instead}") from error
 
 
 def cache_path(name):
@@ -309,3 +335,49 @@ def cached(name, url, sha256, **more):
 def cifar_archive():
     """Path of the CIFAR-10 archive in the cache folder (170 MB)."""
     return cached("cifar-10-python.tar.gz", CIFAR_URL, CIFAR_SHA256)
+
+
+# ------------------------------------------------------------------ what was checked before
+
+INDEXES = 50  # so many are kept; that of a million files has 39 MB
+
+
+def index_path(source):
+    """Where it is remembered which files of a folder or zip were checked."""
+    name = hashlib.sha256(os.path.realpath(source).encode("utf-8", "surrogatepass")).hexdigest()
+    return cache_path(f"checked/{name[:16]}.json")
+
+
+def recall(source, decoder):
+    """What `remember` was given for this source and decoder: {key: facts}. {} if there is nothing,
+    or anything else."""
+    try:
+        found = json.loads(content(index_path(source), 2**30))
+        if found["decoder"] == decoder and all(map(is_facts, found["checked"].values())):
+            return found["checked"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError):
+        pass  # damaged or foreign: it will be written anew
+    return {}
+
+
+def is_facts(value):
+    """[mode, width, height], or a reason in one line why a file cannot be read."""
+    if isinstance(value, list) and list(map(type, value)) == [str, int, int]:
+        value = value[0]
+    return isinstance(value, str) and value.isprintable()
+
+
+def remember(source, decoder, checked):
+    """Keep {key: facts} for the next start. A cache folder that takes no file costs only time."""
+    path = index_path(source)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with atomic_write(path) as part, open(part, "w", encoding="utf-8") as file:
+            json.dump(dict(decoder=decoder, source=printable(os.path.realpath(source)),
+                           checked=checked), file)
+        old = sorted((entry for entry in os.scandir(os.path.dirname(path))
+                      if entry.name.endswith(".json")), key=lambda entry: entry.stat().st_mtime)
+        for entry in old[:-INDEXES]:
+            os.unlink(entry.path)
+    except OSError:
+        pass

@@ -1,5 +1,4 @@
-r"""A run is a folder runs/NAME: locked, resumed, logged and saved, so that the training loop need not
-know how.
+r"""A run is a folder runs/NAME: locked, resumed, logged and saved, each by one line of the loop.
 
     run = RunFolder(name, dist, stop)
     saved = run.open(settings, may_change)     # the checkpoint to resume, or None

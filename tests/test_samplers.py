@@ -1,12 +1,13 @@
 """samplers.py on the toy mixture, whose ideal network is known, and against reference numbers."""
 
-import argparse
 import functools
 import itertools
 import math
+import sys
 import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
 
-import covariance
 import pytest
 import torch
 from torch.testing import assert_close
@@ -14,12 +15,12 @@ from torch.testing import assert_close
 import denoiser as D
 import etsdm
 import samplers
-import sampling
 import schedules
 import toy
+from support.cli import parse_into
 
-# Half of the numbers of calls below are not to be spent by heun: what it says is tested once.
-pytestmark = pytest.mark.filterwarnings("ignore:heun's steps cost two calls")
+# Heun leaves a call unused in half of the tests below: its warning is tested once.
+pytestmark = pytest.mark.filterwarnings("ignore:heun takes two network calls")
 
 LINEAR = schedules.make_schedule("linear")
 SPACINGS = ["uniform", "quadratic", "logsnr"]
@@ -44,25 +45,25 @@ def toy_denoiser(mixture, schedule=LINEAR, prediction="eps", shared=False):
         make(mixture, schedule, prediction, times),
         schedule,
         prediction,
-        etsdm.make_condition(etsdm=shared),
+        etsdm.make_time_input() if shared else None,
     )
 
 
 def edm_oracle(mixture, schedule, prediction, times):
-    """The ideal F of EDM's preconditioning: shown x/r and told ln(sigma)/4."""
+    """The ideal F of EDM's preconditioning: given x/r and ln(sigma)/4."""
 
-    def net(seen, c):
+    def net(scaled, c):
         t = schedule.t_of_lam(-4 * c.double())
-        if times is not None:  # told a boundary, 1 for the first: name it exactly
+        if times is not None:  # a boundary, 1 for the first: make it exact
             t = torch.where(t < 99, (t / 20).round() * 20, t)
-        answers = []
+        outputs = []
         for time in [t] if times is None else times(t):
-            a, s = (toy.like(k, seen) for k in schedule.coefficients(time))
-            r = (s**2 + a**2 * 0.5**2).sqrt()
-            x0 = mixture.posterior(seen * r, a, s)[0]
-            skip = a * 0.5**2 / r
-            answers.append((x0 - skip * seen) * r / (s * 0.5))
-        return torch.stack(answers).mean(0)
+            alpha, sigma = (schedules.expand(k, scaled) for k in schedule.alpha_sigma(time))
+            r = (sigma**2 + alpha**2 * 0.5**2).sqrt()
+            x0 = mixture.posterior(scaled * r, alpha, sigma)[0]
+            skip = alpha * 0.5**2 / r
+            outputs.append((x0 - skip * scaled) * r / (sigma * 0.5))
+        return torch.stack(outputs).mean(0)
 
     return net
 
@@ -70,8 +71,7 @@ def edm_oracle(mixture, schedule, prediction, times):
 def counted(denoiser):
     """(denoiser, list): the list receives the time of every network call."""
     calls, net = [], denoiser.net
-    denoiser.net = lambda x, c: (calls.append(c[0].item()), net(x, c))[1]
-    return denoiser, calls
+    return denoiser.replace(net=lambda x, c: (calls.append(c[0].item()), net(x, c))[1]), calls
 
 
 ONE = torch.ones(1, 1, dtype=torch.float64)
@@ -92,13 +92,13 @@ GOLDEN = [
 def test_dpm_solver_reference_numbers(kwargs, ten, twelve, prediction):
     denoiser = toy_denoiser(toy.one_gaussian(), prediction=prediction)
     for nfe, expected in ((10, ten), (12, twelve)):
-        got = samplers.sample(denoiser, ONE, nfe=nfe, final_denoise=False, **kwargs).item()
+        got = samplers.sample(denoiser, ONE, nfe=nfe, denoise_to_zero=False, **kwargs).item()
         assert_close(got, expected, rtol=0, atol=1e-8)
 
 
 def test_2m_ends_in_order_1_below_ten_steps():
     denoiser = toy_denoiser(toy.one_gaussian())
-    got = samplers.sample(denoiser, ONE, "dpm-solver++", 9, "logsnr", final_denoise=False).item()
+    got = samplers.sample(denoiser, ONE, "dpm-solver++", 9, "logsnr", denoise_to_zero=False).item()
     assert_close(got, 0.5079454981, rtol=0, atol=1e-8)
 
 
@@ -160,9 +160,12 @@ def test_singlestep_plan_of_the_authors():
         rtol=0,
         atol=1e-6,
     )
-    assert samplers.split_into_orders(3, 3) == [2, 1]
-    assert samplers.split_into_orders(9, 2) == [2, 2, 2, 2, 1]
-    assert all(sum(samplers.split_into_orders(n, o)) == n for n in range(60) for o in (1, 2, 3))
+    for steps, order, expected in ((3, 3, [2, 1]), (9, 2, [2, 2, 2, 2, 1]), (0, 3, [])):
+        grid = schedules.time_grid(LINEAR, steps + 1)
+        assert samplers.singlestep_plan(LINEAR, grid, order) == (grid, expected)
+    for steps, order in itertools.product(range(60), (1, 2, 3)):
+        grid = schedules.time_grid(LINEAR, steps + 1)
+        assert sum(samplers.singlestep_plan(LINEAR, grid, order)[1]) == steps
 
 
 @pytest.mark.parametrize("kwargs", ALL, ids=str)
@@ -170,38 +173,38 @@ def test_singlestep_plan_of_the_authors():
 def test_exactly_nfe_calls_and_finite(kwargs, spacing):
     """Every NFE from 1 to 50, and T; schedules with and without signal at T; from T down to
     t_end."""
-    net = lambda x, c: 0.4 * x  # noqa: E731  (any bounded answer: what is counted is calls)
+    net = lambda x, c: 0.4 * x  # noqa: E731  (any bounded output)
     for schedule, prediction in (
         (LINEAR, "eps"),
         (schedules.make_schedule("zero-terminal-snr"), "v"),
         (schedules.make_schedule("cosine", continuous=True), "x0"),
     ):
-        for nfe, final_denoise in (
+        for nfe, denoise_to_zero in (
             *((n, True) for n in (*range(1, 51), *[1000] * (schedule is LINEAR))),
             *((n, False) for n in (1, 2, 3, 5, 9, 10, 13, 50)),
         ):
             denoiser, calls = counted(D.Denoiser(net, schedule, prediction))
             x = torch.ones(2, 1, dtype=torch.float64)
             x = samplers.sample(
-                denoiser, x, nfe=nfe, spacing=spacing, final_denoise=final_denoise, **kwargs
+                denoiser, x, nfe=nfe, spacing=spacing, denoise_to_zero=denoise_to_zero, **kwargs
             )
             assert len(calls) == nfe and torch.isfinite(x).all(), (nfe, schedule.name)
             assert calls[0] == 1000 and min(calls) >= 1
             assert all(s > t for s, t in zip(calls, calls[1:], strict=False)), "times fall"
-            if final_denoise and nfe > 1:
+            if denoise_to_zero and nfe > 1:
                 assert calls[-1] == 1
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, EDM], ids=["linear", "edm"])
-@pytest.mark.parametrize("kwargs", [*ALL, HEUN, dict(HEUN, churn=5.0)], ids=str)
+@pytest.mark.parametrize("kwargs", [*ALL, HEUN, dict(HEUN, s_churn=5.0)], ids=str)
 def test_an_oracle_of_one_image_gives_it_back_exactly(kwargs, schedule):
     """If eps is exactly the noise of one x_0, every sampler must end on that x_0 (no noise of std
     0.01)."""
     x0 = torch.linspace(-0.9, 0.9, 12, dtype=torch.float64).reshape(1, 12)
 
     def net(x, c):
-        a, s = schedule.coefficients(c[0].item())
-        return (x - a * x0) / s
+        alpha, sigma = schedule.alpha_sigma(c[0].item())
+        return (x - alpha * x0) / sigma
 
     for nfe in (1, 2, 3, 7, 13, 21, 40):
         x = schedule.prior_std * torch.randn(1, 12, dtype=torch.float64)
@@ -219,18 +222,18 @@ def exact_flow(end):
     denoiser = toy_denoiser(toy.two_bumps(), schedule)
     start, stop = float(schedule.lam(1000)), float(schedule.lam(end))
 
-    def slope(lam, y):  # y = x/a moves along d y = eps d(s/a), s/a = e^-lam
+    def slope(lam, y):  # y = x/α moves along dy = eps d(σ/α), σ/α = e^-lam
         t = float(schedule.t_of_lam(lam))
-        a = float(schedule.coefficients(t)[0])
-        eps = denoiser.predict(torch.tensor(y * a)[:, None], t)[1][:, 0].numpy()
+        alpha = float(schedule.alpha_sigma(t)[0])
+        eps = denoiser.predict(torch.tensor(y * alpha)[:, None], t)[1][:, 0].numpy()
         return -math.exp(-lam) * eps
 
     x = torch.tensor([-1.3, -0.2, 0.4, 1.1], dtype=torch.float64)
-    a0, a1 = (float(schedule.coefficients(t)[0]) for t in (1000, end))
+    alpha_0, alpha_1 = (float(schedule.alpha_sigma(t)[0]) for t in (1000, end))
     y = solve_ivp(
-        slope, (start, stop), (x / a0).numpy(), rtol=1e-11, atol=1e-12, method="DOP853"
+        slope, (start, stop), (x / alpha_0).numpy(), rtol=1e-11, atol=1e-12, method="DOP853"
     ).y[:, -1]
-    return denoiser, x[:, None], torch.tensor(y * a1)[:, None]
+    return denoiser, x[:, None], torch.tensor(y * alpha_1)[:, None]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +258,9 @@ def test_convergence_orders(kwargs, order, nfes):
     denoiser, x, exact = exact_flow(1.0)
     errors = torch.tensor(
         [
-            (samplers.sample(denoiser, x, nfe=n, final_denoise=False, **kwargs) - exact).abs().max()
+            (samplers.sample(denoiser, x, nfe=n, denoise_to_zero=False, **kwargs) - exact)
+            .abs()
+            .max()
             for n in nfes
         ],
         dtype=torch.float64,
@@ -271,8 +276,10 @@ def test_order_one_is_ddim():
     denoiser = toy_denoiser(toy.two_bumps())
     x = torch.randn(5, 1, dtype=torch.float64)
     for spacing in SPACINGS:
-        one = samplers.sample(denoiser, x, "dpm-solver", 12, spacing, order=1, final_denoise=False)
-        ddim = samplers.sample(denoiser, x, "ddim", 12, spacing, final_denoise=False)
+        one = samplers.sample(
+            denoiser, x, "dpm-solver", 12, spacing, order=1, denoise_to_zero=False
+        )
+        ddim = samplers.sample(denoiser, x, "ddim", 12, spacing, denoise_to_zero=False)
         assert_close(one, ddim, rtol=1e-12, atol=1e-12)
 
 
@@ -299,20 +306,19 @@ def test_ddpm_is_the_posterior_written_out():
 
 def test_clipping_keeps_the_pair_consistent():
     """The clipped x0 gives DDPM's mean with that x0, and nothing leaves the range at the end."""
-    wild = D.Denoiser(lambda x, c: -x, LINEAR)  # asks for x_0 far outside
+    wild = D.Denoiser(lambda x, c: -x, LINEAR)  # its x_0 is far outside
     x = torch.randn(8, 4, dtype=torch.float64)
     assert samplers.sample(wild, x, nfe=10).abs().max() > 1
     for kwargs in (*ALL, HEUN):
         out = samplers.sample(wild, x, nfe=10, clip=(-1.0, 1.0), **kwargs)
         assert out.abs().max() <= 1
     x0, eps = samplers.predict(wild, x, 300, (-1.0, 1.0))
-    a, s = LINEAR.coefficients(300)
-    assert_close(a * x0 + s * eps, x, rtol=1e-12, atol=1e-12)
+    alpha, sigma = LINEAR.alpha_sigma(300)
+    assert_close(alpha * x0 + sigma * eps, x, rtol=1e-12, atol=1e-12)
 
 
 def test_variance_as_a_function():
-    """A callable sees x_t and both times; its number replaces the spread of the step, not its
-    mean."""
+    """A function receives x_t and both times. Its value is the step's variance, not its mean."""
     denoiser, asked = toy_denoiser(toy.one_gaussian()), []
 
     def variance(x, t, t_next):
@@ -324,9 +330,11 @@ def test_variance_as_a_function():
     out = samplers.sample(
         denoiser, x, "ddpm", spacing=torch.tensor([1000.0, 500.0]), noise=ones, variance=variance
     )
-    assert asked == [(1000.0, 500.0)]  # the step onto 0 adds no noise and asks nobody
-    a, s = LINEAR.coefficients(500)
-    expected = toy.one_gaussian().posterior(torch.full((1, 1), 0.2, dtype=torch.float64), a, s)[0]
+    assert asked == [(1000.0, 500.0)]  # the step onto 0 adds no noise
+    alpha, sigma = LINEAR.alpha_sigma(500)
+    expected = toy.one_gaussian().posterior(
+        torch.full((1, 1), 0.2, dtype=torch.float64), alpha, sigma
+    )[0]
     assert_close(out, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -345,33 +353,66 @@ def test_the_last_step_adds_no_noise():
         assert len(shapes) == nfe - 1
 
 
-def test_x_keeps_its_precision_and_is_not_changed():
-    for dtype in (torch.float32, torch.float64):
-        x = torch.randn(3, 1, dtype=dtype)
-        before = x.clone()
-        for kwargs in (*ALL, HEUN, dict(HEUN, churn=5.0)):
-            assert samplers.sample(toy_denoiser(toy.two_bumps()), x, nfe=5, **kwargs).dtype == dtype
-        assert_close(x, before, rtol=0, atol=0)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("prediction", D.PREDICTIONS)
+def test_x_keeps_its_precision_and_is_not_changed(dtype, prediction):
+    """The network receives x in x's dtype and c of shape (B,), float32 at least, in every sampler
+    and in every one of its calls."""
+    c_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def net(x, c):
+        assert x.dtype == dtype and c.dtype == c_dtype and c.shape == (3,)
+        return 0.4 * x
+
+    x = torch.randn(3, 2, 4, 4).to(dtype)
+    before = x.clone()
+    per_pixel = dict(sampler="ddpm", variance=lambda x, t, t_next: 1e-3 * x.double() ** 2)
+    per_image = dict(sampler="ddim", variance=lambda x, t, t_next: torch.full((3,), 1e-3).double())
+    number = dict(sampler="ddim", variance=lambda x, t, t_next: 1e-3)
+    for schedule in (LINEAR, EDM):
+        denoiser = D.Denoiser(net, schedule, prediction)
+        for kwargs in (*ALL, HEUN, dict(HEUN, s_churn=5.0), per_pixel, per_image, number):
+            for extra in (dict(), dict(spacing="logsnr", clip=(-1.0, 1.0))):
+                out = samplers.sample(denoiser, x, nfe=5, **kwargs, **extra)
+                assert out.dtype == dtype and out.shape == x.shape
+    assert_close(x, before, rtol=0, atol=0)
+
+
+def test_variance_per_image_and_per_pixel():
+    """A tensor (B,) or like x gives each image or pixel its variance."""
+    denoiser = D.Denoiser(lambda x, c: 0 * x, LINEAR, "x0")
+    grid, x = torch.tensor([900.0, 500.0]), torch.zeros(2, 3, 1, 1)
+    for var in (torch.tensor([0.04, 0.25]), torch.rand(2, 3, 1, 1)):
+        out = samplers.sample(
+            denoiser,
+            x,
+            "ddpm",
+            spacing=grid,
+            noise=torch.ones,
+            variance=lambda x, t, t_next, var=var: var,
+            denoise_to_zero=False,
+        )
+        assert_close(out, var.sqrt().reshape(2, -1, 1, 1).expand(2, 3, 1, 1))
 
 
 # ------------------------------------------------------------------ the whole product
 
-QUICK, CHURNED = dict(sampler="ddim"), dict(churn=10.0, churn_range=(0.01, 50.0))
+QUICK, CHURNED = dict(sampler="ddim"), dict(s_churn=10.0, s_min=0.01, s_max=50.0)
 FAST = [dict(sampler=s, spacing="logsnr") for s in ("dpm-solver", "dpm-solver++", "heun")]
 PRODUCT = [
     pytest.param(
         *(name, continuous, prediction, shared, kwargs),
         marks=[pytest.mark.slow]
         * (kwargs != QUICK or (prediction == "edm" and name not in ("linear", "edm"))),
-        id=f"{kwargs['sampler']}{'-churned' * ('churn' in kwargs)}-{name}-"
+        id=f"{kwargs['sampler']}{'-churned' * ('s_churn' in kwargs)}-{name}-"
         f"{'continuous' if continuous else 'discrete'}-{prediction}{'-shared' * shared}",
     )
     for kwargs in (QUICK, *FAST, dict(FAST[2], **CHURNED), dict(sampler="ddpm"))
-    for name in schedules.NAMES
+    for name in schedules.SCHEDULES
     for continuous in ((True,) if name == "edm" else (False, True))
     for prediction in D.PREDICTIONS
     for shared in (False, True)
-    if "churn" not in kwargs or name in ("linear", "edm")  # the others add noise the same way
+    if "s_churn" not in kwargs or name in ("linear", "edm")  # the others add noise the same way
 ]
 
 
@@ -381,14 +422,14 @@ def test_moments_over_the_whole_product(name, continuous, prediction, shared, kw
     schedule = schedules.make_schedule(name, continuous=continuous)
     mixture = toy.two_bumps()
     denoiser = toy_denoiser(mixture, schedule, prediction, shared)
-    start = samplers.start_time(denoiser)
+    start = samplers.initial_time(denoiser)
     std = mixture.variance().sqrt()
-    a, s = (float(c) for c in schedule.coefficients(start))  # some schedules leave signal at T
-    noisy = kwargs["sampler"] == "ddpm" or "churn" in kwargs
+    alpha, sigma = (float(c) for c in schedule.alpha_sigma(start))  # some leave signal at T
+    noisy = kwargs["sampler"] == "ddpm" or "s_churn" in kwargs
     n = 3000 if noisy else 200
     # An even sample of x_T: its image under a noise-free sampler carries no luck.
     x = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)[:, None]
-    x = a * mixture.mean() + (a**2 * mixture.variance() + s**2).sqrt() * x
+    x = alpha * mixture.mean() + (alpha**2 * mixture.variance() + sigma**2).sqrt() * x
     g = torch.Generator().manual_seed(0)
     if noisy:
         kwargs = dict(kwargs, noise=lambda shape: torch.randn(shape, dtype=x.dtype, generator=g))
@@ -399,18 +440,7 @@ def test_moments_over_the_whole_product(name, continuous, prediction, shared, kw
     assert abs(ratio - 1) < 0.05 + noisy * 3 * (2 / n) ** 0.5, ratio
 
 
-@pytest.mark.parametrize("remap", etsdm.REMAPS)
-def test_remapped_conditions_sample_the_same(remap):
-    """A network that is told f(t), and knows it, samples as one that is told t."""
-    mixture, x = toy.two_bumps(), torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    net = toy.oracle(mixture, LINEAR, times=lambda c: [etsdm.unremap(c, remap)])
-    told = D.Denoiser(net, LINEAR, condition=etsdm.make_condition(remap_name=remap))
-    for kwargs in (dict(sampler="ddim"), dict(sampler="dpm-solver"), dict(sampler="dpm-solver++")):
-        expected = samplers.sample(toy_denoiser(mixture), x, nfe=20, **kwargs)
-        assert_close(samplers.sample(told, x, nfe=20, **kwargs), expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("kwargs", [*ALL, HEUN, dict(HEUN, churn=5.0)], ids=str)
+@pytest.mark.parametrize("kwargs", [*ALL, HEUN, dict(HEUN, s_churn=5.0)], ids=str)
 def test_samplers_need_predict_and_schedule_alone(kwargs):
     class Bare:
         schedule = LINEAR
@@ -421,12 +451,12 @@ def test_samplers_need_predict_and_schedule_alone(kwargs):
 
 
 @pytest.mark.parametrize("kwargs", ALL, ids=str)
-@pytest.mark.parametrize("final_denoise", [True, False])
-def test_a_given_grid_is_where_the_calls_are(kwargs, final_denoise):
+@pytest.mark.parametrize("denoise_to_zero", [True, False])
+def test_a_given_grid_is_where_the_calls_are(kwargs, denoise_to_zero):
     grid = torch.tensor([900.0, 640.5, 300.0, 120.0, 7.0], dtype=torch.float64)
     denoiser, calls = counted(toy_denoiser(toy.two_bumps()))
-    samplers.sample(denoiser, ONE, spacing=grid, final_denoise=final_denoise, **kwargs)
-    assert calls == grid.tolist()[: 5 if final_denoise else 4]
+    samplers.sample(denoiser, ONE, spacing=grid, denoise_to_zero=denoise_to_zero, **kwargs)
+    assert calls == grid.tolist()[: 5 if denoise_to_zero else 4]
 
 
 @pytest.mark.parametrize("kwargs", ALL, ids=str)
@@ -441,15 +471,24 @@ def test_more_calls_than_steps_where_no_signal_is_left(kwargs, nfe):
 
 
 def test_small_is_what_ddim_does_anyway():
-    denoiser, ones = (
-        toy_denoiser(toy.two_bumps()),
-        functools.partial(torch.ones, dtype=torch.float64),
-    )
+    denoiser = toy_denoiser(toy.two_bumps())
+    ones = functools.partial(torch.ones, dtype=torch.float64)
     outs = [
         samplers.sample(denoiser, ONE, nfe=6, eta=0.7, noise=ones, variance=v)
         for v in (None, "small")
     ]
     assert_close(outs[0], outs[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kwargs", [*ALL, HEUN], ids=str)
+def test_leading_grid_calls(kwargs):
+    """SA-DPM's and DDIM's steps: 901, 801, ..., 1; the start is not T."""
+    denoiser, calls = counted(toy_denoiser(toy.two_bumps()))
+    nfe = 19 if kwargs == HEUN else 10
+    samplers.sample(denoiser, ONE, nfe=nfe, spacing="leading", **kwargs)
+    assert sorted(set(calls)) == list(range(1, 1000, 100)) and len(calls) == nfe
+    with pytest.raises(ValueError, match="--spacing leading takes from 2 to 1000 points, not 1"):
+        samplers.sample(denoiser, ONE, nfe=1, spacing="leading", **kwargs)
 
 
 # ------------------------------------------------------------------ Heun's method and EDM
@@ -474,7 +513,7 @@ def test_heun_reference_numbers(points, heun, euler):
     assert_close(got, euler, rtol=0, atol=1e-9)
     exact = 80 * 0.5 / math.sqrt(80**2 + 0.25)
     assert_close(exact, 0.4999902347, rtol=0, atol=1e-10)
-    got = samplers.sample(denoiser, 80 * ONE, "heun", 199, "logsnr", final_denoise=False).item()
+    got = samplers.sample(denoiser, 80 * ONE, "heun", 199, "logsnr", denoise_to_zero=False).item()
     end = 80 * math.sqrt((0.002**2 + 0.25) / (80**2 + 0.25))
     assert_close(got, end, rtol=2e-3, atol=0)
 
@@ -492,9 +531,9 @@ def test_heun_makes_two_calls_a_step(name, prediction, odd, spacing):
         *((n, False) for n in range(2, 8)),
     ):
         denoiser, calls = counted(D.Denoiser(lambda x, c: 0.4 * x, schedule, prediction))
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            out = samplers.sample(denoiser, ONE, "heun", nfe, spacing, final_denoise=final)
+            out = samplers.sample(denoiser, ONE, "heun", nfe, spacing, denoise_to_zero=final)
         assert torch.isfinite(out).all()
         left = 0 if nfe == 1 else (nfe - final - 1 + odd) % 2
         grid = schedules.time_grid(schedule, (nfe - left - final + 2 - odd) // 2 + 1, spacing)
@@ -502,21 +541,20 @@ def test_heun_makes_two_calls_a_step(name, prediction, odd, spacing):
         expected = [t for pair in itertools.pairwise(grid.tolist()) for t in pair]
         del expected[1 : 2 - odd]
         assert calls == expected + grid[-1:].tolist() * final
-        assert len(calls) == nfe - left and len(said) == left
-        if said:
-            assert f"makes {nfe - 1} of the {nfe}" in str(said[0].message)
-            assert said[0].filename == __file__, "and it is the caller who is told"
+        assert len(calls) == nfe - left and len(caught) == left
+        if caught:
+            assert f"makes {nfe - 1} of the {nfe} calls" in str(caught[0].message)
+            assert caught[0].filename == __file__, "the warning is about the caller's line"
 
 
 def test_heun_on_a_given_grid():
-    """Its length decides, whatever nfe is, and nothing is to be said."""
+    """Its length counts, whatever nfe is, without a warning."""
     grid = torch.tensor([900.0, 640.5, 300.0, 7.0], dtype=torch.float64)
     denoiser, calls = counted(toy_denoiser(toy.two_bumps()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         samplers.sample(denoiser, ONE, "heun", nfe=50, spacing=grid)
     assert calls == [900.0, 640.5, 640.5, 300.0, 300.0, 7.0, 7.0]
-    assert samplers.heun_calls(LINEAR, grid) == 7
 
 
 @pytest.mark.parametrize("nfe", [210, 213])
@@ -551,21 +589,21 @@ def edm_loop(x0_of, x, levels, churn, low, high, scale, draws):
 @pytest.mark.parametrize("name", ["edm", "linear-mns", "cosine"])
 @pytest.mark.parametrize("churn", [0.0, 4.0, 1000.0])
 def test_heun_is_edms_algorithm(name, churn):
-    """Against the loop above, with the same noise; other schedules in x/a over s/a, on their own
+    """Against the loop above, with the same noise; other schedules in x/α over σ/α, on their own
     noise levels. Where the range reaches T only edm can go higher: the others leave T out."""
     schedule, mixture, points = schedules.make_schedule(name, continuous=True), toy.two_bumps(), 18
     times = schedules.time_grid(schedule, points, "logsnr")
-    (a, s), g = schedule.coefficients(times), torch.Generator().manual_seed(0)
+    (alpha, sigma), g = schedule.alpha_sigma(times), torch.Generator().manual_seed(0)
     noises = torch.randn((points, 5, 1), dtype=torch.float64, generator=g)
     x = schedule.prior_std * torch.randn((5, 1), dtype=torch.float64, generator=g)
-    levels = [*(s / a).tolist(), 0.0]
+    levels = [*(sigma / alpha).tolist(), 0.0]
     low, high = 0.05, 100.0 if name == "edm" else levels[1] * 1.001
 
     def x0_of(x, sigma):
         return mixture.posterior(x, 1.0, sigma)[0]
 
     draws, used = iter(noises), []
-    expected = edm_loop(x0_of, x / a[0], levels, churn, low, high, 1.003, draws)
+    expected = edm_loop(x0_of, x / alpha[0], levels, churn, low, high, 1.003, draws)
     ours = iter(noises)
     got = samplers.sample(
         toy_denoiser(mixture, schedule, "x0"),
@@ -573,9 +611,10 @@ def test_heun_is_edms_algorithm(name, churn):
         "heun",
         spacing=times,
         noise=lambda shape: (used.append(shape), next(ours))[1],
-        churn=churn,
-        churn_range=(low, high),
-        churn_noise=1.003,
+        s_churn=churn,
+        s_min=low,
+        s_max=high,
+        s_noise=1.003,
     )
     assert_close(got, expected, rtol=1e-10, atol=1e-10)
     assert len(used) == bool(churn) * sum(low <= k <= high for k in levels[:-1])
@@ -587,10 +626,10 @@ def test_churn_keeps_the_distribution(schedule):
     mixture, n = toy.two_bumps(), 3000
     g = torch.Generator().manual_seed(0)
     noise = lambda shape: torch.randn(shape, dtype=torch.float64, generator=g)  # noqa: E731
-    a, s = schedule.coefficients(1000)
-    x = a * mixture.sample(n, g) + s * noise((n, 1))
+    alpha, sigma = schedule.alpha_sigma(1000)
+    x = alpha * mixture.sample(n, g) + sigma * noise((n, 1))
     denoiser = toy_denoiser(mixture, schedule)
-    out = samplers.sample(denoiser, x, "heun", 99, "logsnr", noise=noise, churn=15.0)
+    out = samplers.sample(denoiser, x, "heun", 99, "logsnr", noise=noise, s_churn=15.0)
     std = mixture.variance().sqrt()
     assert abs(out.mean() - mixture.mean()) < 3 / n**0.5 * std
     assert abs(out.var() / std**2 - 1) < 0.03 + 3 * (2 / n) ** 0.5
@@ -603,47 +642,55 @@ def test_churn_never_leaves_a_table():
     denoiser, calls = counted(toy_denoiser(toy.two_bumps()))
     drawn = []
     noise = lambda shape: (drawn.append(shape), torch.ones(shape).double())[1]  # noqa: E731
-    samplers.sample(denoiser, ONE, "heun", 9, noise=noise, churn=2.0)
+    samplers.sample(denoiser, ONE, "heun", 9, noise=noise, s_churn=2.0)
     assert max(calls) == 1000 and len(drawn) == 4
     denoiser, calls = counted(toy_denoiser(toy.two_bumps(), EDM))
-    samplers.sample(denoiser, 80 * ONE, "heun", 9, noise=noise, churn=2.0)
-    assert_close(EDM.coefficients(calls[0])[1].item(), 80 * 1.4, rtol=1e-12, atol=0)
+    samplers.sample(denoiser, 80 * ONE, "heun", 9, noise=noise, s_churn=2.0)
+    assert_close(EDM.alpha_sigma(calls[0])[1].item(), 80 * 1.4, rtol=1e-12, atol=0)
 
 
-def test_starting_noise_is_as_wide_as_the_schedule_says():
-    seen = []
-    for schedule, start, std in (
-        (LINEAR, None, 1.0),
-        (LINEAR, 400.0, 1.0),
-        (EDM, None, 80.0),
-        (EDM, 1000, 80.0),
-        (EDM, 400.0, EDM.coefficients(400.0)[1].item()),
+def test_x_starts_with_the_std_of_its_first_time():
+    inputs = []
+
+    def sigma(t):
+        return EDM.alpha_sigma(t)[1].item()
+
+    for schedule, arguments, std in (
+        (LINEAR, dict(), 1.0),
+        (LINEAR, dict(t_start=400.0), 1.0),
+        (LINEAR, dict(spacing="leading"), 1.0),
+        (EDM, dict(), 80.0),
+        (EDM, dict(t_start=400.0), sigma(400)),
+        (EDM, dict(spacing=torch.tensor([1000.0, 2.0])), 80.0),
+        (EDM, dict(spacing=torch.tensor([400.0, 2.0])), sigma(400)),
+        (EDM, dict(spacing="leading", nfe=10), sigma(901)),
+        (EDM, dict(spacing="leading", nfe=9, denoise_to_zero=False), sigma(901)),
+        (EDM, dict(spacing="leading", nfe=9, sampler="heun"), sigma(801)),
     ):
-        denoiser = D.Denoiser(lambda x, c: (seen.append(x), x)[1], schedule, "x0")
-        for arguments in (
-            dict(nfe=1, t_start=start),
-            dict(spacing=torch.tensor([start or 1000.0, 2.0]), nfe=2),
-        ):
-            seen.clear()
-            samplers.from_seeds(denoiser, [3, 4], (1, 4), **arguments)
-            assert_close(seen[0], std * samplers.SeededNoise([3, 4])((2, 1, 4)))
+        inputs.clear()
+        denoiser = D.Denoiser(lambda x, c: (inputs.append(x), x)[1], schedule, "x0")
+        denoiser.space = D.Pixels((1, 4))
+        samplers.sample_from_seeds(denoiser, [3, 4], **arguments)
+        assert_close(inputs[0], std * samplers.SeededNoise([3, 4])((2, 1, 4)))
 
 
-# ------------------------------------------------------------------ the programs' flags
+# ------------------------------------------------------------------ the flags
+
+
+@dataclass
+class Flags(samplers.SamplerConfig):
+    prog = "program"
+    description = "A program with a sampler."
 
 
 def flags(*words):
     """The parsed command line; refused as a program would."""
-    parser = argparse.ArgumentParser()
-    sampling.add_flags(parser)
-    args = parser.parse_args(words)
-    sampling.check_flags(args)
-    return args
+    return parse_into(Flags, words)
 
 
-def run_of(schedule=LINEAR, **settings):
+def run_of(schedule=LINEAR):
     denoiser = toy_denoiser(toy.two_bumps(), schedule)
-    denoiser.settings = dict(remap=None) | settings
+    denoiser.space = D.Pixels((1,))
     return denoiser
 
 
@@ -653,87 +700,111 @@ def test_flags_become_arguments_that_sample_takes():
         ([], dict(sampler="ddim", nfe=50, spacing="uniform", eta=0.0, clip=None, variance=None)),
         (["--sampler", "ddpm", "--variance", "large"], dict(variance="large", clip=(-1.0, 1.0))),
         (["--sampler", "heun", "--nfe", "20"], dict(nfe=19, clip=None)),
+        (["--spacing", "leading", "--nfe", "20"], dict(nfe=20, spacing="leading")),
         (
             ["--sampler", "heun", "--churn", "9", "--churn-min", "0.05", "--churn-noise", "1.003"],
-            dict(nfe=49, churn=9.0, churn_range=(0.05, math.inf), churn_noise=1.003),
+            dict(nfe=49, s_churn=9.0, s_min=0.05, s_max=math.inf, s_noise=1.003),
         ),
     ):
-        arguments = sampling.from_flags(flags(*words), denoiser)
+        arguments = flags(*words).arguments(denoiser)
         assert expected.items() <= arguments.items()
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # what heun cannot spend is said once, by notes()
-            samplers.from_seeds(denoiser, [0], (1,), **arguments)
-    (line,) = sampling.notes(flags("--sampler", "heun", "--nfe", "20"), denoiser)
-    assert line.startswith("heun's steps cost two calls each: it makes 19 of the 20")
-    assert sampling.notes(flags("--sampler", "heun", "--nfe", "19"), denoiser) == []
-    assert sampling.notes(flags("--nfe", "20"), denoiser) == []
+            warnings.simplefilter("error")  # the program prints .warnings() once
+            samplers.sample_from_seeds(denoiser, [0], **arguments)
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("--sampler heun --nfe 20", "heun takes two network calls per step: it makes 19 of the 20"),
+        ("--sampler heun --nfe 19", None),
+        ("--nfe 20", None),
+        ("--nfe 1", None),
+        ("--nfe 1 --eta 0.5", "--eta has no effect: a single network call makes no step"),
+        ("--sampler dpm-solver --nfe 3", "--order 3 takes 4 calls, the last of them for x_0: with"),
+        ("--sampler dpm-solver --nfe 4", None),
+    ],
+)
+def test_warnings(words, expected):
+    lines = flags(*words.split()).warnings(run_of())
+    assert len(lines) == (expected is not None)
+    assert expected is None or lines[0].startswith(expected)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm-solver", "heun"])
-@pytest.mark.parametrize("name", etsdm.REMAPS)
-def test_remap_spacing_is_even_in_what_the_network_is_told(name, sampler):
-    denoiser = run_of(remap=name)
+def test_remap_spacing_is_the_denoisers_own_grid(sampler):
+    """papers.alternatives attaches the function sampling_grid(points, t_start, t_end)."""
+    denoiser = run_of()
     words = ["--sampler", sampler, "--spacing", "remap", "--nfe", "20"]
-    arguments = sampling.from_flags(flags(*words), denoiser)
-    grid = arguments["spacing"]
-    assert grid.dtype == torch.float64 and len(grid) == (10 if sampler == "heun" else 20)
-    assert grid[0] == 1000 and grid[-1] == 1
-    steps = etsdm.remap(grid, name).diff()
-    assert_close(steps, steps.mean().expand_as(steps), rtol=1e-9, atol=0)
-    if name == "sqrt":
-        same = schedules.time_grid(LINEAR, len(grid), "quadratic")
-        assert_close(grid, same, rtol=1e-12, atol=0)
-    assert len(sampling.notes(flags(*words), denoiser)) == (sampler == "heun")
-    denoiser, calls = counted(denoiser)
-    samplers.from_seeds(denoiser, [0], (1,), **arguments)
+    with pytest.raises(ValueError, match="^--spacing remap needs a run trained with --remap"):
+        flags(*words).arguments(denoiser)
+    denoiser.sampling_grid = lambda points, t_start, t_end: (
+        torch.linspace(t_start**0.5, t_end**0.5, points, dtype=torch.float64) ** 2
+    )
+    arguments = flags(*words).arguments(denoiser)
+    points = 10 if sampler == "heun" else 20
+    assert_close(arguments["spacing"], schedules.time_grid(LINEAR, points, "quadratic"))
+    assert len(flags(*words).warnings(denoiser)) == (sampler == "heun")
+    spy, calls = counted(denoiser)
+    samplers.sample_from_seeds(spy, [0], **arguments)
     assert len(calls) == arguments["nfe"]
-    with pytest.raises(ValueError, match="--spacing remap is for runs trained with --remap"):
-        sampling.from_flags(flags(*words), run_of())
 
 
-@pytest.mark.parametrize("kind", covariance.KINDS)
-def test_learnt_variances_come_from_the_run(kind, monkeypatch):
+@pytest.mark.parametrize("kind", samplers.ESTIMATED)
+def test_estimated_variances_come_from_the_run(kind, monkeypatch):
     asked = []
 
-    def from_run(denoiser, kind, ddpm, eta):
+    def variance_from_run(denoiser, kind, ddpm, eta):
         asked.append((kind, ddpm, eta))
         return lambda x, t, t_next: 0.01
 
-    monkeypatch.setattr(covariance, "from_run", from_run)
+    module = SimpleNamespace(variance_from_run=variance_from_run)
+    monkeypatch.setitem(sys.modules, "papers.covariance", module)
     for words in (["--sampler", "ddpm"], [], ["--eta", "0.5"]):
-        arguments = sampling.from_flags(flags(*words, "--nfe", "3", "--variance", kind), run_of())
+        arguments = flags(*words, "--nfe", "3", "--variance", kind).arguments(run_of())
         assert arguments["clip"] == (-1.0, 1.0), "they add noise"
-        samplers.from_seeds(run_of(), [0], (1,), **arguments)
+        samplers.sample_from_seeds(run_of(), [0], **arguments)
     assert asked == [(kind, True, 0.0), (kind, False, 0.0), (kind, False, 0.5)]
 
 
-def test_clipping_knows_the_bounds_of_the_space():
-    denoiser = run_of()
-    for bounds, auto in (((-1.0, 1.0), (-1.0, 1.0)), ((0.0, 2.0), (0.0, 2.0)), (None, None)):
-        denoiser.space = argparse.Namespace(bounds=bounds)
-        for words, clip in ((["--sampler", "ddpm"], auto), (["--eta", "1"], auto), ([], None)):
-            assert sampling.from_flags(flags(*words), denoiser)["clip"] == clip
-    with pytest.raises(ValueError, match="--clip on: latents have no bounds"):
-        sampling.from_flags(flags("--clip", "on"), denoiser)
+def test_clip_is_the_value_range():
+    for value_range in ((-1.0, 1.0), (0.0, 2.0), None):
+        denoiser = SimpleNamespace(value_range=value_range, schedule=LINEAR)
+        for words, clip in ((["--sampler", "ddpm"], True), (["--eta", "1"], True), ([], False)):
+            arguments = flags(*words).arguments(denoiser)
+            assert arguments["clip"] == (value_range if clip else None)
+            assert flags(*words, "--clip", "off").arguments(denoiser)["clip"] is None
+        if value_range:
+            assert flags("--clip", "on").arguments(denoiser)["clip"] == value_range
+    with pytest.raises(ValueError, match="--clip on: latents have no range"):
+        flags("--clip", "on").arguments(denoiser)
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--churn", "5"], "--churn belongs to heun, not to ddim"),
-        (["--sampler", "ddpm", "--churn-min", "5"], "--churn-min belongs to heun, not to ddpm"),
-        (["--sampler", "heun", "--churn-max", "5"], "--churn-max has no use without --churn"),
-        (["--sampler", "heun", "--churn", "-1"], "must not be negative"),
-        (["--sampler", "heun", "--eta", "1"], "--eta belongs to ddim, not to heun"),
-        (["--sampler", "heun", "--order", "2"], "heun has a fixed one"),
-        (["--sampler", "heun", "--variance", "sn"], "--variance sn belongs to ddpm and ddim"),
-        (["--variance", "large"], "belongs to ddpm where it is large, not to ddim"),
+        ("--nfe 0", "--nfe must be from 1 to 100000, not 0"),
+        ("--nfe 100001", "--nfe must be from 1 to 100000"),
+        ("--eta 1.5", "--eta must be from 0 to 1, not 1.5"),
+        ("--eta nan", "--eta must be from 0 to 1, not nan"),
+        ("--churn 5", "--churn has no effect on ddim"),
+        ("--sampler ddpm --churn-min 5", "--churn-min has no effect on ddpm"),
+        ("--sampler heun --churn-max 5", "--churn-max has no effect without --churn above 0"),
+        ("--sampler heun --churn 0", "--churn has no effect without --churn above 0"),
+        ("--sampler heun --churn -1", "--churn must be from 0"),
+        ("--sampler heun --churn 1 --churn-min 3 --churn-max 1", "--churn-max must be from 3"),
+        ("--sampler heun --eta 1", "--eta has no effect on heun"),
+        ("--sampler ddpm --eta 0", "--eta has no effect on ddpm"),
+        ("--sampler heun --order 3", "--order has no effect on heun"),
+        ("--sampler heun --variance sn", "--variance has no effect on heun"),
+        ("--sampler dpm-solver --variance small", "--variance has no effect on dpm-solver"),
+        ("--variance large", "--variance has no effect on ddim"),
     ],
 )
-def test_flags_that_would_be_ignored_are_refused(words, message):
-    with pytest.raises(ValueError, match=message) as error:
-        flags(*words)
-    assert "\n" not in str(error.value)
+def test_refusals_begin_with_their_flag(words, message):
+    with pytest.raises(ValueError) as error:
+        flags(*words.split())
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------ seeds and refusals
@@ -751,38 +822,38 @@ def test_one_seed_is_one_noise_whatever_the_batch():
         whole((3, 1))
 
 
-def test_start_time():
+def test_initial_time():
     zero = schedules.make_schedule("zero-terminal-snr")
-    assert samplers.start_time(D.Denoiser(None, zero, "eps")) == 999
-    assert samplers.start_time(D.Denoiser(None, zero, "v")) == 1000
-    assert samplers.start_time(D.Denoiser(None, LINEAR, "eps")) == 1000
+    assert samplers.initial_time(D.Denoiser(None, zero, "eps")) == 999
+    assert samplers.initial_time(D.Denoiser(None, zero, "v")) == 1000
+    assert samplers.initial_time(D.Denoiser(None, LINEAR, "eps")) == 1000
 
 
 @pytest.mark.parametrize(
     "kwargs, words",
     [
-        (dict(sampler="euler"), "unknown sampler 'euler': choose from ddpm ddim"),
-        (dict(nfe=0), "whole number from 1 on, not 0"),
-        (dict(nfe=2.5), "whole number"),
-        (dict(eta=1.5), "eta must be between 0"),
-        (dict(order=4), "order 1, 2 or 3, not 4"),
-        (dict(variance="large"), "variance 'large' is ddpm's"),
-        (dict(variance="tiny"), "small, large or a callable, not 'tiny'"),
-        (dict(sampler="dpm-solver", eta=0.5), "ddpm and ddim: dpm-solver has no use"),
+        (dict(sampler="euler"), "--sampler must be one of ddpm ddim"),
+        (dict(nfe=0), "--nfe must be from 1 to 100000, not 0"),
+        (dict(nfe=2.5), "--nfe must be"),
+        (dict(eta=1.5), "--eta must be from 0 to 1"),
+        (dict(order=4), "--order must be from 1 to 3, not 4"),
+        (dict(variance="large"), "--variance has no effect on ddim"),
+        (dict(variance="tiny"), "--variance 'tiny' is neither small, large nor a function"),
+        (dict(sampler="dpm-solver", eta=0.5), "--eta has no effect on dpm-solver"),
         (
             dict(sampler="dpm-solver++", variance=lambda x, t, t_next: 0.0),
-            r"dpm-solver\+\+ has no use",
+            r"--variance has no effect on dpm-solver\+\+",
         ),
-        (dict(sampler="ddim", churn=1.0), "churn belongs to heun: ddim has no use for it"),
-        (dict(sampler="heun", churn=-1.0), "must not be negative"),
-        (dict(sampler="heun", churn=1.0, churn_range=(3.0, 1.0)), "the range must rise"),
-        (dict(sampler="heun", nfe=1, final_denoise=False), "costs two calls, and there is 1"),
+        (dict(sampler="ddim", s_churn=1.0), "--churn has no effect on ddim"),
+        (dict(sampler="heun", s_churn=-1.0), "--churn must be from 0"),
+        (dict(sampler="heun", s_churn=1.0, s_min=3.0, s_max=1.0), "--churn-max must be from 3"),
+        (dict(sampler="heun", nfe=1, denoise_to_zero=False), "nfe 1 is too small for heun"),
         (dict(nfe=1, spacing="karras"), "unknown spacing"),
         (dict(nfe=1, sampler="dpm-solver", t_end=-3), "times must satisfy"),
         (dict(spacing=torch.tensor([1500.0, 5.0])), "above 0 and up to 1000"),
         (dict(spacing=torch.tensor([15.0, 0.0])), "above 0 and up to 1000"),
         (dict(spacing="karras"), "unknown spacing"),
-        (dict(spacing=torch.tensor([3.0, 5.0])), "one falling sequence"),
+        (dict(spacing=torch.tensor([3.0, 5.0])), "must fall strictly"),
         (dict(t_end=0.0), "times must satisfy"),
     ],
 )
