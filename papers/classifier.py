@@ -1,27 +1,29 @@
-r"""A small image classifier whose features stand in for Inception's, where those say nothing.
+r"""A small image classifier whose features replace Inception's, if those do not suit the images.
 
     x (N, 3, H, W) -> 4 convolutions, twice halved -> mean over positions: features (N, 64)
-        -> 10 or so classes: only trained on, not exported
+        -> K classes: needed for training; exported only by --logits
 
-FID sees images through a network trained on ImageNet at 299x299. On 16x16 pictures of clothes, or
-without its weights, a classifier of that very data says more: its pooled features separate what
-matters in that set. The Fréchet distance in them is named after the file, FD(NAME.pt2), and is
-never called FID: values compare only with others by the same file.
+FID sees images through a network trained on ImageNet at 299x299. For 16x16 pictures of clothes, or
+without its weights, a classifier of the same data says more: its pooled features separate what
+matters in that set. The Fréchet distance in them is named after the file, FD(NAME.pt2), and never
+FID. Values compare only with others by the same file.
 
-What this file does not do: compete. It is the smallest network whose features are worth a distance,
-and reports its accuracy on images that it has not seen, so that one can judge.
+Not here: a strong classifier. This is the smallest network whose features are worth a distance. It
+reports its accuracy on images that it has not seen.
 
-    python classifier.py fashion-mnist/ --image-size 16 --channels 1 --out fashion16.pt2
+    python -m papers.classifier fashion-mnist/ --image-size 16 --channels 1 --out fashion16.pt2
     python metrics.py fid RUN fashion-mnist/ --features fashion16.pt2
-    python -c "import classifier; print(classifier.Classifier(classes=10))"
+    python -c "from papers import classifier; print(classifier.Classifier(classes=10))"
 
 N images, K classes; x float32 (N, 3, H, W) in [-1, 1], gray as three equal channels; labels (N,).
 """
 
-import runtime  # isort: skip  (before torch: it sets OpenMP's spinning)
+import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
 
-import argparse
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +31,9 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-import files
-import readers
+from support import distributed, files, image_files, readers, rng
+from support.cli import flag, parse_into
+from support.programs import run_main
 
 FEATURES = 64
 SHAPES = 10_000  # drawings, of the endless set
@@ -56,7 +59,7 @@ class Classifier(nn.Module):
 
 
 class Features(nn.Module):
-    """What is exported for distances: the classifier up to its pooled features."""
+    """The part that is exported for distances: the classifier up to its pooled features."""
 
     def __init__(self, classifier):
         super().__init__()
@@ -69,16 +72,16 @@ class Features(nn.Module):
 def load_labelled(source, size, channels, progress=False):
     """-> (images uint8 (N, C, H, W), labels (N,) int64, names of the classes).
 
-    source: an IDX folder or file with its labels beside it, CIFAR-10, a folder or zip with one
-    folder for each class, or the built-in shapes. ValueError: images without labels.
+    source: an IDX folder or file next to its labels, CIFAR-10, a folder or zip with one folder for
+    each class, or the built-in shapes. ValueError: images without labels.
     """
     dataset = data.load(source, size, channels, progress=progress)
     if isinstance(dataset, data.Shapes):
         labels = torch.tensor([dataset.label(i) for i in range(SHAPES)])
         names = sorted(set(labels.tolist()))
         return torch.stack([dataset[i] for i in range(SHAPES)]), labels, names
-    if not isinstance(dataset, data.Array):
-        raise ValueError(f"{source} does not fit into memory, or never ends: it has no labels here")
+    if not isinstance(dataset, image_files.Array):
+        raise ValueError(f"{source} does not fit into memory: use fewer or smaller images")
     if dataset.paths:
         folders = [str(Path(path).parent) for path in dataset.paths]
         names = sorted(set(folders))
@@ -89,9 +92,14 @@ def load_labelled(source, size, channels, progress=False):
         names = [str(i) for i in range(max(labels.tolist(), default=-1) + 1)]
     if len(names) < 2 or len(labels) != len(dataset):
         raise ValueError(f"{source}: {len(dataset):,} images with {len(labels):,} labels of "
-                         f"{len(names)} classes cannot be learnt: images of a class belong in "
-                         "a folder of their own, or the set into IDX files or CIFAR-10's archives")
+                         f"{len(names)} classes cannot be learnt. Put the images of each class in "
+                         "a separate folder, or give IDX files or CIFAR-10's archives")
     return dataset.images, labels, names
+
+
+def to_network_input(images):
+    """uint8 (N, C, H, W), C = 1 or 3 -> float32 (N, 3, H, W) in [-1, 1]."""
+    return data.to_float(images).expand(-1, 3, -1, -1)
 
 
 def train(images, labels, classes, epochs=5, batch=128, lr=2e-3, seed=0, device="cpu"):
@@ -101,13 +109,13 @@ def train(images, labels, classes, epochs=5, batch=128, lr=2e-3, seed=0, device=
     steps = epochs * max(len(images) // batch, 1)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    g = runtime.generator(seed)
+    g = rng.generator(seed)
     with tqdm(total=steps, desc="training", unit="step", dynamic_ncols=True) as bar:
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=g)
             for chunk in order.split(batch)[:max(len(images) // batch, 1)]:
-                x = data.to_float(images[chunk]).expand(-1, 3, -1, -1).to(device)
-                loss = F.cross_entropy(net(x), labels[chunk].to(device))
+                logits = net(to_network_input(images[chunk]).to(device))
+                loss = F.cross_entropy(logits, labels[chunk].to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -119,17 +127,17 @@ def train(images, labels, classes, epochs=5, batch=128, lr=2e-3, seed=0, device=
 
 @torch.no_grad()
 def accuracy(net, images, labels, batch=500):
-    """Share of images, uint8 (N, C, H, W), whose class the network names."""
-    device, right = next(net.parameters()).device, 0
+    """Share of images, uint8 (N, C, H, W), whose class the network predicts."""
+    device, correct = next(net.parameters()).device, 0
     for x, y in zip(images.split(batch), labels.split(batch), strict=True):
-        x = data.to_float(x).expand(-1, 3, -1, -1).to(device)
-        right += (net(x).argmax(1).cpu() == y).sum().item()
-    return right / len(images)
+        predicted = net(to_network_input(x).to(device)).argmax(1).cpu()
+        correct += (predicted == y).sum().item()
+    return correct / len(images)
 
 
 def export(net, path, size, logits=False):
-    """Its features, or logits, to a file that needs none of this code: batches and sides of any
-    length."""
+    """Write its features, or logits, to a file that needs none of this code: torch.export, for
+    batches and sides of any length."""
     x, net = torch.zeros(2, 3, size, size), net.cpu()
     program = torch.export.export((net if logits else Features(net)).eval(), (x,), dynamic_shapes=(
         {0: torch.export.Dim("N"), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},))
@@ -137,57 +145,62 @@ def export(net, path, size, logits=False):
         torch.export.save(program, f)
 
 
-def parse(argv=None):
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="classifier.py", usage="python classifier.py DATA [flags]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train a small classifier, and export its features for metrics.py --features.",
-        epilog="""examples
-  python classifier.py fashion-mnist/ --image-size 16 --channels 1 --out fashion16.pt2
+@dataclass
+class ClassifierConfig:
+    data: str = flag("", "labelled images: IDX, CIFAR-10, a folder of class folders, shapes",
+                     positional="DATA", group="images")
+    image_size: int | None = flag(None, "side in pixels", shown="the images' own")
+    channels: int = flag(3, "1: turned gray", choices=(1, 3))
+    epochs: int = flag(5, "passes over the images", group="training")
+    logits: bool = flag(False, "export the classes, for metrics.py is, instead of the features")
+    seed: int = flag(0, "of weights and order")
+    out: Path = flag(Path("classifier.pt2"), "the file to write")
+
+    prog: ClassVar[str] = "papers.classifier"
+    usage: ClassVar[str] = "python -m papers.classifier DATA [flags]"
+    description: ClassVar[str] = ("Train a small classifier, and export its features for "
+                                  "metrics.py --features.")
+    examples: ClassVar[str] = """\
+  python -m papers.classifier fashion-mnist/ --image-size 16 --channels 1 --out fashion16.pt2
       the folder with the IDX files; two minutes on a CPU core
-  python classifier.py cifar10 --epochs 10 --out cifar10.pt2
-  python classifier.py cifar10 --logits --out classes.pt2
+  python -m papers.classifier cifar10 --epochs 10 --out cifar10.pt2
+  python -m papers.classifier cifar10 --logits --out classes.pt2
       classes instead of features: for `metrics.py is RUN --features classes.pt2`, a score like
       Inception's in this set's own classes
-  python classifier.py animals/ --image-size 64
-      a folder with one folder for each class""")
-    add = parser.add_argument
-    add("data", metavar="DATA", help="labelled images: IDX, CIFAR-10, a folder of class folders, "
-        "shapes")
-    add("--image-size", type=int, help="side in pixels (default: the images' own)")
-    add("--channels", type=int, default=3, choices=(1, 3), help="1: turned gray (default: 3)")
-    add("--epochs", type=int, default=5, help="(default: 5)")
-    add("--logits", action="store_true", help="export the classes, for metrics.py is, instead of "
-        "the features")
-    add("--seed", type=int, default=0, help="of weights and order (default: 0)")
-    add("--out", type=Path, default=Path("classifier.pt2"), help="(default: classifier.pt2)")
-    args = parser.parse_args(argv)
-    if args.epochs < 1 or args.seed < 0:
-        raise ValueError("--epochs must be at least 1, and --seed not negative")
-    if args.out.suffix != ".pt2" or not args.out.resolve().parent.is_dir():
-        raise ValueError(f"--out {args.out} must be a .pt2 in a folder that exists")
-    return args
+  python -m papers.classifier animals/ --image-size 64
+      a folder with one folder for each class"""
+
+    def check(self):
+        if not self.data:
+            raise ValueError("DATA is missing: python -m papers.classifier DATA")
+        if self.epochs < 1:
+            raise ValueError(f"--epochs must be at least 1, not {self.epochs}")
+        if not 0 <= self.seed < 2**62:  # as in train.py
+            raise ValueError(f"--seed must be 0 or more and below 2^62, not {self.seed}")
+        if self.out.suffix != ".pt2" or not self.out.resolve().parent.is_dir():
+            raise ValueError(f"--out {self.out} must be a .pt2 in a folder that exists")
 
 
 def main(argv=None):
-    args = parse(argv)
-    with runtime.setup(tf32=False) as process:
-        if not process.first:  # minutes of work: one process does it
+    config = parse_into(ClassifierConfig, argv)
+    with distributed.init(tf32=False) as dist:
+        if not dist.is_main:  # minutes of work: one process does it
             return
-        images, labels, names = load_labelled(args.data, args.image_size, args.channels, True)
-        order = torch.randperm(len(images), generator=runtime.generator(args.seed, 1))
-        held = max(len(images) // 10, 1)  # a random tenth is kept back, for the accuracy
-        test, rest = order[:held], order[held:]
-        net = train(images[rest], labels[rest], len(names), args.epochs, seed=args.seed,
-                    device=process.device)
+        images, labels, names = load_labelled(config.data, config.image_size, config.channels, True)
+        order = torch.randperm(len(images), generator=rng.generator(config.seed, 1))
+        held_out = max(len(images) // 10, 1)  # a random tenth, for the accuracy
+        test, rest = order[:held_out], order[held_out:]
+        net = train(images[rest], labels[rest], len(names), config.epochs, seed=config.seed,
+                    device=dist.device)
         share = accuracy(net, images[test], labels[test])
-        export(net, args.out, images.shape[-1], args.logits)
+        export(net, config.out, images.shape[-1], config.logits)
         print(f"{len(rest):,} images of {len(names)} classes, {images.shape[-1]} pixels wide; "
-              f"{share:.1%} of {held:,} held-out images are named right")
-        what, use = ("classes", "is RUN") if args.logits else ("features", f"fid RUN {args.data}")
-        print(f"{what}: {args.out.resolve()}\nnext: python metrics.py {use} --features {args.out}")
+              f"{share:.1%} of {held_out:,} held-out images are classified correctly")
+        what, use = ("classes", ["is", "RUN"]) if config.logits else (
+            "features", ["fid", "RUN", config.data])
+        command = shlex.join(["python", "metrics.py", *use, "--features", str(config.out)])
+        print(f"{what}: {config.out.resolve()}\nnext: {command}")
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    run_main(main)

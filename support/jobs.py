@@ -1,20 +1,17 @@
 r"""Run many commands that depend on each other, as many at a time as the machine has room for.
 
-    run_all(jobs, Machine())       # what is done, or led to what is done, is not done again
+    run_all(jobs, Machine())       # what is done, or only leads to what is done, is left out
 
-experiments.py makes a list of jobs, and this file does them: those first whose results others wait
-for longest. Each has a GPU of its own, or a share of the cores. A job that fails ends it all with
-the job's own last words; a signal ends it after the programs have saved what they have. Either way
-the same command goes on.
+papers/experiments.py makes a list of jobs. This file runs them, the longest dependency chain first,
+each on its own GPU or its share of the cores. A job that fails ends them all with its last line. A
+signal ends them after the programs have saved their work. In both cases the same command goes on.
 
-What this file does not do: several machines, or guesses at what is done. A job says so itself.
+Not here: several machines. Whether a job is done, its own done() decides.
 
-    python -c "import jobs; print(jobs.Machine())"
+    python -c "from support import jobs; print(jobs.Machine())"
 
 cost: passes of one image through the network; only its proportions matter here.
 """
-
-import runtime  # isort: skip  (before torch: it sets OpenMP's spinning)
 
 import contextlib
 import os
@@ -29,28 +26,31 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-PATIENCE = 60  # seconds that programs have to save what they have
+from support.programs import StopSignal
+
+ROOT = Path(__file__).resolve().parents[1]  # where the programs are
+STOP_TIMEOUT = 60  # seconds that programs have to save their work
 
 
 @dataclass
 class Job:
-    """Commands that run one after the other, each a list of words after `python`."""
+    """Commands that run one after the other, each a list of words after `python`: train.py ..., or
+    -m papers.NAME ...."""
     name: str
     commands: list
     done: Callable  # () -> bool
     cost: float = 0.0
     after: tuple = ()  # names of jobs
-    early: bool = False  # short, and may refuse what it is given: before the long ones
-    finish: Callable = lambda text: None  # what the last command printed -> nothing
-    progress: Callable = lambda: 0.0  # part of it that is done
+    early: bool = False  # short, and may reject its input: runs before the long ones
+    finish: Callable = lambda text: None  # receives what the last command printed
+    progress: Callable = lambda: 0.0  # the part of it that is done
 
 
 @dataclass
 class Machine:
-    """How many jobs may run at a time, and where their words go."""
+    """How many jobs may run at a time, and where their output goes."""
     workers: int = 0  # 0: one for each GPU, or else for each core
-    gpus: list = field(default_factory=lambda: visible(torch.cuda.device_count()))
+    gpus: list = field(default_factory=lambda: visible_gpus(torch.cuda.device_count()))
     logs: Path = Path("logs")
 
     def __post_init__(self):
@@ -59,62 +59,66 @@ class Machine:
         self.workers = self.workers or len(self.gpus) or self.cores
 
     def environment(self, place):
-        """Of the program in this place: its GPU, or its share of the cores."""
+        """Of the program in this place: its GPU or its share of the cores, and our modules."""
         share = dict(OMP_NUM_THREADS=str(max(1, self.cores // self.workers)))
         if self.gpus:
             share = dict(CUDA_VISIBLE_DEVICES=self.gpus[place % len(self.gpus)])
-        return {**os.environ, **share, "PYTHONUNBUFFERED": "1"}
+        # The safe path: a data.py or papers/ in the user's folder must not replace ours.
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {**os.environ, **share, "PYTHONPATH": path, "PYTHONSAFEPATH": "1",
+                "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
 
 
-def visible(count):
-    """Names of so many GPUs: those that this program itself was given, if somebody chose."""
+def visible_gpus(count):
+    """Names of `count` GPUs: those of CUDA_VISIBLE_DEVICES, if the user chose some."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return [name.strip() for name in given][:count] if any(given) else list(map(str, range(count)))
 
 
 class Running:
-    """A job whose commands run, in a place; its words go to a file."""
+    """A job whose commands run, in a place. Their output goes to a file."""
 
     def __init__(self, job, place, machine):
         self.job, self.place, self.left = job, place, list(job.commands)
         self.environment, self.log = machine.environment(place), machine.logs / f"{job.name}.log"
         machine.logs.mkdir(parents=True, exist_ok=True)
-        self.log.write_text("")
-        self.next()
+        self.log.write_text("", encoding="utf-8")
+        self.start_next()
 
-    def next(self):
-        """Start the next command, in a session of its own: a Ctrl-C is ours to hand on."""
-        program, *words = self.left.pop(0)
+    def start_next(self):
+        """Start the next command in a new session, so that Ctrl-C reaches only this program."""
+        program, *args = self.left.pop(0)
+        words = [program, *args] if program == "-m" else [str(ROOT / program), *args]
         self.out = self.log.with_suffix(f".{os.getpid()}.out")  # two of us may run side by side
-        with open(self.out, "w") as out, open(self.log, "a") as log:
-            self.process = subprocess.Popen([sys.executable, HERE / program, *words], stdout=out,
-                                            stderr=log, env=self.environment,
-                                            start_new_session=True)
+        with open(self.out, "wb") as out, open(self.log, "ab") as log:
+            self.process = subprocess.Popen([sys.executable, *words], stdout=out, stderr=log,
+                                            env=self.environment, start_new_session=True)
 
-    def over(self):
-        """Whether all its commands have ended. ValueError: one has failed."""
+    def poll(self):
+        """True if all its commands have ended. ValueError: one has failed."""
         status = self.process.poll()
         if status is None:
             return False
-        text, errors = self.out.read_text(), self.log.read_text().replace("\r", "\n")
+        text, errors = (path.read_text(encoding="utf-8", errors="replace")
+                        for path in (self.out, self.log))
         self.out.unlink()
-        with open(self.log, "a") as log:
+        with open(self.log, "a", encoding="utf-8") as log:
             log.write(text)
         if status:
-            words = (errors.strip() or text.strip() or f"status {status}").split("\n")[-1]
+            reason = (errors.strip() or text.strip() or f"status {status}").split("\n")[-1]
             if status < 0:
-                words = f"killed by {signal.Signals(-status).name}; is there enough memory?"
-            raise ValueError(f"{self.job.name} failed ({words}); its words are in {self.log}")
+                reason = f"killed by {signal.Signals(-status).name}; is there enough memory?"
+            raise ValueError(f"{self.job.name} failed ({reason}). Its output is in {self.log}")
         if self.left:
-            self.next()
+            self.start_next()
             return False
         self.job.finish(text)
-        if not self.job.done():  # someone has asked train.py itself to stop
+        if not self.job.done():  # train.py received a signal from elsewhere
             raise ValueError(f"{self.job.name} ended early: run the same command to go on")
         return True
 
     def send(self, number):
-        """A signal, to the program and its children."""
+        """Send a signal to the program and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
@@ -123,10 +127,10 @@ def stop_all(running):
     """End them as gently as a cluster would: train.py saves first."""
     for one in running:
         one.send(signal.SIGTERM)
-    late = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + STOP_TIMEOUT
     for one in running:
         try:
-            one.process.wait(max(0, late - time.monotonic()))
+            one.process.wait(max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             one.send(signal.SIGKILL)
             one.process.wait()
@@ -134,8 +138,8 @@ def stop_all(running):
 
 
 def needed(jobs):
-    """Those that are not done and that somebody waits for: what a finished job came from may be
-    gone. `jobs` has causes first."""
+    """The jobs that are not done and that another one, or the user, waits for: the inputs of a
+    finished job may be gone. `jobs` has causes first."""
     wanted = {job.name for job in jobs} - {name for job in jobs for name in job.after}
     found = []
     for job in reversed(jobs):
@@ -145,7 +149,7 @@ def needed(jobs):
     return found[::-1]
 
 
-def order(jobs):
+def chain_costs(jobs):
     """{name: cost of the longest chain of jobs that begins with it}; `jobs` has causes first."""
     chain = {}
     for job in reversed(jobs):
@@ -155,22 +159,23 @@ def order(jobs):
 
 
 def run_all(jobs, machine):
-    """Do what is not done -> whether all is: a signal ends it early. ValueError: a job failed."""
+    """Run what is not done -> True if all is done; a signal ends it early. ValueError: a job
+    failed."""
     todo = {job.name: job for job in needed(jobs)}
-    chain, running, free, past = order(jobs), [], list(range(machine.workers)), 0.0
+    chain, running, free, done_cost = chain_costs(jobs), [], list(range(machine.workers)), 0.0
     before = {job.name: job.cost * job.progress() for job in todo.values()}  # by an earlier call
     bar = tqdm(total=sum(job.cost for job in todo.values()) or 1, smoothing=0, dynamic_ncols=True,
                initial=sum(before.values()),
                bar_format="{percentage:3.0f}% {elapsed}, {remaining} left{postfix}",
                mininterval=1 if sys.stderr.isatty() else 60, disable=not todo)
-    with runtime.Stop() as stop, bar:
-        stop.gently = True  # a signal only sets stop.asked; a second Ctrl-C means now
+    with StopSignal() as stop, bar:
+        stop.gently = True  # a signal only sets stop.requested; a second Ctrl-C ends at once
         try:
-            while (todo or running) and not stop.asked:
-                for one in [one for one in running if one.over()]:
+            while (todo or running) and not stop.requested:
+                for one in [one for one in running if one.poll()]:
                     running.remove(one)
                     free.append(one.place)
-                    past += one.job.cost
+                    done_cost += one.job.cost
                 busy = {*todo, *(one.job.name for one in running)}
                 ready = [job for job in todo.values() if not busy.intersection(job.after)]
                 ready.sort(key=lambda job: (not job.early, -chain[job.name]))
@@ -178,7 +183,7 @@ def run_all(jobs, machine):
                     running.append(Running(todo.pop(job.name), free.pop(0), machine))
                 now = sum(one.job.cost * one.job.progress() for one in running)
                 bar.set_postfix_str(", ".join(one.job.name for one in running)[:100], False)
-                bar.update(past + now + sum(before[name] for name in todo) - bar.n)
+                bar.update(done_cost + now + sum(before[name] for name in todo) - bar.n)
                 time.sleep(0.2)
         finally:
             stop_all(running)
