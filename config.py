@@ -156,6 +156,7 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
         for name in ("warmup", "workers", "seed", "grad_clip", "sa_weight"):
             self.require(name, 0 <= getattr(self, name) < math.inf, "must be 0 or more")
         self.require("image_size", self.image_size <= 8192, "must be at most 8192 pixels")
+        self.check_divisible()
         self.require("seed", self.seed < 2**62, "must be below 2^62")
         self.require("ema", 0 <= self.ema < 1, "must be at least 0 and below 1")
         self.require("beta2", 0 <= self.beta2 < 1, "must be at least 0 and below 1")
@@ -181,6 +182,13 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
         if (Path(self.name).name != self.name or self.name[0] == "."
                 or not self.name.isprintable()):
             raise ValueError(f"--name {self.name!r} must be a plain name: runs go to {RUNS}/NAME")
+
+    def check_divisible(self):
+        """ValueError if the network cannot halve the images as often as it must."""
+        net = self.network()
+        unit = net.get("patch", 1) * 2 ** (len(net["channel_mult"]) - 1)
+        self.require("image_size", net["image_size"] % unit == 0,
+                     f"must be a multiple of {unit} for --preset {self.preset}")
 
     def require(self, name, condition, text):
         """ValueError that begins with the flag, unless the condition holds."""

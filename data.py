@@ -102,7 +102,7 @@ class Shapes:
     def __init__(self, size: int, channels: int, seed: int = 0):
         self.size, self.channels, self.seed = size, channels, seed
         self.summary = f"endless shapes -> {channels}x{size}x{size}, drawn on the fly, seed {seed}"
-        self.digest = f"shapes, seed {seed}"
+        self.digest, self.sizes = f"shapes, seed {seed}", {(size, size)}
 
     def __len__(self):
         return INFINITE

@@ -3,12 +3,12 @@ r"""The estimation gap: how far the errors of a sampling run have added up (SA-D
 One image x_0 and one set of noises, two reverse processes: the model's, which steps with its own
 estimate x̂_0, and the true one, which knows x_0. A step t -> t_next of either is
 
-    x_next = A x_0 + c x_t + std z,    c = √(s_next² − std²)/s_t,  A = a_next − c a_t,  std = η√β̃
+    x_next = A x_0 + c x_t + std z,    c = √(σ_next² − std²)/σ_t,  A = α_next − c α_t,  std = η√β̃
 
-so their difference G obeys, with e_t = ε_t − ε_θ(x_t, t), ε_t = (x_t − a_t x_0)/s_t the noise that
+so their difference G obeys, with e_t = ε_t − ε_θ(x_t, t), ε_t = (x_t − α_t x_0)/σ_t the noise that
 really is in the model's x_t,
 
-    G_next = c G_t + A (x̂_0 − x_0) = c G_t + A s_t/a_t e_t,    G_T = 0     (theorem 1's recursion)
+    G_next = c G_t + A (x̂_0 − x_0) = c G_t + A σ_t/α_t e_t,    G_T = 0     (theorem 1's recursion)
     G_1    = Σ_{t=2}^T τ_t e_t                                     (its closed form, for η = 1)
 
 What G contains. Even the ideal network has a gap, since x_T does not determine x_0: ‖G‖ of one
@@ -40,7 +40,7 @@ theorem 2, ‖Σ w_t‖² <= N/k² Σ‖W_s‖² <= N Σ‖w_t‖², is walked t
     python gap.py --illustrate                   # figure 1: equal errors that add up, or cancel
     python -c "import gap, schedules; print(gap.gap_weights(schedules.make_schedule('linear'))[:5])"
 
-x, G (B, C, H, W), ‖·‖ over C, H, W in pixels' units ([-1, 1]); t falls from T to 1; a, s, β̃ as in
+x, G (B, C, H, W), ‖·‖ over C, H, W in pixels' units ([-1, 1]); t falls from T to 1; α, σ, β̃ as in
 schedules.py; η share of DDPM's noise.
 """
 
@@ -63,7 +63,7 @@ import schedules
 import toy
 from denoiser import Denoiser
 from schedules import Schedule
-from support import distributed, files, rng
+from support import distributed, files, image_files, rng
 from support.cli import flag, flag_name, parse_into
 from support.programs import run_main
 
@@ -135,7 +135,7 @@ def gap_along_run(denoiser, x0, noise, times=None, eta=1.0, ideal=None, progress
                                    dynamic_ncols=True, unit="step")):
         x0_hat = torch.cat([denoiser.predict(part, t)[0] for part in x.split(batch_size)])
         A, c, std = step(schedule, t, t_next, eta)
-        # A (x̂_0 − x_0) is A s/a e_t, and has a value where a = 0 too
+        # A (x̂_0 − x_0) is A σ/α e_t, and has a value where α = 0 too
         G = c * G + A * (x0_hat.double() - x0.double())
         if ideal is not None:
             reducible = c * reducible + A * (x0_hat.double() - ideal(x, t).double())
@@ -146,14 +146,14 @@ def gap_along_run(denoiser, x0, noise, times=None, eta=1.0, ideal=None, progress
 
 def ideal_of_images(images, schedule):
     """ideal(x, t) of a finite set, images (N, ...) as its whole distribution: the mean of the
-    images, weighted by N(x; a x_0, s² I)."""
+    images, weighted by N(x; α x_0, σ² I)."""
     flat = images.double().flatten(1)  # (N, D); half the squared norms once:
     half = flat.square().sum(1) / 2
 
     def ideal(x, t):
-        a, s = map(float, schedule.alpha_sigma(t))
-        # −‖x − a x_0‖²/(2 s²) without the ‖x‖² that all of them share: one matrix product
-        log_weights = (a * x.double().flatten(1) @ flat.T - a**2 * half) / s**2  # (B, N)
+        alpha, sigma = map(float, schedule.alpha_sigma(t))
+        # −‖x − α x_0‖²/(2 σ²) without the ‖x‖² that all of them share: one matrix product
+        log_weights = (alpha * x.double().flatten(1) @ flat.T - alpha**2 * half) / sigma**2  # (B, N)
         return (log_weights.softmax(1) @ flat).reshape(x.shape)
     return ideal
 
@@ -166,13 +166,13 @@ def inner_products(G):
     return (flat @ flat.T).cpu()
 
 
-def summarize(K, drawn):
+def summarize(K, counts):
     """Inner products K (B, B), bootstrap counts (R, B) -> dict: mean, systematic with its interval
     low to high, norm, and boot, the R values of systematic."""
     B, diagonal = len(K), K.diagonal()
     pairs = K - torch.diag(diagonal)  # of different images: one's own square is mostly spread
-    # an image drawn twice makes a pair with itself, which does not count either
-    boot = ((drawn @ pairs) * drawn).sum(1) / (B**2 - drawn.square().sum(1)).clamp(min=1)
+    # an image counts twice makes a pair with itself, which does not count either
+    boot = ((counts @ pairs) * counts).sum(1) / (B**2 - counts.square().sum(1)).clamp(min=1)
     boot = boot.clamp(min=0).sqrt()
     low, high = np.percentile(boot.numpy(), (2.5, 97.5))
     return dict(mean=K.sum().clamp(min=0).sqrt().item() / B,
@@ -180,11 +180,11 @@ def summarize(K, drawn):
                 low=low, high=high, norm=diagonal.clamp(min=0).sqrt().mean().item(), boot=boot)
 
 
-def resamples(B, count=500, seed=0):
-    """How often each of B images is drawn in each bootstrap sample: (count, B) float64. The same
+def bootstrap_counts(B, count=500, seed=0):
+    """How often each of B images is counts in each bootstrap sample: (count, B) float64. The same
     for all runs: they are compared image by image."""
-    drawn = np.random.default_rng(seed).multinomial(B, np.full(B, 1 / B), size=count)
-    return torch.from_numpy(drawn).double()
+    counts = np.random.default_rng(seed).multinomial(B, np.full(B, 1 / B), size=count)
+    return torch.from_numpy(counts).double()
 
 
 # ------------------------------------------------------------------ the program
@@ -202,16 +202,16 @@ def measure(denoiser, x0, config, name):
         whole = ideal_set(denoiser, config, name).to(x0.device)
         ideal = ideal_of_images(whole, denoiser.schedule)
     which = "x".join(map(str, (config.data or denoiser.settings["data"], *x0.shape[1:])))
-    drawn, rows, boot = resamples(len(x0)), [], None
+    counts, rows, boot = bootstrap_counts(len(x0)), [], None
     tau = gap_weights(denoiser.schedule) if config.eta == 1 and len(times) == start else None
     for t, G, reducible in gap_along_run(denoiser, x0, noise, times, config.eta, ideal, name,
                                          config.batch_size):
-        row = dict(run=name, t=t, images=which, n=len(x0), **summarize(inner_products(G), drawn))
+        row = dict(run=name, t=t, images=which, n=len(x0), **summarize(inner_products(G), counts))
         boot = row.pop("boot")
         if tau is not None:  # theorem 1's weights belong to this very grid
             row["tau"] = tau[round(t)].item()
         if reducible is not None:
-            part = summarize(inner_products(reducible), drawn)
+            part = summarize(inner_products(reducible), counts)
             row.update({f"reducible_{k}": v for k, v in part.items() if k != "boot"})
         rows.append(row)
     return rows, boot
@@ -223,11 +223,11 @@ def ideal_set(denoiser, config, name):
     s = denoiser.settings
     source = config.data or data.require_local(s["data"], name)
     whole = lipschitz.images_of(source, s["image_size"], s["channels"], config.seed)
-    if not isinstance(whole, data.Array):
+    if not isinstance(whole, image_files.Array):
         raise ValueError(f"--ideal takes a set that fits into memory, not {source}")
     images = data.to_float(whole.images)
     images = torch.cat([images, images.flip(-1)]) if s["flip"] else images
-    return torch.cat([denoiser.space.encode(part) for part in images.split(256)])
+    return torch.cat([denoiser.encode(part)[0] for part in images.split(256)])
 
 
 def plot(path, runs, weights):
@@ -278,7 +278,7 @@ def add_reductions(runs, boots):
 
 
 def table_of_ends(runs):
-    """The end of each run, and what compare() has found."""
+    """The end of each run, and what add_reductions() found."""
     first = next(iter(runs))
     lines = [f"{'at t = 1':24s} {'images':>6s} {'mean':>7s} {'systematic, 95 %':>22s} {'norm':>7s}"]
     for name, rows in runs.items():

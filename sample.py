@@ -77,8 +77,11 @@ def check_images(config):
     for name in ("num", "batch_size"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{flag_name(name)} must be at least 1, not {getattr(config, name)}")
-    if not 0 <= config.seed < 2**31:  # a generator's seed has 63 bits: see rng.image_seed
-        raise ValueError(f"--seed must be from 0 to {2**31 - 1}, not {config.seed}")
+        if (getattr(config, name) or 0) > rng.MAX_IMAGES:
+            raise ValueError(f"{flag_name(name)} must be at most {rng.MAX_IMAGES:,}: a seed has no "
+                             "more images. Another --seed has others")
+    if not 0 <= config.seed < rng.MAX_SEEDS:
+        raise ValueError(f"--seed must be from 0 to {rng.MAX_SEEDS - 1}, not {config.seed}")
 
 
 def tag(config, step):
@@ -121,9 +124,9 @@ def weights_hash(net):
 
 def sampling_record(config, denoiser, arguments):
     """All that the pictures depend on, as plain values: settings.json next to them."""
-    record = dict(run=str(denoiser.folder.resolve()), step=denoiser.step, seed=config.seed,
-                  weights=denoiser.weights, weights_hash=denoiser.hash,
-                  precision=config.precision, **{**arguments, "variance": config.variance})
+    record = dict(step=denoiser.step, weights=denoiser.weights, weights_hash=denoiser.hash,
+                  seed=config.seed, precision=config.precision,
+                  **{**arguments, "variance": config.variance})
     if digest := getattr(arguments["variance"], "digest", None):  # Γ, if it is estimated anew
         record["variance_digest"] = digest
     return json.loads(json.dumps(record, default=torch.Tensor.tolist))  # as it will be read back

@@ -23,8 +23,8 @@ every schedule, prediction and time input. Not here: image files, estimated vari
 
     x = samplers.sample(denoiser, torch.randn(16, 3, 32, 32), "dpm-solver", 20, "logsnr")
 
-x (B, ...); t in [0, T], falling; α, σ, λ at a time; h the length of a step in λ; x̂_0 the denoiser's
-x_0; β, β̃ of a step (schedules.py). Coefficients are float64 until they meet x.
+x (B, ...); t in [0, T]; h the length of a step in λ; x̂_0 the denoiser's x_0; the rest as in
+schedules.py. Coefficients are float64 until they meet x.
 """
 
 import importlib
@@ -229,9 +229,9 @@ def check_time_grid(times: Tensor, T: int) -> Tensor:
 def singlestep_plan(schedule, times, order, equal=False) -> tuple[Tensor, list[int]]:
     """(times, orders) for dpm_solver(): an update of order o spans o steps and costs o calls.
 
-    As many updates of full order as fit, then the rest: 10 steps are 3 + 3 + 3 + 1. Their inner
-    points are grid points; with `equal`, updates are equally long in λ instead, and so are their
-    parts. An update that does not move in λ throughout (ᾱ = 0, clipped log SNR) becomes order 1.
+    As many updates of full order as fit, then the rest: 10 steps are 3 + 3 + 3 + 1. Inner points
+    are grid points; with `equal`, updates and their parts are equally long in λ instead. An update
+    that does not move in λ throughout (ᾱ = 0, clipped log SNR) becomes order 1.
     """
     no_signal = int((schedule.lam(times)[:-1] == -math.inf).sum())
     full, rest = divmod(len(times) - 1 - no_signal, order)
@@ -242,8 +242,7 @@ def singlestep_plan(schedule, times, order, equal=False) -> tuple[Tensor, list[i
         outer = time_grid(schedule, len(orders) + 1, "logsnr", times[-1].item(), times[0].item())
         parts = [outer[:1]]  # first the start, then each update's inner points and its end
         for t, t_next, o in zip(outer[:-1], outer[1:], orders, strict=True):
-            inner = torch.arange(1, o).double() / o
-            lam = torch.lerp(schedule.lam(t), schedule.lam(t_next), inner)
+            lam = torch.lerp(schedule.lam(t), schedule.lam(t_next), torch.arange(1, o).double() / o)
             parts += [schedule.t_of_lam(lam), t_next[None]]
         times = torch.cat(parts)
     moves = (schedule.lam(times).diff() > 0).split(orders)
@@ -268,11 +267,11 @@ class SeededNoise:
 def sample_from_seeds(denoiser, seeds: Sequence[int], device="cpu", **arguments) -> Tensor:
     """Sample an x_0 per seed, a function of that seed alone: (B, *denoiser.shape). arguments: those
     of sample(). ValueError: the result is not finite (it would look like black images)."""
-    noise = SeededNoise(seeds, device)  # x first, then what samplers add
+    noise = SeededNoise(seeds, device)  # first x, then the noise that samplers add
     x = initial_std(denoiser.schedule, **arguments) * noise((len(seeds), *denoiser.shape))
     x = sample(denoiser, x, noise=noise, **arguments)
     if not x.isfinite().all():
-        raise ValueError("the samples are not finite: try other weights, or another sampler")
+        raise ValueError("the samples are not finite: try other --weights, or another --sampler")
     return x
 
 

@@ -214,9 +214,11 @@ class AutoencoderConfig(Config):
 
     def check(self):
         super().check()
-        self.require("downsamplings", 1 <= self.downsamplings <= 5, "must be 1 to 5")
         self.require("latent_channels", self.latent_channels >= 1, "must be at least 1")
         self.require("kl_weight", 0 <= self.kl_weight < float("inf"), "must be 0 or more")
+
+    def check_divisible(self):
+        self.require("downsamplings", 1 <= self.downsamplings <= 5, "must be 1 to 5")
         unit = 2**self.downsamplings
         self.require("image_size", self.image_size % unit == 0,
                      f"must be a multiple of {unit} for --downsamplings {self.downsamplings}")

@@ -83,6 +83,9 @@ class HeadConfig(Config):
             values["images"] = given["steps"] * given.get("batch_size", values["batch_size"])
         return values
 
+    def check_divisible(self):
+        pass  # the trunk exists
+
     def network(self):
         return dict(self.base["unet"], second_head=self.head_size, dropout=0.0)
 

@@ -102,8 +102,7 @@ class LatentConfig(Config):
         own = {k: first[k] for k in ("data", "image_size", "channels", "autoencoder")}
         return {**super().recipe(given), **own}
 
-    def check(self):
-        super().check()
+    def check_divisible(self):
         _, side, _ = self.latent_shape()
         unit = 2 ** (len(self.network()["channel_mult"]) - 1)
         if side % unit:

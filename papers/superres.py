@@ -128,22 +128,28 @@ class LowResInputs:
     """The images to enlarge, as the network sees them.
 
     Images of the run's small size are taken as they are. Larger ones, of at least the full size,
-    are originals: they are brought to the full size and shrunk as in training, and the results can
-    be compared with them. ValueError: images between these sizes, or not square.
+    are originals: they are cropped to the full size and shrunk as in training, and the results can
+    be compared with them. ValueError, OSError: images between these sizes, or not readable.
     """
 
     def __init__(self, source, denoiser):
         s, self.space = denoiser.settings, denoiser.space
         full, small = s["image_size"], s["image_size"] // s["factor"]
-        self.images = data.load(source, None, s["channels"])  # ValueError: not squares of one size
-        side = self.images[0].shape[-1]
-        if side != small and side < full:
-            raise ValueError(f"{source}: images of {side}x{side} pixels are neither the {small} "
-                             f"pixels that this run enlarges nor originals of at least {full}")
-        self.shrunk = side != small
-        if self.shrunk:
+        try:
             self.images = data.load(source, full, s["channels"])
+            self.shrunk = self.images.sizes != {(small, small)}
+            if not self.shrunk:
+                self.images = data.load(source, small, s["channels"])
+        except (ValueError, OSError) as error:  # without train.py's advice
+            raise ValueError(f"IMAGES: {str(error).split('; --skip-bad-images')[0]}") from error
+        least = min(self.images.sizes, key=min)
+        if self.shrunk and min(least) < full:
+            raise ValueError("IMAGES: {} has images of {}x{}. Give {}x{}, this run's small size, or "
+                             "originals of at least {}x{}".format(source, *least, small, small,
+                                                                  full, full))
         self.summary = self.images.summary + f", shrunk to {small}x{small}" * self.shrunk
+        if self.shrunk and self.images.sizes != {(full, full)}:
+            self.summary += "; larger images are cropped: the originals to compare with are crops"
 
     def conditioning(self, indices, device="cpu"):
         """The small images, enlarged: (b, C, H, W)."""

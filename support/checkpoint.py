@@ -97,8 +97,8 @@ def load_weights(module, weights, path, what="its own settings"):
     finite."""
     try:
         module.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()[:160]  # it names every key that is missing
+    except (RuntimeError, AttributeError, TypeError) as error:  # the last two: odd keys
+        first = str(error).splitlines()[:2][-1].strip()[:160]  # it names every missing key
         raise ValueError(f"{path} does not fit {what}: {first}") from error
     if not all_finite(module.state_dict()):
         raise ValueError(f"{path} holds weights that are not finite: that training has failed")

@@ -80,16 +80,18 @@ def clean_stale(folder):
 
 
 def write_text(path, text):
-    """Write a small UTF-8 text file."""
+    """Write a small UTF-8 text file, whatever the locale. surrogateescape keeps the bytes of a file
+    name that is not valid text."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_csv(path, rows):
-    """rows: dicts -> a CSV file whose columns are all their keys in the order of appearance."""
+    """rows: dicts -> a CSV file whose columns are all their keys in the order of appearance.
+    surrogatepass: a file name that is not valid text is the same again when read."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with atomic_write(path) as temporary, open(temporary, "w", newline="",
-                                               encoding="utf-8") as f:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8",
+                                               errors="surrogatepass") as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -115,6 +117,10 @@ def figure(**arguments):
 
 def save_figure(path, figure, dpi=120):
     """Write a matplotlib figure as PNG."""
+    from matplotlib.text import Text  # here, as in figure()
+    for text in figure.findobj(Text):  # a file name in another encoding than the locale's
+        raw = text.get_text().encode("utf-8", "surrogateescape")
+        text.set_text(raw.decode("utf-8", "replace"))
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi)
 

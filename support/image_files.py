@@ -54,8 +54,9 @@ class Array:
 
     streamed = False
 
-    def __init__(self, images, summary="", paths=()):
+    def __init__(self, images, summary="", paths=(), sizes=()):
         self.images, self.summary, self.paths = images, summary, list(paths)
+        self.sizes = set(sizes)  # (width, height) as on the disk
 
     @cached_property
     def digest(self):
@@ -211,13 +212,13 @@ def load_and_check(files, listing, source, skip_bad, memory_limit, progress):
                          + " ".join("{}x{}".format(*s) for s in sorted(sizes)[:5])
                          + (" ..." if len(sizes) > 5 else "") + "): give --image-size")
     files.paths = [files.paths[i] for i in good]
-    files.digest = fingerprint("{}\0{}".format(*listing[i]) for i in good)
+    files.sizes, files.digest = sizes, fingerprint("{}\0{}".format(*listing[i]) for i in good)
     files.summary = describe(Counter(facts[i][0] for i in good), sizes, target,
                              "in memory" if keep else "streamed", len(facts) - len(good),
                              files.others)
     if not keep:
         return files
-    whole = Array(images[:len(good)], files.summary, files.paths)
+    whole = Array(images[:len(good)], files.summary, files.paths, sizes)
     whole.digest = files.digest
     return whole
 
@@ -395,8 +396,9 @@ def open_path(path, key, size, channels, skip_bad=False, memory_limit=2 * 2**30,
         raise ValueError(text if printable(path) in text else f"{printable(path)}: {text}"
                          ) from error
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[array.shape[3]]
-    return Array(images, describe({mode: len(array)}, {array.shape[2:0:-1]}, images.shape[1:],
-                                  "in memory"))
+    sizes = {array.shape[2:0:-1]}
+    return Array(images, describe({mode: len(array)}, sizes, images.shape[1:], "in memory"),
+                 sizes=sizes)
 
 
 def open_folder(path, size, channels, **options):

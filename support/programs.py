@@ -162,10 +162,11 @@ def report_error(error):
     """Print one line on stderr and put it into torchrun's report. If several processes of one
     machine meet the same error, only the first prints it."""
     line = f"{Path(sys.argv[0]).name}: error: " + " ".join(str(error).splitlines())
+    line = line.encode(errors="backslashreplace").decode()  # file names that are not text
     if folder := attempt_folder():
         try:
-            (folder / f"error-{hashlib.sha256(line.encode()).hexdigest()[:16]}").touch(
-                exist_ok=False)
+            mark = hashlib.sha256(line.encode()).hexdigest()[:16]
+            (folder / f"error-{mark}").touch(exist_ok=False)
         except FileExistsError:
             return
         except OSError:

@@ -30,6 +30,14 @@ def hash_ints(*key):
     return z >> 1
 
 
+MAX_SEEDS, MAX_IMAGES = 2**12, 2**20
+
+
 def image_seed(seed, i):
-    """The generator seed of image i: seed 0 gives i itself; runs of other seeds share no image."""
-    return (seed << 32) + i
+    """The generator seed of image i: seed 0 gives i itself, and seeds below MAX_SEEDS share no
+    image among their first MAX_IMAGES.
+
+    torch's CPU generator uses only the low 32 bits of its seed: (seed << 32) + i would give all
+    seeds the same images.
+    """
+    return seed * MAX_IMAGES + i

@@ -303,9 +303,12 @@ class Log:
 
 def settings_of(run, key):
     """The settings of the run that another starts from. If its folder was deleted: those that a run
-    which started from it recorded in its config.json, under `key`."""
+    which started from it recorded in its config.json, under `key`. ValueError, OSError."""
     try:
-        return checkpoint.load_checkpoint(checkpoint.find_checkpoint(run))["settings"]
+        settings = checkpoint.load_checkpoint(checkpoint.find_checkpoint(run))["settings"]
+        if not {"autoencoder", "unet"} & settings.keys():
+            raise ValueError(f"{run}: its settings describe no network")
+        return settings
     except FileNotFoundError:
         for path in sorted(checkpoint.RUNS.glob("*/config.json")):
             with contextlib.suppress(OSError, ValueError):

@@ -1,8 +1,9 @@
-"""experiments.py and plans.py: every declaration at every budget becomes commands that the programs
-accept; a small one is run, interrupted and resumed; and pages are written from numbers."""
+"""papers/experiments.py and plans.py: every declaration at every budget becomes commands that the
+programs accept; a small one is run, interrupted and resumed; and pages are written from numbers."""
 
 import csv
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -13,18 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import classifier
-import covariance
-import experiments
 import gap
 import lipschitz
 import metrics
-import pages
-import plans
 import sample
-import settings
-import train
-from plans import Experiment, Numbers, Row
+from config import Config
+from papers import alternatives, autoencoder, classifier, covariance, experiments, heads, latents
+from papers import pages, plans, superres
+from papers.plans import Experiment, Numbers, Row
+from support.cli import parse_into
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = (  # of the issue tracker, in the papers' order
@@ -32,9 +30,20 @@ NAMES = (  # of the issue tracker, in the papers' order
     "etsdm-figure2 etsdm-figure3 etsdm-figure4 etsdm-table2 etsdm-table3 etsdm-figure5 etsdm-sr "
     "etsdm-v etsdm-ldm etsdm-edm"
 ).split()
-PROGRAMS = {
-    f"{module.__name__}.py": module
-    for module in (classifier, covariance, gap, lipschitz, metrics, sample, train)
+CONFIGS = {
+    "train.py": Config,
+    "sample.py": sample.SampleConfig,
+    "metrics.py": metrics.MetricsConfig,
+    "gap.py": gap.GapConfig,
+    "lipschitz.py": lipschitz.LipschitzConfig,
+    "papers.alternatives": alternatives.AlternativeConfig,
+    "papers.autoencoder train": autoencoder.AutoencoderConfig,
+    "papers.classifier": classifier.ClassifierConfig,
+    "papers.covariance": covariance.CovarianceConfig,
+    "papers.heads": heads.HeadConfig,
+    "papers.latents": latents.LatentConfig,
+    "papers.superres train": superres.SuperResConfig,
+    "papers.superres enlarge": superres.EnlargeConfig,
 }
 
 
@@ -45,10 +54,33 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def options(words):
+    """The parsed flags of experiments.py."""
+    return parse_into(experiments.ExperimentsConfig, words.split())
+
+
 def planned(words, names=NAMES):
     """-> ({name: plans}, {name: job}) of a command line."""
-    args = experiments.parse(words.split())
-    return experiments.plan_all(names, experiments.declare(args.budget), args)
+    config = options(words)
+    return experiments.plan_all(names, experiments.declare(config.budget), config)
+
+
+def split(words):
+    """The words of a command after `python` -> (program, its arguments)."""
+    program, *rest = words[words[0] == "-m" :]
+    if rest[0] in ("train", "enlarge"):
+        program = f"{program} {rest.pop(0)}"
+    return program, rest
+
+
+def parse_command(words):
+    """The words of a command after `python` -> (program, its parsed config)."""
+    program, rest = split(words)
+    return program, parse_into(CONFIGS[program], rest)
+
+
+def is_training(job):
+    return issubclass(CONFIGS[split(job.commands[0])[0]], Config)
 
 
 # ------------------------------------------------------------------ declarations
@@ -65,33 +97,38 @@ def test_every_name_is_declared_in_every_budget(budget):
 
 
 @pytest.mark.parametrize("budget", plans.BUDGETS)
-def test_programs_accept_every_command(here, budget):
-    """Each command line goes through the parser of its program; those who start from a run name one
-    that an earlier job trains."""
-    _, todo = planned(f"sa-table1 --budget {budget} --data shapes --seeds 2")
-    experiments.KEPT.mkdir(parents=True)  # as main() does
-    trained = set()
+def test_programs_accept_every_command(here, budget, monkeypatch):
+    """Each command line goes through the parser of its program. Runs that others start from
+    are trained earlier, and a plan knows the same of a run as its program does."""
+    found, todo = planned(f"sa-table1 --budget {budget} --data shapes --seeds 2")
+    experiments.CACHE.mkdir(parents=True)  # as main() does
+    trained = {}
+    for module in (heads, latents):
+        monkeypatch.setattr(module, "settings_of", lambda run, key: trained[run])
     for job in todo.values():
         assert set(job.after) <= set(todo)
-        for program, *words in job.commands:
-            PROGRAMS[program].parse(words)
-            if program == "classifier.py":  # metrics.py looks whether it is there
-                Path(words[words.index("--out") + 1]).touch()
-            if program == "train.py":
-                args = settings.parse(words)
-                starts = {getattr(args, "from"), args.latent} - {None}
-                assert starts <= trained
-                if not starts:
-                    settings.resolve(args)  # which opens the run that this one starts from
-                trained.add(args.name)
-            elif program not in ("classifier.py",) and not {"stats", "psnr", "--illustrate"} & {
-                *words
-            }:
-                runs = [word.split("=")[-1] for word in words if word.split("=")[-1] in trained]
-                assert runs, words
-    # Causes stand before their effects: jobs.order() relies on it.
+        for words in job.commands:
+            program, config = parse_command(words)
+            if isinstance(config, Config):
+                trained[config.name] = config.settings()
+            elif program == "papers.classifier":  # metrics.py looks whether it is there
+                config.out.touch()
+            elif not {"stats", "psnr", "--illustrate"} & {*words}:
+                assert {word.split("=")[-1] for word in words} & set(trained), words
+    # Causes stand before their effects: jobs.chain_costs() relies on it.
     place = {name: i for i, name in enumerate(todo)}
     assert all(place[cause] < place[name] for name, job in todo.items() for cause in job.after)
+    checked = set()
+    for plan in (plan for several in found.values() for plan in several):
+        for row in (row for row in plan.e.rows if row.run is not None):
+            known, real = plan.config(row.run), trained[plan.name(row.run)]
+            for key in ("image_size", "batch_size", "images", "sa_k"):
+                if not (key == "sa_k" and "head" in real):
+                    assert getattr(known, key) == real[key]
+            checked.add(plans.split_program(row.run)[0])
+    assert checked == {f"papers.{n}" for n in "alternatives heads latents superres".split()} | {
+        "train.py"
+    }
 
 
 @pytest.mark.parametrize("budget", ["cpu", "paper"])
@@ -113,7 +150,7 @@ def test_no_two_commands_share_a_name(here, monkeypatch, budget):
 def test_experiments_share_their_runs(here):
     _, one = planned("all", ["sa-table1"])
     _, both = planned("all", ["sa-table1", "sa-table3"])
-    trained = [name for name, job in both.items() if job.commands[0][0] == "train.py"]
+    trained = [name for name, job in both.items() if is_training(job)]
     assert set(trained) <= set(one)
     # and FIDs: sa-table3 asks the same systems for one more column only
     assert len(both) - len(one) == 4
@@ -121,9 +158,9 @@ def test_experiments_share_their_runs(here):
 
 def test_the_paper_budget_is_the_papers_recipe(here):
     plan = planned("sa-table1 --budget paper --data cifar10")[0]["sa-table1"][0]
-    s = settings.resolve(settings.parse(plan.words(("--sa-k", "2"))))
-    assert (s["preset"], s["batch_size"], s["lr"], s["sa_k"]) == ("cifar10", 128, 2e-4, 2)
-    assert (s["schedule"], s["prediction"], s["images"]) == ("linear", "eps", 60_000_000)
+    c = plan.config(("--sa-k", "2"))
+    assert (c.preset, c.batch_size, c.lr, c.sa_k) == ("cifar10", 128, 2e-4, 2)
+    assert (c.schedule, c.prediction, c.images) == ("linear", "eps", 60_000_000)
     _, todo = planned("etsdm-table2 --budget paper --data ffhq/", ["etsdm-table2"])
     scored = [words for job in todo.values() for words in job.commands if "fid" in words]
     assert scored and all(words[words.index("-n") + 1] == "10000" for words in scored)  # FID-10k
@@ -133,33 +170,29 @@ def test_the_paper_budget_is_the_papers_recipe(here):
     scored = [words for job in todo.values() for words in job.commands if "fid" in words]
     assert scored and all(words[words.index("-n") + 1] == "50000" for words in scored)
     plan = planned("etsdm-edm --budget paper --data cifar10")[0]["etsdm-edm"][0]
-    s = settings.resolve(settings.parse(plan.words(plan.e.rows[0].run)))
-    assert (s["batch_size"], s["lr"], s["images"], s["unet"]["dropout"]) == (
-        512,
-        1e-3,
-        200_000_000,
-        0.13,
-    )
-    assert s["warmup"] * s["batch_size"] == pytest.approx(10_000_000, rel=1e-4)
-    assert s["ema"] == pytest.approx(0.5 ** (512 / 500_000), abs=1e-5) and s["grad_clip"] == 0
+    c = plan.config(plan.e.rows[0].run)
+    assert (c.batch_size, c.lr, c.images, c.dropout) == (512, 1e-3, 200_000_000, 0.13)
+    assert c.warmup * c.batch_size == pytest.approx(10_000_000, rel=1e-4)
+    assert c.ema == pytest.approx(0.5 ** (512 / 500_000), abs=1e-5) and c.grad_clip == 0
 
 
 def test_other_sets_of_the_paper_have_their_own_network_and_weight(here):
     words = "sa-table3 --budget paper --data hq/ --preset celebahq256 --sa-weight 0.1"
-    args = experiments.parse(words.split())
+    config = options(words)
     found, todo = experiments.plan_all(
-        ["sa-table3"], experiments.declare("paper", args.sa_weight), args
+        ["sa-table3"], experiments.declare("paper", config.sa_weight), config
     )
-    trained = [job.commands[0] for job in todo.values() if job.commands[0][0] == "train.py"]
-    resolved = [settings.resolve(settings.parse(words[1:])) for words in trained]
-    assert [(s["preset"], s["image_size"], s["batch_size"]) for s in resolved] == [
+    trained = [job.commands[0] for job in todo.values() if is_training(job)]
+    parsed = [parse_command(words)[1] for words in trained]
+    assert [(c.preset, c.image_size, c.batch_size) for c in parsed] == [
         ("celebahq256", 256, 24)
     ] * 2
-    assert [(s["sa_k"], s["sa_weight"]) for s in resolved] == [(1, 1.0), (2, 0.1)]
+    assert [(c.sa_k, c.sa_weight) for c in parsed] == [(1, 1.0), (2, 0.1)]
     assert all("--microbatch" in words for words in trained)
-    made_by = pages.command("sa-table3", args)
-    assert made_by == "python experiments.py sa-table3 --budget paper --preset celebahq256 " \
-        "--sa-weight 0.1 --data hq/"  # fmt: skip
+    assert pages.page_command("sa-table3", config) == (
+        "python -m papers.experiments sa-table3 --budget paper --preset celebahq256 "
+        "--sa-weight 0.1 --data hq/"
+    )
 
 
 @pytest.mark.slow
@@ -189,7 +222,7 @@ def test_numbers_are_kept_beside_their_commands(here):
 
 def test_two_programs_that_add_numbers_lose_none(here):
     program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from plans import Numbers; "
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from papers.plans import Numbers; "
         "from pathlib import Path; kept = Numbers(Path('results/numbers.csv')); "
         "[kept.add(f'python {sys.argv[1]}.py {i}', value=i) for i in range(40)]"
     )
@@ -210,8 +243,8 @@ def test_two_programs_that_add_numbers_lose_none(here):
         ([float("nan")], "nan"),
     ],
 )
-def test_shown(values, text):
-    assert pages.shown(values) == text
+def test_format_values(values, text):
+    assert pages.format_values(values) == text
 
 
 SMALL = Experiment(
@@ -227,47 +260,81 @@ def small(here, monkeypatch):
     cpu = dict(plans.BUDGETS["cpu"], image=("--image-size", "8"), n=12)
     cpu["length"] = ("--batch-size", "4", "--lr", "1e-2")
     monkeypatch.setitem(plans.BUDGETS, "cpu", cpu)
-    Path("eyes.pt2").touch()
+    Path("net.pt2").touch()
     return here
 
 
 def test_a_page_of_what_there_is(small, capsys):
     """A missing number is a gap, not a failure; the spread is that of the seeds."""
-    args = experiments.parse("small --seeds 2 --features eyes.pt2".split())
+    args = options("small --seeds 2 --features net.pt2")
     made = experiments.plan_all(["small"], {"small": SMALL}, args)[0]["small"]
     numbers = made[0].numbers
     for plan, value in zip(made, (1.0, 2.0), strict=True):
         for (row, column), key in plan.cells.items():
             if (row, column) != ("two", "DDPM, 9"):
                 numbers.add(key, data="shapes", seed=plan.seed, row=row, column=column,
-                            metric="FD(eyes.pt2)", value=value)  # fmt: skip
+                            metric="FD(net.pt2)", value=value)  # fmt: skip
     pages.write("small", SMALL, made, args)
-    text = Path("results/small.md").read_text()
-    assert text.startswith("# A title (FD in eyes.pt2: no FID)\n")
-    assert "Measured with FD(eyes.pt2), on 12 samples." in text
+    text = Path("results/small.md").read_text(encoding="utf-8")
+    assert text.startswith("# A title (FD in net.pt2, not FID)\n")
+    assert "Measured with FD(net.pt2), on 12 samples." in text
     assert "| one | 1.50 ± 0.71 | 1.50 ± 0.71 |  |" in text
     assert "| two | 1.50 ± 0.71 |  | 9.87 |" in text
-    assert "`python experiments.py small --seeds 2 --features eyes.pt2 --data shapes`" in text
+    assert "`python -m papers.experiments small --seeds 2 --features net.pt2 --data shapes`" in text
     with open("results/small.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == 6 and all(row["command"].startswith("python metrics.py") for row in rows)
     assert np.asarray(Image.open("results/small.png")).std() > 5
     assert "1.50 ± 0.71" in capsys.readouterr().out
-    args = experiments.parse("small --features eyes.pt2 --out elsewhere/mine".split())
+    args = options("small --features net.pt2 --out elsewhere/mine")
     pages.write("small", SMALL, made[:1], args)  # does not touch the page above
-    assert "| one | 1.00 | 1.00 |  |" in Path("elsewhere/mine/small.md").read_text()
-    assert Path("results/small.md").read_text() == text
+    assert "| one | 1.00 | 1.00 |  |" in Path("elsewhere/mine/small.md").read_text(encoding="utf-8")
+    assert Path("results/small.md").read_text(encoding="utf-8") == text
 
 
-def numbered(e, words="small --features eyes.pt2", metric="FD(eyes.pt2)"):
+def numbered(e, words="small --features net.pt2", metric="FD(net.pt2)"):
     """Plans of an experiment whose every cell has a number, and the arguments."""
-    args = experiments.parse(words.split())
+    args = options(words)
     made = experiments.plan_all(["small"], {"small": e}, args)[0]["small"]
     for plan in made:
         for i, ((row, column), key) in enumerate(plan.cells.items()):
             plan.numbers.add(key, data=plan.data, seed=plan.seed, row=row, column=column,
                              metric=metric, value=float(i))  # fmt: skip
     return made, args
+
+
+C_LOCALE = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from pathlib import Path
+import support, test_experiments as t
+from papers import experiments, pages
+from support.programs import run_main
+
+def main():
+    Path("net.pt2").touch()
+    experiments.declare = lambda budget, weight=None: dict(small=t.SMALL)
+    made, args = t.numbered(t.SMALL, "small --seeds 2 --features net.pt2 --data " + sys.argv[1])
+    pages.write("small", t.SMALL, made, args)
+
+run_main(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_page_is_written_whatever_the_locale(here, encoding):
+    """In another process, whose locale has no "±", and with a data set whose name it cannot print;
+    with cp1252, as on Windows, only the terminal cannot."""
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    if encoding != "ascii":
+        env["PYTHONIOENCODING"] = encoding
+    done = subprocess.run(
+        [sys.executable, "-c", C_LOCALE, "d\u00e9\u03bc"], cwd=here, env=env, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert (b" \\xb1 0.0" if encoding == "ascii" else b" \xb1 0.0") in done.stdout
+    text = Path("results/small.md").read_text(encoding="utf-8")
+    assert "d\u00e9\u03bc" in text and " \u00b1 0.0" in text
 
 
 def test_grids_of_samples_lie_side_by_side(small):
@@ -284,12 +351,12 @@ def test_grids_of_samples_lie_side_by_side(small):
     drawn = np.asarray(Image.open("results/small.png").convert("RGB"))
     for colour in colours.values():
         assert (drawn == colour).all(2).sum() > 5000
-    text = Path("results/small.md").read_text()
+    text = Path("results/small.md").read_text(encoding="utf-8")
     assert text.startswith("# A title (pictures)\n") and "| one |" not in text
     assert "seed" not in text.split("![")[0] and "Measured" not in text
-    made, args = numbered(e, "small --features eyes.pt2 --data a b --seeds 2", "mean grey")
+    made, args = numbered(e, "small --features net.pt2 --data a b --seeds 2", "mean grey")
     pages.write("small", e, made, args)
-    assert "The figure shows a, seed 0." in Path("results/small.md").read_text()
+    assert "The figure shows a, seed 0." in Path("results/small.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -304,7 +371,7 @@ def test_figures(small, more, panels, monkeypatch):
     kept = []
     monkeypatch.setattr(pages.files, "save_figure", lambda path, figure, dpi: kept.append(figure))
     e = dataclasses.replace(SMALL, paper={}, **more)
-    made, args = numbered(e, "small --seeds 2 --features eyes.pt2")
+    made, args = numbered(e, "small --seeds 2 --features net.pt2")
     pages.write("small", e, made, args)
     (figure,) = kept
     assert len(figure.axes) == panels
@@ -312,7 +379,7 @@ def test_figures(small, more, panels, monkeypatch):
     texts += [t.get_text() for axes in figure.axes for t in axes.get_yticklabels()]
     assert {row.label for row in e.rows} <= set(texts)
     for axes in figure.axes:
-        assert "FD(eyes.pt2)" in (axes.get_xlabel(), axes.get_ylabel())
+        assert "FD(net.pt2)" in (axes.get_xlabel(), axes.get_ylabel())
 
 
 def test_a_page_of_a_program_shows_its_figure(small):
@@ -323,7 +390,7 @@ def test_a_page_of_a_program_shows_its_figure(small):
     made[0].picture().parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", (30, 20), 77).save(made[0].picture())
     pages.write("small", e, made, args)
-    text = Path("results/small.md").read_text()
+    text = Path("results/small.md").read_text(encoding="utf-8")
     assert "One seed. Look here." in text and "| one | 0.0000 |" in text
     assert "Sampled with" not in text and "Columns" not in text
     assert Image.open("results/small.png").getpixel((3, 3)) == 77
@@ -336,19 +403,19 @@ def test_a_few_per_cent_look_like_little(values, scale):
     axes = pages.files.figure().subplots()
     e = dataclasses.replace(SMALL, columns=experiments.calls(5, 9))
     found = {("a", e.rows[0].label, str(n)): [x] for n, x in zip((5, 9), values, strict=False)}
-    pages.curves(axes, e, "a", found, e.rows[:1])
+    pages.plot_curves(axes, e, "a", found, e.rows[:1])
     assert axes.get_yscale() == scale
     if values and scale == "linear":
         assert axes.get_ylim() == (0, pytest.approx(1.05 * max(values)))
     axes = pages.files.figure().subplots()
-    pages.dots(axes, e, "a", found, e.rows[:1])
+    pages.plot_dots(axes, e, "a", found, e.rows[:1])
     assert axes.get_xscale() == scale
     if values and scale == "linear":
         assert axes.get_xlim() == (0, pytest.approx(1.05 * max(values)))
 
 
 @pytest.mark.parametrize(
-    "how, columns, said",
+    "flags, columns, text",
     [
         ((), experiments.calls(5), "Sampled with DDIM."),
         (("--clip", "on"), experiments.calls(5), "Sampled with DDIM, x̂_0 clipped to [-1, 1]."),
@@ -356,47 +423,54 @@ def test_a_few_per_cent_look_like_little(values, scale):
         ((), experiments.named(experiments.DDPM, 5) | experiments.named(experiments.DDIM, 5), ""),
     ],
 )
-def test_pages_say_which_sampler(how, columns, said):
-    rows = (Row("one", (), how), Row("two", ("--etsdm",), how))
-    assert pages.how_sampled(dataclasses.replace(SMALL, rows=rows, columns=columns)) == said
+def test_pages_name_the_sampler(flags, columns, text):
+    rows = (Row("one", (), flags), Row("two", ("--etsdm",), flags))
+    assert pages.describe_sampler(dataclasses.replace(SMALL, rows=rows, columns=columns)) == text
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, text",
     [
-        ("no-such-table", "invalid choice"),
+        ("no-such-table", "there is no experiment no-such-table: choose from list all"),
+        ("", "NAME is missing"),
         ("small --seeds 0", "--seeds must be at least 1"),
         ("small --features a --inception b", "give it or --inception"),
         ("small --budget huge", "invalid choice"),
         ("small --data photos/ --test more/", "--test"),
-        ("small --data a/train b/train", "needs a name of its own"),
-        ("small --data d.npz:a d.npz:b", "needs a name of its own"),
+        ("small --data a/train b/train", "each set needs a different one"),
+        ("small --data d.npz:a d.npz:b", "each set needs a different one"),
         ("small --features none.pt2", "no such file"),
         ("small --preset cifar10", "go with --budget paper"),
         ("small --sa-weight 0.5", "go with --budget paper"),
         ("small --budget paper --data a/ --sa-weight 0", "must be above 0"),
-        ("all --budget paper --data a/", "name one experiment"),
+        ("all --budget paper --data a/", "Name one experiment"),
     ],
 )
-def test_refusals(small, words, said, capsys):
+def test_refusals(small, words, text, capsys):
     with pytest.raises((ValueError, SystemExit)) as caught:
         experiments.main(words.split())
-    assert said in str(caught.value) + capsys.readouterr().err
+    assert text in str(caught.value) + capsys.readouterr().err
 
 
 def test_data_of_the_same_name_are_not_taken_for_each_other(small):
     """Neither their numbers nor their runs."""
-    numbered(SMALL, "small --features eyes.pt2 --data a/train")
-    with pytest.raises(ValueError, match="of a/train have the names that those of b/train"):
-        planned("small --features eyes.pt2 --data b/train", ["small"])
-    planned("small --features eyes.pt2 --data ./a/../a/train", ["small"])
+    numbered(SMALL, "small --features net.pt2 --data a/train")
+    with pytest.raises(
+        ValueError,
+        match="--data b/train: its runs or numbers would have the names of those of a/train",
+    ):
+        planned("small --features net.pt2 --data b/train", ["small"])
+    planned("small --features net.pt2 --data ./a/../a/train", ["small"])
     Path("results/numbers.csv").unlink()
-    plan = planned("small --features eyes.pt2 --data a/train", ["small"])[0]["small"][0]
+    plan = planned("small --features net.pt2 --data a/train", ["small"])[0]["small"][0]
     folder = Path("runs") / plan.runs[0]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"data": "a/train"}')
-    with pytest.raises(ValueError, match="of a/train have the names that those of c/train"):
-        planned("small --features eyes.pt2 --data c/train", ["small"])
+    with pytest.raises(
+        ValueError,
+        match="--data c/train: its runs or numbers would have the names of those of a/train",
+    ):
+        planned("small --features net.pt2 --data c/train", ["small"])
 
 
 def test_numbers_of_two_networks_do_not_share_a_page(small):
@@ -405,7 +479,7 @@ def test_numbers_of_two_networks_do_not_share_a_page(small):
         row = made[0].numbers.rows[key]
         made[0].numbers.add(key, **{k: row[k] for k in ("data", "metric", "value")},
                             network="abc" if i else "def")  # fmt: skip
-    with pytest.raises(ValueError, match=r"come from different networks: delete .*numbers.csv"):
+    with pytest.raises(ValueError, match=r"come from different networks. Delete .*numbers.csv"):
         pages.gather(made)
 
 
@@ -420,7 +494,7 @@ def test_what_is_complete_has_its_page_though_another_fails(small, monkeypatch, 
 
     monkeypatch.setattr(experiments.jobs, "run_all", fail)
     with pytest.raises(ValueError, match="a job failed"):
-        experiments.main("all --features eyes.pt2".split())
+        experiments.main("all --features net.pt2".split())
     assert Path("results/small.md").exists() and not Path("results/other.md").exists()
     assert "stopped" not in capsys.readouterr().out
 
@@ -438,23 +512,23 @@ def test_a_lost_picture_is_drawn_again(small):
 
 
 def test_equal_pictures_have_an_infinite_psnr():
-    found = plans.read('words\n{"metric": "PSNR", "value": null}')
+    found = plans.read_score('words\n{"metric": "PSNR", "value": null}')
     assert found == dict(metric="PSNR", value=float("inf"), network="")
-    assert pages.shown([found["value"]]) == "inf"
+    assert pages.format_values([found["value"]]) == "inf"
 
 
 @pytest.mark.parametrize("words", ["etsdm-table2", "sa-table3 --preset celeba64"])
 def test_the_papers_large_images_have_no_default(here, words):
-    with pytest.raises(ValueError, match="name them with --data"):
+    with pytest.raises(ValueError, match="Name a folder or zip"):
         experiments.main([*words.split(), "--budget", "paper"])
 
 
 def test_dry_run_changes_nothing(small, capsys):
-    experiments.main("small --dry-run --features eyes.pt2".split())
+    experiments.main("small --dry-run --features net.pt2".split())
     out = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("python train.py") for line in out) == 2
     assert sum(line.startswith("python metrics.py fid") for line in out) == 4
-    assert "7 of 7 commands are left" in out[-1] and list(Path().iterdir()) == [Path("eyes.pt2")]
+    assert "7 of 7 commands are left" in out[-1] and list(Path().iterdir()) == [Path("net.pt2")]
 
 
 # ------------------------------------------------------------------ the whole way
@@ -462,12 +536,14 @@ def test_dry_run_changes_nothing(small, capsys):
 
 PROGRAM = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import runtime, plans, experiments, test_experiments
+import support, test_experiments
+from papers import experiments, plans
+from support.programs import run_main
 cpu = dict(plans.BUDGETS["cpu"], image=("--image-size", "8"), n=12)
 cpu["length"] = ("--batch-size", "4", "--lr", "1e-2")
 plans.BUDGETS["cpu"] = cpu
 experiments.declare = lambda budget, weight=None: {{"small": test_experiments.SMALL}}
-runtime.run_program(experiments.main)
+run_main(experiments.main)
 """
 
 
@@ -528,10 +604,10 @@ def test_an_interrupted_experiment_goes_on_to_the_same_numbers(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_committed_pages_show_the_numbers_beside_them(name):
-    """results/NAME.md's table is that of results/NAME.csv in today's declaration; each number's
-    command names a program of ours; and results/README.md says what it means."""
-    folder, e = ROOT / "results", experiments.declare("cpu")[name]
-    page = (folder / f"{name}.md").read_text()
+    """papers/results/NAME.md's table is that of NAME.csv in today's declaration; each number's command
+    names a program of ours; and README.md explains it."""
+    folder, e = ROOT / "papers" / "results", experiments.declare("cpu")[name]
+    page = (folder / f"{name}.md").read_text(encoding="utf-8")
     with open(folder / f"{name}.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     found, cells = {}, {(row.label, column) for row in e.rows for column in e.columns}
@@ -543,7 +619,7 @@ def test_committed_pages_show_the_numbers_beside_them(name):
     assert {key[1:] for key in found} == cells and len(rows) == len(cells) * len(sets) * len(seeds)
     assert page.startswith(f"# {e.title}") and e.claim in page
     if e.score != "picture":
-        assert all(pages.table(e, data, found) in page for data in sets)
+        assert all(pages.markdown_table(e, data, found) in page for data in sets)
     with Image.open(folder / f"{name}.png") as picture:
         assert min(picture.size) > 200
-    assert f"]({name}.md)" in (folder / "README.md").read_text()
+    assert f"]({name}.md)" in (folder / "README.md").read_text(encoding="utf-8")
