@@ -17,6 +17,17 @@ DATA = ROOT / "tests" / "data"  # reference numbers: see the README.md there
 sys.path.insert(0, str(ROOT))
 
 
+@pytest.fixture(autouse=True)
+def own_index(tmp_path_factory, monkeypatch):
+    """What was checked is remembered here, not in the user's cache folder."""
+    import readers
+
+    real, folder = readers.index_path, tmp_path_factory.getbasetemp() / "checked"
+    monkeypatch.setattr(
+        readers, "index_path", lambda source: str(folder / os.path.basename(real(source)))
+    )
+
+
 @pytest.fixture
 def gold():
     """guided-diffusion's small reference network: numbers (what it gave), size (arguments of

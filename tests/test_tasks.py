@@ -113,7 +113,7 @@ def test_a_head_serves_sampling_in_the_same_calls(runs, monkeypatch):
         (["--from", "base"], "--from is for --head"),
         (["--head-size", "block"], "--head-size is for --head"),
         (["--head", "sn", "--from", "nowhere"], "no run nowhere"),
-        (["--head", "sn", "--from", "code"], "no denoiser without a head"),
+        (["--head", "sn", "--from", "code"], "--from code must be a denoiser without a head"),
         (["--head", "sn", "--from", "base", "--sa-k", "2"], "--sa-k cannot change with --head"),
         (["--head", "sn", "--from", "base", "--etsdm"], "--etsdm cannot change with --head"),
         (["--head", "sn", "--from", "base", "--image-size", "8"], "--image-size cannot change"),
@@ -127,21 +127,35 @@ def test_a_head_serves_sampling_in_the_same_calls(runs, monkeypatch):
         (["--factor", "2"], "--factor is for --task sr"),
         (["--task", "sr", "--factor", "3"], "--factor 3 must be at least 2 and divide the 32"),
         (["--task", "sr", "--latent", "code"], "--latent goes without --task"),
-        (["--latent", "base"], "base is no autoencoder"),
+        (["--latent", "base"], "--latent base is not an autoencoder"),
         (["--lipschitz-reg", "0"], "--lipschitz-reg must be above 0"),
         (["--train-times", "remap"], "--remap tells: give that too"),
-        (["--prediction", "edm", "--remap", "sqrt"], "it takes no --remap"),
+        (["--prediction", "edm", "--remap", "sqrt"], "--remap does not go"),
         (["--schedule", "edm", "--prediction", "v"], "goes with --prediction edm"),
         (["--schedule", "edm", "--continuous"], "continuous already"),
         (["--task", "autoencoder", "--latent-channels", "0"], "--latent-channels must be at least"),
-        (["--latent", "code", "--preset", "celeba64"], "latents of 4x4 cannot be halved.*halvings"),
+        (
+            ["--latent", "code", "--preset", "celeba64"],
+            "--latent code: a side of 4 cannot.*halvings",
+        ),
     ],
 )
 def test_what_does_not_go_together(runs, flags, words):
     with pytest.raises((ValueError, OSError), match=words) as caught:
         s = train.resolve(train.parse(flags))
         train.Model(s, torch.device("cpu"))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("--")
+
+
+@pytest.mark.parametrize("flag", ["--from", "--latent"])
+def test_a_run_whose_settings_lack_something_is_one_line(runs, flag):
+    checkpoint = files.load_checkpoint("runs/base/checkpoint.pt")
+    checkpoint["settings"] = {"task": None if flag == "--from" else "autoencoder"}
+    os.makedirs("runs/old", exist_ok=True)
+    files.save_checkpoint("runs/old/checkpoint.pt", checkpoint)
+    words = ["--head", "npr"] * (flag == "--from") + [flag, "old"]
+    with pytest.raises(ValueError, match=f"{flag} old: its settings lack"):
+        train.resolve(train.parse(words))
 
 
 # ------------------------------------------------------------------ the loop, whatever the task
@@ -255,6 +269,33 @@ def test_the_trunk_is_that_of_the_folder_that_was_named(runs):
     assert_close({k: head[k] for k in other["ema"]}, other["ema"], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("flags", [["--head", "npr", "--from"], ["--latent"]], ids=str)
+def test_where_the_first_run_lies_makes_no_other_run(runs, capsys, monkeypatch, flags):
+    """Its weights are in the checkpoint: the same ones in another place are silent."""
+    monkeypatch.setattr(train, "picture", lambda *inputs: None)
+    first, name = ("base", "base-npr") if "--head" in flags else ("code", "code-tiny-latent")
+    shutil.copytree("runs", "elsewhere")
+    places = [first, f"./runs/{first}/checkpoint.pt", f"elsewhere/{first}/"]
+    for step, place in enumerate(places, 1):
+        train.main([*SMALL, *flags, place, "--steps", str(step)])
+        assert checkpoint(name)["step"] == step
+    assert "other weights" not in capsys.readouterr().out
+    other, kept = checkpoint(first), checkpoint(name)
+    other["ema"] = {k: v + 1 for k, v in other["ema"].items()}
+    files.save_checkpoint(f"elsewhere/{first}/checkpoint.pt", other)
+    train.main([*SMALL, *flags, f"elsewhere/{first}", "--steps", "4"])
+    out = capsys.readouterr().out
+    assert f"note: {flags[-1]} elsewhere/{first} has other weights than this run began with" in out
+    if "--latent" in flags:
+        kept, now = (c["extra"]["first_stage"]["weights"] for c in (kept, checkpoint(name)))
+    else:
+        kept, now = (
+            {k: v for k, v in c["raw"].items() if "second_head" not in k}
+            for c in (kept, checkpoint(name))
+        )
+    assert_close(now, kept, rtol=0, atol=0)
+
+
 def test_the_grids_of_a_head_show_the_head(runs):
     """They change as it learns, though the trunk does not."""
     flags = ["--head", "npr", "--from", "base", "--lr", "0.05", "--sample-every", "4"]
@@ -275,3 +316,13 @@ def test_a_second_head_never_looks_at_few_noise_levels_alone(runs):
     s = train.resolve(train.parse(["--head", "sn", "--from", "edm"]))
     assert checkpoint("edm")["settings"]["train_times"] == "lognormal" and s["train_times"] is None
     assert s["name"] == "edm-sn" and s["prediction"] == "edm"
+
+
+def test_the_next_command_can_be_pasted():
+    s = dict(task=None, head="npr", name="my run")
+    assert tasks.next_command(s) == "python sample.py 'my run' --variance npr"
+    assert tasks.next_command(s | dict(head=None)) == "python sample.py 'my run'"
+    s = dict(task="sr", head=None, name="my run")
+    assert tasks.next_command(s) == "python sample.py 'my run' --low-res IMAGES"
+    s = dict(task="autoencoder", head=None, name="my run")
+    assert tasks.next_command(s) == "python train.py --latent 'my run'"
