@@ -13,24 +13,29 @@ N images, C channels, H height, W width, n = len(data set), e = epoch.
     python -c "import data; print(data.load('photos.zip', 64, 3, progress=True).summary)"
     python -c "import data; print(data.batch_indices(n=10, start=8, batch=4, seed=0))"
 """
+import hashlib
 import io
 import itertools
 import math
 import os
 import re
 import signal
+import sys
 import time
 import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+import pictures
 import readers
 from pictures import missing_pixels, prepare
 from readers import reason, shown
@@ -114,6 +119,7 @@ class Shapes:
     def __init__(self, size, channels, seed=0):
         self.size, self.channels, self.seed = size, channels, seed
         self.summary = f"endless shapes -> {channels}x{size}x{size}, drawn on the fly, seed {seed}"
+        self.digest = f"shapes, seed {seed}"
 
     def __len__(self):
         return ENDLESS
@@ -134,6 +140,13 @@ class Array:
     def __init__(self, images, summary="", paths=()):
         self.images, self.summary, self.paths = images, summary, list(paths)
 
+    @cached_property
+    def digest(self):
+        """A short hash of the pixels. `scan` puts that of the listing in its place."""
+        found = hashlib.sha256(str(tuple(self.images.shape)).encode())  # a gigabyte takes a second
+        found.update(np.ascontiguousarray(self.images))
+        return found.hexdigest()[:16]
+
     def __len__(self):
         return len(self.images)
 
@@ -150,7 +163,7 @@ class Files:
     def __init__(self, paths, size, channels, archive=None, others=""):
         self.paths, self.size, self.channels = list(paths), size, channels
         self.archive, self.others, self._zip = archive, others, (None, None)
-        self.summary = ""
+        self.summary = self.digest = ""
 
     def __len__(self):
         return len(self.paths)
@@ -208,12 +221,14 @@ def describe(modes, sizes, target, how, bad=0, others=""):
             f"{'x'.join(map(str, target))}, {how}{skipped}{others}")
 
 
-def scan(files, skip_bad, memory_limit, progress):
+def scan(files, listing, source, skip_bad, memory_limit, progress):
     """Decode every file once, before training -> Array if all fits `memory_limit`, else `files`.
 
     A broken picture found after six hours is worse than a minute spent here, and only a full
-    decode finds the truncated ones: their headers are fine. ValueError names the first five bad
-    files, unless `skip_bad`, which leaves them out and counts them in the summary.
+    decode finds the truncated ones: their headers are fine. Streamed files that an earlier scan of
+    `source` has decoded, and that have not changed since, are not decoded again. ValueError names
+    the first five bad files, unless `skip_bad`, which leaves them out and counts them in the
+    summary. listing: (name, contents, time of the last change) of each file, as `stamps` has them.
     """
     own = files.size is None  # all are to have one size: that of the first that can be read
     if own:
@@ -221,43 +236,99 @@ def scan(files, skip_bad, memory_limit, progress):
     target = (files.channels, files.size, files.size)
     keep = len(files) * math.prod(target) <= memory_limit
     # Filled in place: a list of tensors, stacked at the end, would need the memory twice.
-    images = torch.empty(len(files) if keep else 0, *target, dtype=torch.uint8)
-    modes, sizes, good, bad = Counter(), set(), [], []
+    images, kept = torch.empty(len(files) if keep else 0, *target, dtype=torch.uint8), 0
+    keys = [None if keep or changed is None else fingerprint([f"{name}\0{contents}\0{changed}"])
+            for name, contents, changed in listing]
+    known = {} if keep else readers.recall(source, decoder())
+    # Of each file (Pillow mode, width, height), or the reason, a string, why it cannot be read.
+    known = {key: known[key] for key in keys if key in known}
+    facts = [known.get(key) for key in keys]
+    todo = [i for i, found in enumerate(facts) if found is None]
 
     def attempt(i):
         try:
             mode, size, image = files.read(i, check=True)
             return mode, size, image if keep else None
         except Exception as error:  # a hostile file can make Pillow raise nearly anything
-            return None, None, reason(error)
+            return None, None, error
 
     # Pillow lets go of the interpreter lock while it decodes, so threads do run in parallel.
     with warnings.catch_warnings(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         warnings.simplefilter("ignore")
-        every = pool.map(attempt, range(len(files)))
-        for i, (mode, size, image) in enumerate(
-                tqdm(every, "checking images", len(files), disable=not progress)):
-            if mode is None:
-                bad.append(f"{shown(files.paths[i])} ({image})")
-                continue
-            if keep:
-                images[len(good)] = image
-            good.append(files.paths[i])
-            modes[mode] += 1
-            sizes.add(size)
-    if bad and not (skip_bad and good):
+        try:
+            every = tqdm(pool.map(attempt, todo), "checking images", len(todo),
+                         disable=not (progress and todo))
+            for i, (mode, size, image) in zip(todo, every, strict=True):
+                facts[i] = reason(image) if mode is None else (mode, *size)
+                if keep and mode is not None:
+                    images[kept] = image
+                    kept += 1
+                if keys[i] and (mode is not None or lasting(image)):
+                    known[keys[i]] = facts[i]
+        finally:  # a signal does not wait for the other files, and what is checked stays checked
+            pool.shutdown(wait=False, cancel_futures=True)
+            if todo and known:
+                readers.remember(source, decoder(), known)
+    good = [i for i, found in enumerate(facts) if not isinstance(found, str)]
+    if len(good) < len(facts) and not (skip_bad and good):
+        bad = [f"{shown(files.paths[i])} ({found})" for i, found in enumerate(facts)
+               if isinstance(found, str)]
         more = f" and {len(bad) - 5:,} more" if len(bad) > 5 else ""
         raise ValueError(f"{len(bad):,} of {len(files):,} images cannot be read: "
                          f"{', '.join(bad[:5])}{more}; "
                          + ("--skip-bad-images goes on without them" if good else "none is left"))
+    sizes = {tuple(facts[i][1:]) for i in good}
     if own and sizes != {(files.size, files.size)}:
         raise ValueError("the images are not squares of one size ("
                          + " ".join("{}x{}".format(*s) for s in sorted(sizes)[:5])
                          + (" ..." if len(sizes) > 5 else "") + "): give --image-size")
-    files.paths = good
-    files.summary = describe(modes, sizes, target, "in memory" if keep else "streamed", len(bad),
+    files.paths = [files.paths[i] for i in good]
+    files.digest = fingerprint("{}\0{}".format(*listing[i]) for i in good)
+    files.summary = describe(Counter(facts[i][0] for i in good), sizes, target,
+                             "in memory" if keep else "streamed", len(facts) - len(good),
                              files.others)
-    return Array(images[:len(good)], files.summary, good) if keep else files
+    if not keep:
+        return files
+    whole = Array(images[:len(good)], files.summary, files.paths)
+    whole.digest = files.digest
+    return whole
+
+
+def fingerprint(lines):
+    """A short hash of strings; names may hold bytes that are not UTF-8."""
+    found = hashlib.sha256()
+    for line in lines:
+        found.update(line.replace(os.sep, "/").encode("utf-8", "surrogatepass") + b"\0")
+    return found.hexdigest()[:16]
+
+
+def stamps(paths):
+    """[(bytes, time of the last change)] of files; (None, None) of those that are not there."""
+    def stamp(path):
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None, None
+        return status.st_size, status.st_mtime_ns
+
+    # Many at a time: a network file system answers one question in a millisecond.
+    parts = [paths[i:i + 1000] for i in range(0, len(paths), 1000)]
+    with ThreadPoolExecutor(16) as pool:
+        return [found for part in pool.map(lambda part: list(map(stamp, part)), parts)
+                for found in part]
+
+
+@lru_cache(maxsize=1)
+def decoder():
+    """A hash of all that decides whether a file can be read: Pillow and the code that calls it."""
+    code = [Path(module).read_text(encoding="utf-8") for module in (__file__, pictures.__file__)]
+    return fingerprint([sys.version, PIL.__version__, PIL.__file__, *code])
+
+
+def lasting(error):
+    """Whether a file that gave this error will give it again. The system's own errors may pass:
+    no memory, no permission, a disk that does not answer."""
+    return not isinstance(error, MemoryError) and not getattr(error, "errno", None)
 
 
 def first_side(files):
@@ -273,8 +344,9 @@ def first_side(files):
     return 1
 
 
-def find_images(names, root):
-    """The image files among `names` (relative to `root`), in the order of their names.
+def find_images(names, root, others):
+    """The image files among `names` (relative to `root`), in the order of their names. ValueError:
+    there are none; it says with `others` what there is.
 
     Sorted, since neither a folder nor a zip promises an order, and image number i must stay the
     same image when training resumes. Hidden files do not count, nor what macOS adds to a zip.
@@ -284,7 +356,7 @@ def find_images(names, root):
                    if name.lower().endswith(SUFFIXES) and not HIDDEN.search(name))
     if not found:
         raise ValueError(f"no images in {shown(root)} (looked, at any depth, for "
-                         f"{' '.join(SUFFIXES)}){left_out(names)}")
+                         f"{' '.join(SUFFIXES)}){others}")
     return found
 
 
@@ -303,22 +375,47 @@ def left_out(names):
             f"({', '.join(listing[:3] + ['...'] * (len(listing) > 3))})")
 
 
+def left_out_runs(runs):
+    """What walk passes over, for the summary: ", 2 folders of runs left out (runs, old/first)"."""
+    some = ", ".join(map(shown, runs[:3])) + ", ..." * (len(runs) > 3)
+    plural = "s" * (len(runs) > 1)
+    return f", {len(runs):,} folder{plural} of runs left out ({some})" if runs else ""
+
+
 def walk(root):
-    """All file names under a folder, relative to it. Links are followed, each folder read once."""
+    """-> (names, runs) under a folder, relative to it: all files, and the folders of training runs,
+    which are not searched: their pictures are results. Links are followed, each folder read once.
+    """
     def stop(error):  # os.walk passes over unreadable folders in silence; we do not
         raise error
 
     if not os.listdir(root):
         raise ValueError(f"empty folder: {shown(root)}")
-    seen = set()
+    seen, found, runs = set(), [], []
     for folder, below, names in os.walk(root, onerror=stop, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:  # a link back up: never the same folder twice
             below.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+        here = os.path.relpath(folder, root)
+        if here != "." and holds_runs(folder):
+            below.clear()
+            runs.append(here)
+            continue
         below[:] = sorted(name for name in below if not name.startswith("."))
-        yield from (os.path.relpath(os.path.join(folder, name), root) for name in names)
+        found += [os.path.relpath(os.path.join(folder, name), root) for name in names]
+    return found, runs
+
+
+def holds_runs(folder):
+    """Is this the folder of a run of train.py, or a `runs` with such folders in it?"""
+    def is_run(path):
+        return all(os.path.isfile(os.path.join(path, name))
+                   for name in ("config.json", "checkpoint.pt"))
+
+    return is_run(folder) or os.path.basename(folder) == "runs" and any(
+        is_run(os.path.join(folder, name)) for name in os.listdir(folder))
 
 
 def fit(array, size, channels, progress):
@@ -354,8 +451,12 @@ def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30,
         raise ValueError(f"channels is 1 or 3 and size at least 1, not {channels} and {size}")
     if size is not None and size > LARGEST_SIDE:
         raise ValueError(f"{size} pixels a side are too many: {LARGEST_SIDE} at most")
+    hides = (f"; the set of this name is built in: for the folder {source}, give ./{source}"
+             if source in ("shapes", "cifar10") and os.path.exists(source) else "")
     if source == "shapes":
-        return Shapes(size or 32, channels, seed)
+        drawings = Shapes(size or 32, channels, seed)
+        drawings.summary += hides
+        return drawings
     path, key = readers.cifar_archive() if source == "cifar10" else str(source), None
     if ".npz:" in path and not os.path.exists(path):
         path, key = path.rsplit(".npz:", 1)
@@ -364,24 +465,32 @@ def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30,
         raise FileNotFoundError(f"no such file or folder: {shown(path)}")
     try:
         if os.path.isdir(path):
-            names = sorted(os.listdir(path))
-            idx = [name for name in names if readers.IDX_TRAIN.search(name)]
-            if idx:
-                path = os.path.join(path, idx[0])
-            elif not any(map(readers.CIFAR_BATCH.search, names)):
-                names = list(walk(path))
-                paths = [os.path.join(path, name) for name in find_images(names, path)]
-                files = Files(paths, size, channels, others=left_out(names))
-                return scan(files, skip_bad, memory_limit, progress)
+            if idx := readers.find_idx(path):
+                path = idx
+            elif not any(map(readers.CIFAR_BATCH.search, os.listdir(path))):
+                names, runs = walk(path)
+                others = left_out(names) + left_out_runs(runs)
+                names = find_images(names, path, others)
+                paths = [os.path.join(path, name) for name in names]
+                listing = [(name, *stamp) for name, stamp in zip(names, stamps(paths), strict=True)]
+                return scan(Files(paths, size, channels, others=others), listing, path, skip_bad,
+                            memory_limit, progress)
         elif not os.path.isfile(path):  # a named pipe: opening it would wait for ever
             raise ValueError("neither a file nor a folder")
         elif path.lower().endswith(SUFFIXES):
-            return scan(Files([path], size, channels), skip_bad, memory_limit, progress)
+            return scan(Files([path], size, channels), [("", *stamps([path])[0])], path, skip_bad,
+                        memory_limit, progress)
         elif zipfile.is_zipfile(path) and not path.lower().endswith(".npz"):
+            (_, changed), = stamps([path])
             with zipfile.ZipFile(path) as archive:
-                members = [m.filename for m in archive.infolist() if not m.is_dir()]
-            files = Files(find_images(members, path), size, channels, path, left_out(members))
-            return scan(files, skip_bad, memory_limit, progress)
+                members = [m for m in archive.infolist() if not m.is_dir()]
+            contents = {m.filename: f"{m.file_size} {m.CRC}" for m in members}
+            names = [m.filename for m in members]
+            others = left_out(names)
+            names = find_images(names, path, others)
+            listing = [(name, contents[name], changed) for name in names]
+            return scan(Files(names, size, channels, path, others), listing, path, skip_bad,
+                        memory_limit, progress)
         array = readers.read_array(path, key, size or 0)
         if size is None:
             size, width = array.shape[1:3]
@@ -395,7 +504,7 @@ def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30,
         raise ValueError(text if shown(path) in text else f"{shown(path)}: {text}") from error
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[array.shape[3]]
     return Array(images, describe({mode: len(array)}, {array.shape[2:0:-1]}, images.shape[1:],
-                                  "in memory"))
+                                  "in memory") + hides)
 
 
 # ------------------------------------------------------------------ the order of training

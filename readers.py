@@ -14,6 +14,7 @@ N images, H height, W width, C channels.
 import gzip
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -149,14 +150,37 @@ def cifar_batches(path):
         yield batch, labels.astype(np.int64)
 
 
+def find_idx(folder):
+    """The IDX file of training images in a folder, or None. It may lie in a folder of its own name,
+    as Kaggle's archives have it, and next to one."""
+    def named(place):
+        return [os.path.join(place, name) for name in sorted(os.listdir(place))
+                if IDX_TRAIN.search(name)]
+
+    found = named(folder)
+    found += [inner for place in found if os.path.isdir(place) for inner in named(place)]
+    # A pipe or a broken link is better than nothing: the reader names it.
+    return min((path for path in found if not os.path.isdir(path)),
+               key=lambda path: not os.path.isfile(path), default=None)
+
+
+def labels_of(path):
+    """Where the labels of an IDX file of images are: next to it, or as deep as it is."""
+    def renamed(name):
+        return name.replace("images", "labels").replace("idx3", "idx1")
+
+    folder, name = os.path.split(path)
+    deep = os.path.join(os.path.dirname(folder), renamed(os.path.basename(folder)), renamed(name))
+    beside = os.path.join(folder, renamed(name))
+    return deep if not os.path.isfile(beside) and os.path.isfile(deep) else beside
+
+
 def read_labels(path):
     """Labels of a training set: an IDX images file or folder, with labels beside it, or CIFAR-10's
     archive or folder of pickles -> int64 (N,). ValueError: there are none."""
     if os.path.isdir(path) and not any(map(CIFAR_BATCH.search, os.listdir(path))):
-        found = [name for name in sorted(os.listdir(path)) if IDX_TRAIN.search(name)]
-        path = os.path.join(path, (found or [""])[0])
-    where = os.path.join(os.path.dirname(path), os.path.basename(path).replace(
-        "images", "labels").replace("idx3", "idx1"))
+        path = find_idx(path) or path
+    where = labels_of(path)
     if "idx3" in os.path.basename(path) and os.path.isfile(where):
         try:
             with (gzip.open if where.endswith(".gz") else open)(where, "rb") as file:
@@ -309,3 +333,49 @@ def cached(name, url, sha256, **more):
 def cifar_archive():
     """Path of the CIFAR-10 archive in the cache folder (170 MB)."""
     return cached("cifar-10-python.tar.gz", CIFAR_URL, CIFAR_SHA256)
+
+
+# ------------------------------------------------------------------ what was checked before
+
+INDEXES = 50  # so many are kept; that of a million files has 43 MB
+
+
+def index_path(source):
+    """Where it is remembered which files of a folder or zip were checked."""
+    name = hashlib.sha256(os.path.realpath(source).encode("utf-8", "surrogatepass")).hexdigest()
+    return cache_path(f"checked/{name[:16]}.json")
+
+
+def recall(source, decoder):
+    """What `remember` was given for this source and decoder: {key: facts}. {} if there is nothing,
+    or anything else."""
+    try:
+        found = json.loads(content(index_path(source), 2**30))
+        if found["decoder"] == decoder and all(map(is_facts, found["checked"].values())):
+            return found["checked"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError):
+        pass  # damaged or foreign: it will be written anew
+    return {}
+
+
+def is_facts(value):
+    """[mode, width, height], or a reason in one line why a file cannot be read."""
+    if isinstance(value, list) and list(map(type, value)) == [str, int, int]:
+        value = value[0]
+    return isinstance(value, str) and value.isprintable()
+
+
+def remember(source, decoder, checked):
+    """Keep {key: facts} for the next start. A cache folder that takes no file costs only time."""
+    path = index_path(source)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with atomic_write(path) as part, open(part, "w", encoding="utf-8") as file:
+            json.dump(dict(decoder=decoder, source=shown(os.path.realpath(source)),
+                           checked=checked), file)
+        old = sorted((entry for entry in os.scandir(os.path.dirname(path))
+                      if entry.name.endswith(".json")), key=lambda entry: entry.stat().st_mtime)
+        for entry in old[:-INDEXES]:
+            os.unlink(entry.path)
+    except OSError:
+        pass

@@ -17,6 +17,7 @@ s the dict of settings; a run is a folder runs/NAME.
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 import autoencoder
@@ -360,18 +361,24 @@ def notes(args, s, dataset, world):
     return found
 
 
+def run_name(run):
+    """The name of a run, however the path of its folder or checkpoint is written."""
+    path = Path(os.path.abspath(files.find_checkpoint(run)))
+    return path.parent.name if path.name == "checkpoint.pt" else path.name
+
+
 def default_name(s):
     """What distinguishes a run at a glance, so that the same command finds the same run again."""
-    parts = [Path(s["data"].split(":")[0]).stem or "images"]
+    parts = [Path(s["data"].split(":")[0]).stem.lstrip(".") or "images"]
     if s["head"]:
-        parts = [Path(s["from"]).name, s["head"]]
+        parts = [run_name(s["from"]), s["head"]]
         parts += ["block"] * (s["unet"]["second_head"] == "block")
     elif s["task"] == "autoencoder":
         halvings = len(s["autoencoder"]["mult"]) - 1
         parts += ["autoencoder"] + [f"{halvings}-halvings"] * (halvings != 2)
     else:
         if s["latent"]:  # of an autoencoder with a name of its own: that; else of the data
-            name = Path(s["latent"]).name
+            name = run_name(s["latent"])
             parts = parts if name == f"{parts[0]}-autoencoder" else [name]
         parts += [s["preset"], s["latent"] and "latent"]
         parts += [s["task"] and f"{s['task']}{s['factor']}"]

@@ -141,6 +141,20 @@ def extra_of(s, dataset):
     return {}
 
 
+def start_changed(task):
+    """What to say if --from or --latent names other weights than a resumed run began with: it keeps
+    its own, wherever the first run lies now. None if they are the same, or there are none."""
+    flag = "from" if task.s["head"] else "latent"
+    if not task.s[flag]:
+        return None
+    now = files.load_checkpoint(files.find_checkpoint(task.s[flag]))["ema"]
+    kept = (task.net if flag == "from" else task.denoiser.space.net).state_dict()
+    if all(name in kept and torch.equal(kept[name].cpu(), now[name]) for name in now):
+        return None
+    return (f"--{flag} {task.s[flag]} has other weights than this run began with, and it keeps "
+            "those. Give another --name to start from the new ones")
+
+
 def next_command(s):
     """What to do with the finished run."""
     if s["task"] == "autoencoder":

@@ -43,8 +43,10 @@ import files
 import tasks
 from settings import notes, parse, resolve
 
-# What may change when a run goes on. Any other difference would make it another run.
-MAY_CHANGE = ("images", "lr", "grad_clip", "microbatch", "recompute", "workers", "compile",
+# What may change when a run goes on. Any other difference would make it another run. The first four
+# are places: what lies there is compared, not the path (images_changed, tasks.start_changed).
+MAY_CHANGE = ("name", "data", "from", "latent",
+              "images", "lr", "grad_clip", "microbatch", "recompute", "workers", "compile",
               "precision", "deterministic", "sample_every", "save_every", "skip_bad_images")
 BAD_STEPS = 25  # this many non-finite steps in a row end the run
 POINTS = 500  # of a curve in loss.png: so many, to twice as many
@@ -67,7 +69,7 @@ def open_run(s, process):
             said = ", ".join(f"{k} {str(old.get(k))[:60]} there, {str(s[k])[:60]} here"
                              for k in changed[:3])
             raise ValueError(f"{folder} is a run with other settings ({said}): give this one "
-                             "another --name, or delete that folder")
+                             "another --name")
     step = checkpoint["step"] if checkpoint else 0
     if process.sum(abs(step - process.share(step)))[0]:  # also: nobody writes before all have read
         raise ValueError(f"the processes see different checkpoints of {folder}: all machines must "
@@ -384,7 +386,21 @@ def kept(folder, step):
 def save(folder, s, process, dataset, model):
     """checkpoint.pt: all that it takes to go on, or to sample."""
     files.save_checkpoint(folder / "checkpoint.pt", {
-        "settings": s, "processes": process.world, "dataset": len(dataset), **model.state()})
+        "settings": s, "processes": process.world, "dataset": len(dataset),
+        "digest": dataset.digest, **model.state()})
+
+
+def images_changed(checkpoint, dataset):
+    """What to say if these are not the images that the run has seen so far; else None. Where they
+    lie does not matter."""
+    before, now = checkpoint["dataset"], len(dataset)
+    if before != now:
+        return (f"{before:,} images before, {now:,} now: their order changes from here on. Give "
+                "another --name to keep the two apart")
+    if checkpoint.get("digest", dataset.digest) != dataset.digest:  # older checkpoints have none
+        return ("these images are not those of before, though as many: the run goes on with them. "
+                "Give another --name to keep the two apart")
+    return None
 
 
 def picture(model, dataset, path, device):
@@ -426,13 +442,14 @@ def main(argv=None):
             s["data"], s["image_size"], s["channels"], s["seed"], s["skip_bad_images"],
             progress=process.first))
         process.say(f"data: {dataset.summary}")
-        if checkpoint and checkpoint["dataset"] != len(dataset):
-            process.say(f"note: {checkpoint['dataset']:,} images before, {len(dataset):,} now: "
-                        "their order changes from here on")
+        if checkpoint and process.first and (note := images_changed(checkpoint, dataset)):
+            process.say(f"note: {note}")
         for note in notes(args, s, dataset, process.world):
             process.say(f"note: {note}")
         # ---- the network, and training
         model = Model(s, process.device, checkpoint, dataset)
+        if checkpoint and process.first and (note := tasks.start_changed(model.task)):
+            process.say(f"note: {note}")
         checkpoint = None  # on large networks it is gigabytes
         process.first_does(make_folder, folder, s, process, model)
         loop(s, process, folder, dataset, model, stop)

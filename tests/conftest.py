@@ -17,6 +17,17 @@ SHARED = ROOT.parent / "shared"  # reference numbers that only the maintainers h
 sys.path.insert(0, str(ROOT))
 
 
+@pytest.fixture(autouse=True)
+def own_index(tmp_path_factory, monkeypatch):
+    """What was checked is remembered here, not in the user's cache folder."""
+    import readers
+
+    real, folder = readers.index_path, tmp_path_factory.getbasetemp() / "checked"
+    monkeypatch.setattr(
+        readers, "index_path", lambda source: str(folder / os.path.basename(real(source)))
+    )
+
+
 @pytest.fixture
 def shared():
     """The folder of reference material, or a visible skip."""

@@ -3,12 +3,16 @@ r"""Tests of data.py: each builds its small inputs in tmp_path, and states what 
 import gzip
 import hashlib
 import io
+import itertools
+import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import struct
 import tarfile
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -328,6 +332,279 @@ def test_a_file_that_vanishes_later_is_named(tmp_path):
     one_line(info)
 
 
+# ------------------------------------------------------------------ what was checked before
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the files that were decoded, in any order; each call forgets the earlier."""
+    names, true_read = [], data.Files.read
+
+    def read(self, i, check=False):
+        names.append(os.path.basename(self.paths[i]))
+        return true_read(self, i, check)
+
+    monkeypatch.setattr(data.Files, "read", read)
+
+    def since():
+        found = sorted(names)
+        names.clear()
+        return found
+
+    return since
+
+
+def streamed(source, **options):
+    return data.load(source, 8, 3, memory_limit=0, **options)
+
+
+def zip_of(folder):
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, file.name)
+    return path
+
+
+def same_set(one, other):
+    return (one.paths, one.summary, one.digest) == (other.paths, other.summary, other.digest)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_what_was_checked_is_not_decoded_again(tmp_path, decoded, kind):
+    folder_of(tmp_path / "set")
+    Image.new("L", (20, 9)).save(tmp_path / "set" / "gray.png")
+    source = tmp_path / "set" if kind == "folder" else zip_of(tmp_path / "set")
+    first = streamed(source)
+    assert len(decoded()) == 7
+    again = streamed(source)
+    assert decoded() == [] and same_set(first, again)
+    assert "1 L, 6 RGB), 8x8 to 20x9" in again.summary and torch.equal(first[3], again[3])
+
+
+def test_what_has_changed_is_decoded_again(tmp_path, decoded):
+    folder_of(tmp_path / "set")
+    streamed(tmp_path / "set")
+    os.utime(tmp_path / "set" / "001.png", ns=(1, 1))  # touched
+    Image.new("RGB", (8, 8)).save(tmp_path / "set" / "002.png")  # another
+    (tmp_path / "set" / "003.png").rename(tmp_path / "set" / "new.png")
+    (tmp_path / "set" / "004.png").unlink()
+    decoded()
+    assert len(streamed(tmp_path / "set")) == 5
+    assert decoded() == ["001.png", "002.png", "new.png"]
+    (tmp_path / "set" / "000.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="1 of 5 images.*000.png"):
+        streamed(tmp_path / "set")
+    assert decoded() == ["000.png"]
+    # only what is there is kept
+    kept = json.loads(Path(readers.index_path(tmp_path / "set")).read_text(encoding="utf-8"))
+    assert len(kept["checked"]) == 5
+
+
+def test_a_changed_zip_is_decoded_again(tmp_path, decoded):
+    folder_of(tmp_path / "set")
+    path = zip_of(tmp_path / "set")
+    streamed(path)
+    decoded()
+    os.utime(path, ns=(1, 1))
+    assert len(streamed(path)) == len(decoded()) == 6
+
+
+def test_a_bad_file_stays_bad_with_the_same_line(tmp_path, decoded):
+    folder_of(tmp_path, 3)
+    broken_files(tmp_path)
+    with pytest.raises(ValueError) as first:
+        streamed(tmp_path)
+    decoded()
+    with pytest.raises(ValueError) as again:
+        streamed(tmp_path)
+    assert decoded() == ["g-dangling.png"]  # what cannot be asked for its age
+    assert one_line(first) == one_line(again)
+    assert streamed(tmp_path, skip_bad=True).summary.endswith(", 7 bad skipped")
+
+
+def test_an_error_of_the_system_is_not_remembered(tmp_path, monkeypatch):
+    folder_of(tmp_path)
+    for error in (OSError(5, "Input/output error"), MemoryError()):
+
+        def failing(path, limit, error=error):
+            raise error
+
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="6 of 6 images"):
+            patch.setattr(readers, "content", failing)
+            streamed(tmp_path)
+        assert len(streamed(tmp_path)) == 6
+        os.remove(readers.index_path(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\x00",
+        b"[]",
+        b"[" * 10**5,
+        b'{"decoder": 1}',
+        b'{"decoder": "HERE", "checked": []}',
+        b'{"decoder": "HERE", "checked": {"a": ["RGB", 8]}}',
+        b'{"decoder": "HERE", "checked": {"a": "two\\nlines"}}',
+        b'{"decoder": "HERE", "checked": {"a": null}}',
+    ],
+    ids=lambda content: str(content[:50]),
+)
+def test_a_damaged_or_foreign_index_is_written_anew(tmp_path, decoded, content):
+    folder_of(tmp_path)
+    path = Path(readers.index_path(tmp_path))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content.replace(b"HERE", data.decoder().encode()))
+    first = streamed(tmp_path)
+    assert len(decoded()) == 6
+    assert same_set(first, streamed(tmp_path)) and decoded() == []
+
+
+def test_other_code_checks_again(tmp_path, decoded, monkeypatch):
+    folder_of(tmp_path)
+    streamed(tmp_path)
+    decoded()
+    monkeypatch.setattr(data, "decoder", lambda: "another version of Pillow")
+    streamed(tmp_path)
+    assert len(decoded()) == 6
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_time_alone(tmp_path, decoded, monkeypatch):
+    folder_of(tmp_path / "set")
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(readers, "index_path", lambda source: str(tmp_path / "file" / "x.json"))
+    assert same_set(streamed(tmp_path / "set"), streamed(tmp_path / "set"))
+    assert len(decoded()) == 12
+
+
+def test_the_number_of_indexes_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "INDEXES", 2)
+    monkeypatch.setattr(
+        readers, "index_path", lambda source: str(tmp_path / "checked" / f"{source}.json")
+    )
+    for i in range(4):
+        readers.remember(str(i), "x", {})
+        os.utime(readers.index_path(str(i)), (i, i))
+    readers.remember("4", "x", {})
+    assert sorted(os.listdir(tmp_path / "checked")) == ["3.json", "4.json"]
+
+
+def test_a_signal_during_the_check_does_not_wait_for_the_rest(tmp_path, decoded, monkeypatch):
+    """And what was checked until then stays checked."""
+    folder_of(tmp_path, 200)
+    slow_read = data.Files.read
+    monkeypatch.setattr(
+        data.Files, "read", lambda *a, **k: (time.sleep(0.01), slow_read(*a, **k))[1]
+    )
+
+    def stopped(results, *rest, **options):
+        yield from itertools.islice(results, 5)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "tqdm", stopped)
+        streamed(tmp_path)
+    assert 5 <= len(decoded()) < 100
+    assert len(streamed(tmp_path)) == 200 and len(decoded()) == 195
+
+
+# ------------------------------------------------------------------ which images these are
+
+
+def test_the_digest_is_of_the_images_and_not_of_their_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "set" / "deep")
+    zip_of(tmp_path / "set" / "deep").rename("set.zip")
+    np.save("set.npy", pixels(5, 8, 8, 3))
+    Image.new("RGB", (8, 8)).save("one.png")
+    os.mkdir("elsewhere")
+    for name in ("set", "set.zip", "set.npy", "one.png"):
+        before = data.load(name, 8, 3).digest
+        assert len(before) == 16
+        for other in (f"./{name}", f"{name}/" if name == "set" else name, tmp_path / name):
+            assert data.load(other, 8, 3).digest == before
+        assert data.load(name, 8, 3, memory_limit=0).digest == before  # streamed or in memory
+        moved = shutil.move(name, "elsewhere/renamed" + Path(name).suffix)
+        assert data.load(moved, 8, 3).digest == before
+    (tmp_path / "elsewhere/renamed/deep/000.png").touch()
+    set_, deep = "elsewhere/renamed", tmp_path / "elsewhere/renamed/deep"
+    seen = [data.load(set_, 8, 3).digest]
+    (deep / "000.png").rename(deep / "a.png")
+    seen.append(data.load(set_, 8, 3).digest)
+    (deep / "a.png").write_bytes((deep / "a.png").read_bytes() + b" ")
+    seen.append(data.load(set_, 8, 3).digest)
+    (deep / "b.png").write_bytes(b"broken")
+    assert data.load(set_, 8, 3, skip_bad=True).digest == seen[-1]  # it is not read
+    (deep / "a.png").unlink()
+    seen.append(data.load(set_, 8, 3, skip_bad=True).digest)
+    assert len(set(seen)) == 4
+    changed = pixels(5, 8, 8, 3)
+    changed[4, 7, 7, 2] ^= 1
+    np.save("changed.npy", changed)
+    np.save("split.npy", pixels(5, 8, 8, 3).reshape(20, 4, 4, 3))
+    found = [
+        data.load(f"{n}.npy", None, 3).digest for n in ("elsewhere/renamed", "changed", "split")
+    ]
+    assert len(set(found)) == 3
+    assert data.load("shapes", 8, 3).digest == data.load("shapes", 16, 1).digest
+    assert data.load("shapes", 8, 3).digest != data.load("shapes", 8, 3, seed=1).digest
+
+
+def test_a_zip_with_one_other_byte_is_another_set(tmp_path):
+    digests = set()
+    for level in (1, 2):
+        image = np.full((8, 8), level, np.uint8)
+        with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+            archive.writestr("a.bmp", encode(Image.fromarray(image), "BMP"))
+        digests.add(data.load(tmp_path / "set.zip", 8, 3).digest)
+    assert len(digests) == 2
+
+
+# ------------------------------------------------------------------ what is not the set
+
+
+def test_runs_inside_the_folder_are_never_read(tmp_path):
+    folder_of(tmp_path / "photos")
+    for run in ("runs/first", "old"):
+        folder_of(tmp_path / run / "samples")
+        folder_of(tmp_path / run / "generated" / "ddim-50")
+        for name in ("config.json", "checkpoint.pt"):
+            (tmp_path / run / name).write_text("{}")
+    folder_of(tmp_path / "runs", 1)  # next to the runs: a figure
+    d = data.load(tmp_path, 8, 3)
+    assert len(d) == 6 and d.summary.endswith(", 2 folders of runs left out (old, runs)")
+    # one that is named is read
+    assert len(data.load(tmp_path / "runs" / "first" / "samples", 8, 3)) == 6
+    # a class of this name is not a run
+    folder_of(tmp_path / "sports" / "runs", 2)
+    assert len(data.load(tmp_path, 8, 3)) == 8
+    (tmp_path / "only" / "runs").mkdir(parents=True)
+    shutil.move(tmp_path / "runs" / "first", tmp_path / "only" / "runs" / "first")
+    with pytest.raises(ValueError, match=r"no images in .*, 1 folder of runs left out \(runs\)"):
+        data.load(tmp_path / "only", 8, 3)
+
+
+@pytest.mark.parametrize("name", ["shapes", "cifar10"])
+def test_a_folder_named_like_a_built_in_set_is_mentioned(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / name)
+    (tmp_path / "c").mkdir()
+    for batch, content in cifar_files(True, pixels(10, 3072)):
+        (tmp_path / "c" / batch).write_bytes(content)
+    monkeypatch.setattr(readers, "cifar_archive", lambda: "c")
+    d = data.load(name, 8, 3)
+    assert len(d) != 6
+    assert d.summary.endswith(
+        f"; the set of this name is built in: for the folder {name}, give ./{name}"
+    )
+    own = data.load(f"./{name}", 8, 3)
+    assert len(own) == 6 and "built in" not in own.summary
+    shutil.rmtree(tmp_path / name)
+    assert "built in" not in data.load(name, 8, 3).summary
+
+
 def test_pillow_warnings_do_not_leak(tmp_path, monkeypatch):
     folder_of(tmp_path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # 64 pixels: Pillow warns, no more
@@ -398,6 +675,28 @@ def test_idx_is_padded_exactly(tmp_path, name):
     assert np.array_equal(same[:, 0].numpy(), array)
     resized = data.load(source, 14, 1)
     assert torch.equal(resized[4], data.prepare(Image.fromarray(array[4]), 14, 1))
+
+
+@pytest.mark.parametrize("layout", ["next to it", "inside", "a pipe", "a broken link"])
+def test_a_folder_named_like_the_idx_file_hides_nothing(tmp_path, layout):
+    """Kaggle's archives: the folder train-images-idx3-ubyte, and the file train-images.idx3-ubyte,
+    or the file in the folder."""
+    array, labels = pixels(5, 28, 28), struct.pack(">2I", 0x801, 5) + bytes([1, 2, 3, 4, 5])
+    for kind, content in (("images", idx(array)), ("labels", labels)):
+        number = "3" if kind == "images" else "1"
+        place = tmp_path / f"train-{kind}-idx{number}-ubyte"
+        if layout == "a pipe":
+            os.mkfifo(place)
+        elif layout == "a broken link":
+            place.symlink_to("nowhere")
+        else:
+            place.mkdir()
+        inside = place / place.name
+        beside = tmp_path / f"train-{kind}.idx{number}-ubyte"
+        (inside if layout == "inside" else beside).write_bytes(content)
+    d = data.load(tmp_path, 28, 1)
+    assert np.array_equal(d.images[:, 0].numpy(), array)
+    assert readers.read_labels(tmp_path).tolist() == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
