@@ -255,6 +255,33 @@ def test_the_trunk_is_that_of_the_folder_that_was_named(runs):
     assert_close({k: head[k] for k in other["ema"]}, other["ema"], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("flags", [["--head", "npr", "--from"], ["--latent"]], ids=str)
+def test_where_the_first_run_lies_makes_no_other_run(runs, capsys, monkeypatch, flags):
+    """Its weights are in the checkpoint: the same ones in another place are silent."""
+    monkeypatch.setattr(train, "picture", lambda *inputs: None)
+    first, name = ("base", "base-npr") if "--head" in flags else ("code", "code-tiny-latent")
+    shutil.copytree("runs", "elsewhere")
+    places = [first, f"runs/{first}/", f"./runs/{first}/checkpoint.pt", f"elsewhere/{first}"]
+    for step, place in enumerate(places, 1):
+        train.main([*SMALL, *flags, place, "--steps", str(step)])
+        assert checkpoint(name)["step"] == step
+    assert "other weights" not in capsys.readouterr().out
+    other, kept = checkpoint(first), checkpoint(name)
+    other["ema"] = {k: v + 1 for k, v in other["ema"].items()}
+    files.save_checkpoint(f"elsewhere/{first}/checkpoint.pt", other)
+    train.main([*SMALL, *flags, f"elsewhere/{first}", "--steps", "5"])
+    out = capsys.readouterr().out
+    assert f"note: {flags[-1]} elsewhere/{first} has other weights than this run began with" in out
+    if "--latent" in flags:
+        kept, now = (c["extra"]["first_stage"]["weights"] for c in (kept, checkpoint(name)))
+    else:
+        kept, now = (
+            {k: v for k, v in c["raw"].items() if "second_head" not in k}
+            for c in (kept, checkpoint(name))
+        )
+    assert_close(now, kept, rtol=0, atol=0)
+
+
 def test_the_grids_of_a_head_show_the_head(runs):
     """They change as it learns, though the trunk does not."""
     flags = ["--head", "npr", "--from", "base", "--lr", "0.05", "--sample-every", "4"]

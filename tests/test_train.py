@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 import denoiser as denoisers
@@ -192,6 +193,64 @@ def test_other_settings_are_another_run():
         small("--steps", "2", "--ema", "0.5")
     # what the message about non-finite losses advises must be possible
     assert small("--steps", "3", "--lr", "1e-4", "--grad-clip", "0.5")["step"] == 3
+
+
+@pytest.fixture
+def no_grids(monkeypatch):
+    """They take longer than the steps."""
+    monkeypatch.setattr(train, "picture", lambda *inputs: None)
+
+
+def photos(path, count=5):
+    os.makedirs(path, exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(f"{path}/{i}.png")
+
+
+def test_the_same_images_in_another_place_are_the_same_run(capsys, no_grids):
+    photos("photos")
+    small("--data", "photos", "--steps", "1")
+    os.mkdir("elsewhere")
+    places = ["photos/", "./photos", os.path.abspath("photos"), "elsewhere/moved"]
+    for step, place in enumerate(places, 2):
+        if "moved" in place:
+            os.rename("photos", place)
+        assert small("--data", place, "--steps", str(step))["step"] == step
+    assert "before" not in capsys.readouterr().out
+    assert json.load(open("runs/small/config.json", encoding="utf-8"))["data"] == places[-1]
+
+
+def test_other_images_are_a_note_and_another_shape_is_refused(capsys, no_grids):
+    photos("photos")
+    small("--data", "photos", "--steps", "1")
+    with open("photos/0.png", "ab") as f:
+        f.write(b" ")  # the same picture, but who knows
+    small("--data", "photos", "--steps", "2")
+    out = capsys.readouterr().out
+    assert (
+        out.count("note: these images are not those of before, though as many: the run goes") == 1
+    )
+    photos("photos", 6)
+    small("--data", "photos", "--steps", "3")
+    assert "note: 5 images before, 6 now" in capsys.readouterr().out
+    for flags in (["--image-size", "16"], ["--channels", "1"]):
+        with pytest.raises(ValueError, match=r"other settings \(.*: give this one another --name$"):
+            small("--data", "photos", "--steps", "4", *flags)
+
+
+def test_a_checkpoint_that_knows_only_the_number_of_its_images_goes_on(capsys, no_grids):
+    checkpoint = small("--steps", "1")
+    del checkpoint["digest"]
+    files.save_checkpoint("runs/small/checkpoint.pt", checkpoint)
+    assert small("--steps", "2")["digest"] == "shapes, seed 0"
+    assert "before" not in capsys.readouterr().out
+
+
+def test_a_run_under_another_name_goes_on(no_grids):
+    small("--steps", "1")
+    os.rename("runs/small", "runs/renamed")
+    train.main([*SMALL, "--name", "renamed", "--steps", "2"])
+    assert files.load_checkpoint("runs/renamed/checkpoint.pt")["step"] == 2
 
 
 def spoil(monkeypatch, factor):
@@ -383,6 +442,9 @@ def test_names_tell_runs_apart():
     ]
     names = [train.resolve(train.parse(f))["name"] for f in flags]
     assert len(set(names)) == len(names)
+    for path in ("photos", "photos/", "./photos", "a/photos", "photos/.", ".photos", "photos.zip"):
+        assert train.resolve(train.parse(["--data", path]))["name"] == "photos-tiny"
+    assert train.resolve(train.parse(["--data", ".."]))["name"] == "images-tiny"
     assert names[0] == "shapes-tiny" and names[1] == "shapes-tiny-sa2" and names[-1] == "a-tiny"
 
 
