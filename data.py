@@ -2,7 +2,8 @@ r"""Images in: from files of almost any kind to batches of uint8 tensors in a fi
 
 Every picture ends as a uint8 tensor (C, H, W), 0..255, with H = W = size, C = 1 or 3, and stays
 uint8 until the trainer calls `to_float`. Pictures are checked once, at the start (`load`), and
-the order of training is a pure function of the position in the stream (`batch_indices`).
+the order of training is a pure function of the position in the stream (`batch_indices`). A data
+set's `digest` says which images it has, wherever they lie.
 
 What this file does not do: labels, or augmentation (the trainer flips). What a file's pixels mean
 is pictures.py's affair; sets that are one array (CIFAR-10, IDX, NumPy) are opened by readers.py.
@@ -398,13 +399,13 @@ def walk(root):
             below.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        here = os.path.relpath(folder, root)
-        if here != "." and holds_runs(folder):
+        here = os.path.relpath(folder, root).removeprefix(os.curdir)
+        if here and holds_runs(folder):
             below.clear()
             runs.append(here)
             continue
         below[:] = sorted(name for name in below if not name.startswith("."))
-        found += [os.path.relpath(os.path.join(folder, name), root) for name in names]
+        found += [os.path.join(here, name) for name in names]
     return found, runs
 
 
@@ -445,6 +446,7 @@ def load(source, size, channels, seed=0, skip_bad=False, memory_limit=2 * 2**30,
     skip_bad      leave broken image files out instead of stopping
     memory_limit  bytes of prepared images up to which files are kept in memory
 
+    The folders of training runs inside a folder are not part of it.
     All that is wrong with the source is a ValueError or OSError of one line.
     """
     if channels not in (1, 3) or size is not None and size < 1:

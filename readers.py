@@ -4,6 +4,8 @@ Each reader gives uint8 (N, H, W, C), 0..255, and names in one line what is wron
 of them executes anything a file contains: CIFAR-10's pickles go through an unpickler that knows
 only arrays, and NumPy's are read with allow_pickle=False.
 
+Also what the cache folder keeps between starts: downloads, and which image files were checked.
+
 What this file does not do: test splits, resizing (data.py), or unpacking to the disk.
 
     python -c "import readers; print(readers.read_array('train-images-idx3-ubyte.gz').shape)"
@@ -337,7 +339,7 @@ def cifar_archive():
 
 # ------------------------------------------------------------------ what was checked before
 
-INDEXES = 50  # so many are kept; that of a million files has 43 MB
+INDEXES = 50  # so many are kept; that of a million files has 39 MB
 
 
 def index_path(source):

@@ -125,6 +125,13 @@ def how_made(args, denoiser, arguments, known):
     return json.loads(json.dumps(made, default=torch.Tensor.tolist))  # as it will be read back
 
 
+def what(made):
+    """A settings.json without the path of the weights: their digest says what they are, and a run
+    that was moved draws the same pictures."""
+    source = made.get("source") if isinstance(made, dict) else None
+    return {**made, "source": source[1:] if isinstance(source, list) else None} if source else made
+
+
 def refuse_foreign(out, known):
     """ValueError where files would be mixed with, or put in place of, what is not ours."""
     strange = out if out.exists() and any(out.iterdir()) else grid_path(out)
@@ -153,7 +160,7 @@ def prepare_folder(args, process, denoiser, arguments, known):
     # with the new: a set for an FID must be of one kind.
     note, made = out / "settings.json", how_made(args, denoiser, arguments, known)
     try:
-        same = note.exists() and json.loads(note.read_text()) == made
+        same = note.exists() and what(json.loads(note.read_text())) == what(made)
     except ValueError:
         same = False
     if not same:

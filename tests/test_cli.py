@@ -3,6 +3,7 @@ errors."""
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,15 @@ def test_sampling_goes_on_where_it_stopped(inside, capsys):
     samples(inside, "--num", "6", "--nfe", "3")
     assert "5 of 6 images are there already" in capsys.readouterr().out
     assert np.abs(pngs(out) - before).max() <= 1
+    assert (out / "000002.png").stat().st_mtime_ns == stamp
+
+
+def test_a_run_that_was_moved_keeps_its_pictures(inside, capsys):
+    out = samples(inside, "--num", "3", "--nfe", "3")
+    stamp = (out / "000002.png").stat().st_mtime_ns
+    shutil.copytree("runs/shapes-tiny-sa2", inside / "elsewhere")
+    sample.main([str(inside / "elsewhere"), "--num", "3", "--nfe", "3", "--out", str(out)])
+    assert "3 of 3 images are there already" in capsys.readouterr().out
     assert (out / "000002.png").stat().st_mtime_ns == stamp
 
 
