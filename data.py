@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import readers
-from pictures import missing_pixels, prepare
+from pictures import bare_png, missing_pixels, prepare
 from readers import reason, shown
 
 # In any part of the name; "./" and "../", which a zip may hold, are no names and hide nothing.
@@ -182,7 +182,7 @@ class Files:
 
     def read(self, i, check=False):
         """-> (Pillow mode, (width, height), uint8 tensor); any exception that Pillow can raise."""
-        content = self.content(i)
+        content = bare_png(self.content(i))
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if check and image.format == "PNG" and (missing := missing_pixels(content)):
                 raise ValueError(f"{missing:,} bytes of pixels are missing")
