@@ -474,6 +474,34 @@ def test_an_array_whose_alpha_hides_everything():
         prepare(Image.fromarray(array), 16, 3)
 
 
+def test_12_bits_in_16_are_counted(tmp_path):
+    twelve = (np.mgrid[:16, :16][1] * 273).astype(np.uint16)  # 0 .. 4095
+    rgb = png_rows(np.repeat(twelve[..., None], 3, 2), 16)
+    files = {
+        "gray.png": encode(twelve, "PNG"),
+        "gray.tif": encode(twelve, "TIFF"),
+        "gray.pgm": b"P5 16 16 65535\n" + twelve.astype(">u2").tobytes(),
+        "colour.png": png(16, 16, 16, 2, rgb),
+        "colour.tif": tiff(np.repeat(twelve[..., None], 3, 2)),
+        "bright.png": encode(twelve * 16, "PNG"),
+        "black.png": encode(twelve * 0, "PNG"),
+        "maximum.pgm": b"P5 16 16 4095\n" + twelve.astype(">u2").tobytes(),
+        "dark-8-bit.png": encode((twelve // 300).astype(np.uint8), "PNG"),
+        "565.bmp": bmp(bmp_rows(np.ones((16, 16), int), 16), 16, 16, 16),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    d = data.load(tmp_path, 16, 3)
+    assert d.summary == (
+        "10 images (2 I, 4 I;16, 1 L, 3 RGB), 16x16 -> 3x16x16, in memory, 5 of them 16-bit and "
+        "nearly black (12-bit values? multiply them by 16)"
+    )
+    (tmp_path / "gray.png").rename(tmp_path / "gray")  # no image any more
+    (tmp_path / "bad.png").write_bytes(b"?")
+    d = data.load(tmp_path, 16, 3, skip_bad=True)
+    assert ", 1 bad skipped, 4 of them 16-bit" in d.summary
+
+
 def test_the_planes_of_a_16_bit_tiff():
     """As tifffile writes an array of planes: uncompressed; red is the column times 4096."""
     y, x = np.mgrid[:16, :16]
