@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import pictures
 import readers
-from pictures import missing_pixels, prepare
+from pictures import bare_png, missing_pixels, prepare
 from readers import reason, shown
 
 # In any part of the name; "./" and "../", which a zip may hold, are no names and hide nothing.
@@ -195,13 +195,20 @@ class Files:
         return content
 
     def read(self, i, check=False):
-        """-> (Pillow mode, (width, height), uint8 tensor); any exception that Pillow can raise."""
-        content = self.content(i)
+        """-> (Pillow mode, (width, height), uint8 tensor); any exception that Pillow can raise.
+
+        The mode ends with "*" if the file has 16 bits and is nearly black.
+        """
+        content = bare_png(self.content(i))
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if check and image.format == "PNG" and (missing := missing_pixels(content)):
                 raise ValueError(f"{missing:,} bytes of pixels are missing")
+            deep = image.format in ("PNG", "TIFF", "PPM") and ";16" in str(image.tile)
             prepared = prepare(image, self.size, self.channels)
-            return image.mode, image.size, prepared
+            # Cameras of 12 bits write 0..4095 into 16, which are levels 0..16 of 255. The file
+            # does not say that it has 12, so the pixels stay; the summary counts such files.
+            dark = deep and 0 < prepared.max() <= 16
+            return image.mode + "*" * dark, image.size, prepared
 
     def __getitem__(self, i):
         try:
@@ -213,13 +220,19 @@ class Files:
 
 
 def describe(modes, sizes, target, how, bad=0, others=""):
-    """The summary: `modes` {mode: count}, `sizes` of (width, height), `target` (C, H, W)."""
+    """The summary: `modes` {mode, as of Files.read: count}, `sizes` of (width, height), `target`
+    (C, H, W)."""
     small, large = (f(sizes, key=math.prod) for f in (min, max))
     span = "{}x{}".format(*small) + (" to {}x{}".format(*large) if large != small else "")
-    kinds = ", ".join(f"{count:,} {mode}" for mode, count in sorted(modes.items()))
-    skipped = f", {bad:,} bad skipped" if bad else ""
+    merged = Counter()
+    for mode, count in modes.items():
+        merged[mode.rstrip("*")] += count
+    kinds = ", ".join(f"{count:,} {mode}" for mode, count in sorted(merged.items()))
+    notes = f", {bad:,} bad skipped" if bad else ""
+    if dark := sum(count for mode, count in modes.items() if mode.endswith("*")):
+        notes += f", {dark:,} of them 16-bit and nearly black (12-bit values? multiply them by 16)"
     return (f"{sum(modes.values()):,} images ({kinds}), {span} -> "
-            f"{'x'.join(map(str, target))}, {how}{skipped}{others}")
+            f"{'x'.join(map(str, target))}, {how}{notes}{others}")
 
 
 def scan(files, listing, source, skip_bad, memory_limit, progress):

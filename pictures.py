@@ -1,7 +1,8 @@
 r"""One picture: a PIL image of any mode and shape -> the pixels that a network is shown.
 
     prepare(image, size, channels) -> uint8 (C, H, W)
-    missing_pixels(content)                            what a PNG that was cut does not have
+    bare_png(content) -> content        without the text and profiles of a PNG
+    missing_pixels(content)             what a PNG that was cut does not have
 
 Pillow opens nearly everything, and is silent about some of what it cannot represent: a PNG whose
 data end early becomes black rows, a transparent level is compared with pixels of another scale. A
@@ -15,27 +16,48 @@ C channels, H height, W width.
 
     python -c "from pictures import *; print(prepare(Image.new('L', (9, 5), 7), 4, 3).shape)"
 """
+import math
 import struct
 import zlib
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 ASPECT = 8  # images longer than this are cropped before resizing, too
+# By itself, Pillow takes the planes of an uncompressed TIFF for 8 bits, whatever they have, and
+# makes garbage of them; by libtiff, as all that is compressed, it reads them rightly.
+TiffImagePlugin.READ_LIBTIFF = True
 
 
-def transparent_level(image):
-    """The one level of a gray PNG that is transparent, or None; to be asked before loading.
-
-    ValueError: what Pillow reads without a word, but not as it is meant.
-    """
+def refuse(image):
+    """ValueError: what Pillow reads without a word, but not as it is meant. Before loading only."""
     if image.format == "TIFF":
         bits, white, kind = (image.tag_v2.get(tag, 1) for tag in (258, 262, 339))
-        if (image.mode.startswith("I;16") and (white == 0 or tuple(bits) != (16,))
+        if (image.mode.startswith("I;16") and (white == 0 or set(bits) != {16})
                 or image.mode == "L" and tuple(np.atleast_1d(kind)) == (2,)):
             raise ValueError("a TIFF of 12 bits, of 16 with 0 for white, or of signed bytes: "
                              "convert it to plain 8 or 16 bits first")
+        tile = image.tag_v2.get(322, 1) * image.tag_v2.get(323, 1)
+        if tile > max(2**22, 4 * math.prod(image.size)):  # libtiff would ask for all that memory
+            raise ValueError("a TIFF whose tiles are far larger than its picture")
+        if image.mode in ("LA", "La", "PA") and image.tag_v2.get(284) == 2:
+            raise ValueError("a TIFF with gray and alpha in two planes: save it without planes")
+        if image.mode == "P" and 0 < max(image.tag_v2[320]) < 256:  # shown as black
+            raise ValueError("a TIFF whose palette has 8 bits instead of 16: save it as RGB")
+    if image.format == "BMP" and image.tile:
+        image.fp.seek(0)
+        head = image.fp.read(70)
+        kind, bits = head[14], head[24 if head[14] == 12 else 28]
+        # A palette of grays makes Pillow take the pixels for 1 or 8 bits, whatever they have.
+        if bits != {"1": 1, "L": 8}.get(image.mode, bits):
+            raise ValueError(f"a BMP of {bits} bits with a gray palette: save it with 24 bits")
+        if bits == 16 and kind >= 56 and image.info["compression"] == 3 and any(head[66:70]):
+            raise ValueError("a BMP of 16 bits with alpha: save it with 32 bits")
+
+
+def transparent_level(image):
+    """The one level of a gray PNG that is transparent, or None. Before loading only."""
     if image.format != "PNG" or "transparency" not in image.info or image.mode == "P":
         return None
     level = image.info["transparency"]
@@ -51,11 +73,18 @@ def prepare(image, size, channels):
 
     The shortest side is resized to `size`, then the centre is cropped; an upright 8-bit image of
     that size already keeps every bit. Transparent parts become white; of an animation, the first
-    frame counts. ValueError: a mode whose range is unknown (floats, 32-bit integers).
+    frame counts. ValueError: a mode whose range is unknown (floats, 32-bit integers), colours that
+    alpha hides everywhere, and all that `refuse` names.
     """
     source_format = image.format  # lost by every operation below
+    refuse(image)
     level = transparent_level(image)
-    image.load()  # before EXIF: by loading, Pillow turns a TIFF itself (some versions need this)
+    try:  # before EXIF: by loading, Pillow turns a TIFF itself (some versions need this)
+        image.load()
+    except OSError as error:  # libtiff's are numbers
+        if "decoder error" not in str(error):
+            raise
+        raise ValueError(f"the file ends early or is damaged ({error})") from error
     image = ImageOps.exif_transpose(image)
     # 20,000 x 1 would be resized to 5,120,000 x 256 before its centre is cropped. What is kept is
     # wider than the filter reaches, and no image of ordinary shape comes here.
@@ -75,7 +104,16 @@ def prepare(image, size, channels):
     if image.mode in ("F", "I"):
         raise ValueError(f"mode {image.mode} has no fixed range, convert it to 8 or 16 bits first")
     if image.has_transparency_data:  # an alpha channel, or a colour or palette entry declared so
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        *colours, alpha = image.getextrema()
+        if alpha == (0, 0) and source_format == "BMP":
+            # The fourth byte of a BMP is often unused, whatever its masks say; browsers, too, show
+            # such a picture, and not an empty one.
+            image.putalpha(255)
+        elif alpha == (0, 0) and any(low < high for low, high in colours):
+            # Either alpha is unused, or the picture is empty: the file does not say which. White
+            # would be learnt. An empty sprite, which hides only one colour, does become white.
+            raise ValueError("alpha is 0 everywhere, and hides colours: remove the alpha channel")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode == "1":
         image = image.convert("L")
@@ -100,21 +138,50 @@ ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (
          (0, 1, 1, 2))  # interlaced PNG: first x, first y and steps of its seven passes
 
 
+def chunks(content):
+    """(name, start, length of its data) of each chunk of a PNG, as far as there are any."""
+    at = 8
+    while at + 8 <= len(content):
+        length = int.from_bytes(content[at:at + 4], "big")
+        yield content[at + 4:at + 8], at, length
+        at += 12 + length
+
+
+# Where Pillow finds how a picture is turned. All other text may go.
+EXIF_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+
+
+def bare_png(content):
+    """`content`; of a PNG, only the chunks that matter to its (first) picture.
+
+    Pillow unpacks text and profiles, which are of no use here, and to be safe from bombs refuses
+    all of a file that has over 1 MB of them; image generators write such.
+    """
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return content
+    kept = [content[:8]]
+    for name, at, length in chunks(content):
+        optional = name.isalpha() and name[0] & 32  # a small first letter
+        if (not optional or name in (b"tRNS", b"eXIf")
+                or content.startswith(EXIF_TEXTS, at + 8)):
+            kept.append(content[at:at + 12 + length])
+    return b"".join(kept)
+
+
 def missing_pixels(content):
     """How many bytes of pixels the PNG `content` lacks; Pillow would leave them black, and mute."""
+    if content[12:16] != b"IHDR":  # Apple's own kind, for example
+        raise ValueError("a PNG that does not begin with its size: convert it to a plain PNG")
     width, height, depth, kind = struct.unpack(">IIBB", content[16:26])
     bits, need = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind], 0
     for x, y, dx, dy in ADAM7 if content[28] else ((0, 0, 1, 1),):
         w, h = -((x - width) // dx), -((y - height) // dy)  # rounded up
         if w > 0 and h > 0:
             need += h * (1 + (w * bits + 7) // 8)
-    inflate, at = zlib.decompressobj(), 8
-    while need > 0 and at + 8 <= len(content):
-        length = int.from_bytes(content[at:at + 4], "big")
-        if content[at + 4:at + 8] == b"IDAT":
-            rest = content[at + 8:at + 8 + length]
-            while rest and need > 0 and not inflate.eof:  # in pieces: it may be a bomb
-                need -= len(inflate.decompress(rest, 2**20))
-                rest = inflate.unconsumed_tail
-        at += 12 + length
+    inflate = zlib.decompressobj()
+    for name, at, length in chunks(content):
+        rest = content[at + 8:at + 8 + length] if name == b"IDAT" else b""
+        while rest and need > 0 and not inflate.eof:  # in pieces: it may be a bomb
+            need -= len(inflate.decompress(rest, 2**20))
+            rest = inflate.unconsumed_tail
     return max(0, need - len(inflate.flush())) if need > 0 else 0

@@ -17,6 +17,7 @@ import zlib
 from collections import namedtuple
 
 import numpy as np
+from odd_images import tiff
 from PIL import Image, ImageCms
 
 Expect = namedtuple("Expect", "what pixels tolerance word", defaults=(None, 0, ""))
@@ -59,16 +60,9 @@ def rows(array):
     return b"".join(b"\0" + row.tobytes() for row in array)
 
 
-def tiff(bits, white, kind, raw):
-    """A gray TIFF by hand, 16x16: photometric 0 is white at zero; kind 1 unsigned, 2 signed, 3
-    float."""
-    tags = [(256, SIDE), (257, SIDE), (258, bits), (259, 1), (262, 1 - white), (273, 0), (277, 1)]
-    tags += [(278, SIDE), (279, len(raw)), (339, kind)]
-    start = 8 + 2 + 12 * len(tags) + 4
-    out = b"II*\0" + struct.pack("<IH", 8, len(tags))
-    for tag, value in tags:
-        out += struct.pack("<HHII", tag, 4, 1, start if tag == 273 else value)
-    return out + b"\0\0\0\0" + raw
+def gray_tiff(levels, kind=1, white=1, bits=None):
+    """kind: 1 unsigned, 2 signed, 3 float; white: 0 if zero is white."""
+    return tiff(levels[..., None], white, bits=bits, more=[(339, 3, [kind])])
 
 
 def bmp_rle(rle):
@@ -191,14 +185,14 @@ def depths(files):
     files["1-bit.tif"] = encode(image, "TIFF", compression="group4"), Expect("used", colour(bits))
     files["float.tif"] = encode(levels.astype(np.float32), "TIFF"), NAMED
     files["int32.tif"] = encode(levels.astype(np.int32), "TIFF"), NAMED
-    files["uint32.tif"] = tiff(32, 0, 1, levels.astype("<u4").tobytes()), NAMED
-    files["double.tif"] = tiff(64, 0, 3, levels.astype("<f8").tobytes()), NAMED
-    files["int16.tif"] = tiff(16, 0, 2, levels.tobytes()), NAMED
-    files["int8.tif"] = tiff(8, 0, 2, GRAY.tobytes()), NAMED
-    files["12-bit.tif"] = tiff(12, 0, 1, bytes(16 * 24)), NAMED
-    files["16-white-at-zero.tif"] = tiff(16, 1, 1, levels.tobytes()), NAMED
-    files["8-white-at-zero.tif"] = tiff(8, 1, 1, GRAY.tobytes()), Expect("used", colour(255 - GRAY))
-    files["8-by-hand.tif"] = tiff(8, 0, 1, GRAY.tobytes()), Expect("used", colour(GRAY))
+    files["uint32.tif"] = gray_tiff(levels.astype(np.uint32)), NAMED
+    files["double.tif"] = gray_tiff(levels.astype(float), 3), NAMED
+    files["int16.tif"] = gray_tiff(levels, 2), NAMED
+    files["int8.tif"] = gray_tiff(GRAY, 2), NAMED
+    files["12-bit.tif"] = gray_tiff(np.zeros((16, 24), np.uint8), bits=12), NAMED
+    files["16-white-at-zero.tif"] = gray_tiff(levels, white=0), NAMED
+    files["8-white-at-zero.tif"] = gray_tiff(GRAY, white=0), Expect("used", colour(255 - GRAY))
+    files["8-by-hand.tif"] = gray_tiff(GRAY), Expect("used", colour(GRAY))
 
     alpha = np.where(X < 8, 0, 255).astype(np.uint8)
     over = np.where(alpha[..., None] == 0, 255, PICTURE)

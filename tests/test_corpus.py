@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from bad_images import PICTURE, encode
+from odd_images import PASSES
 from PIL import Image
 
 import data
@@ -195,19 +196,7 @@ def test_whole_pngs_lack_no_pixels(mode, interlace):
         channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
         need = height * (1 + -(-width * bits * channels // 8))
         if interlace:  # pixel by pixel, which pass takes it
-            order = np.array(
-                [
-                    [1, 6, 4, 6, 2, 6, 4, 6],
-                    [7] * 8,
-                    [5, 6, 5, 6, 5, 6, 5, 6],
-                    [7] * 8,
-                    [3, 6, 4, 6, 3, 6, 4, 6],
-                    [7] * 8,
-                    [5, 6, 5, 6, 5, 6, 5, 6],
-                    [7] * 8,
-                ]
-            )  # the PNG specification, section 8.2
-            grid = np.tile(order, (height, width))[:height, :width]
+            grid = np.tile(PASSES, (height, width))[:height, :width]
             need = 0
             for number in range(1, 8):
                 in_rows = (grid == number).sum(1)

@@ -1,0 +1,139 @@
+r"""Writers of odd TIFFs, BMPs and PNGs, by hand: what a reader must find is known exactly.
+
+Pillow writes neither planes, nor tiles, nor big-endian numbers, nor bit masks, nor interlaces.
+
+    python -c "import numpy as np; from odd_images import *; print(tiff(np.zeros((9, 9, 3), 'u1')))"
+"""
+
+import struct
+import zlib
+
+import numpy as np
+
+
+def packbits(raw):
+    """PackBits without any run: pieces of up to 128 bytes, each after its length - 1."""
+    return b"".join(
+        bytes([len(raw[i : i + 128]) - 1]) + raw[i : i + 128] for i in range(0, len(raw), 128)
+    )
+
+
+def lzw(raw):
+    """LZW without any repetition: cleared (code 256) before codes would need more than 9 bits."""
+    codes = []
+    for i in range(0, len(raw), 250):
+        codes += [256, *raw[i : i + 250]]
+    bits = "".join(f"{code:09b}" for code in [*codes, 257])
+    return int(bits + "0" * (-len(bits) % 8), 2).to_bytes(-(-len(bits) // 8), "big")
+
+
+COMPRESS = {1: bytes, 5: lzw, 8: zlib.compress, 32773: packbits}  # by the number in the TIFF
+
+
+def tiff(
+    pixels,
+    white=None,
+    extra=(),
+    order="<",
+    planar=False,
+    compression=1,
+    predictor=False,
+    tile=False,
+    bits=None,
+    more=(),
+):
+    """uint8 or uint16 (H, W, samples) -> the bytes of a TIFF in strips of 7 rows, or 16x16 tiles.
+
+    white: the photometric interpretation; extra: the kinds of the extra samples (0 unspecified, 1
+    premultiplied alpha, 2 alpha); bits: of a sample, if `pixels` are bytes of several (in strips
+    only); more: further tags (number, type, values).
+    """
+    height, width, samples = pixels.shape
+    if white is None:
+        white = 2 if samples - len(extra) == 3 else 1
+    pieces = []
+    for plane in np.split(pixels, samples, axis=2) if planar else [pixels]:
+        for y in range(0, height, 16 if tile else 7):
+            for x in range(0, width, 16 if tile else width):
+                piece = plane[y : y + 16, x : x + 16] if tile else plane[y : y + 7]
+                if tile:
+                    pad = [(0, 16 - piece.shape[0]), (0, 16 - piece.shape[1]), (0, 0)]
+                    piece = np.pad(piece, pad)
+                if predictor:  # differences along the row, modulo 2^bits
+                    piece = np.diff(piece, axis=1, prepend=np.zeros_like(piece[:, :1]))
+                raw = piece.astype(piece.dtype.newbyteorder(order)).tobytes()
+                pieces.append(COMPRESS[compression](raw))
+    start, offsets = 8, []
+    for piece in pieces:
+        offsets.append(start)
+        start += len(piece) + len(piece) % 2
+    depth = bits or 8 * pixels.dtype.itemsize
+    width = width * 8 * pixels.dtype.itemsize // depth
+    tags = [(256, 4, [width]), (257, 4, [height]), (258, 3, [depth] * samples)]
+    tags += [(259, 3, [compression]), (262, 3, [white]), (277, 3, [samples])]
+    tags += [(284, 3, [1 + planar]), (317, 3, [1 + predictor])]
+    tags += [(338, 3, list(extra))] if extra else []
+    tags += [(322, 4, [16]), (323, 4, [16])] if tile else [(278, 4, [7])]
+    sizes = [len(piece) for piece in pieces]
+    tags += [(324, 4, offsets), (325, 4, sizes)] if tile else [(273, 4, offsets), (279, 4, sizes)]
+    table = struct.pack(order + "H", len(tags) + len(more))
+    after = b""
+    end = start + 2 + 12 * (len(tags) + len(more)) + 4
+    for number, kind, values in sorted([*tags, *more]):
+        value = struct.pack(f"{order}{len(values)}{'HI'[kind == 4]}", *values)
+        if len(value) > 4:
+            after, value = after + value, struct.pack(order + "I", end + len(after))
+        table += struct.pack(order + "HHI", number, kind, len(values)) + value.ljust(4, b"\0")
+    body = b"".join(piece + b"\0" * (len(piece) % 2) for piece in pieces)
+    head = {"<": b"II", ">": b"MM"}[order] + struct.pack(order + "HI", 42, start)
+    return head + body + table + b"\0\0\0\0" + after
+
+
+def bmp(raw, width, height, bits, masks=(), palette=(), header=40, compression=0, colours=0):
+    """The bytes of a BMP. raw: the rows, padded, as they lie in the file; a negative height is
+    top-down. masks: of red, green, blue and, in a header of 56 bytes or more, alpha."""
+    if header == 12:
+        info = struct.pack("<IHHHH", 12, width, height, 1, bits)
+    else:
+        numbers = (header, width, height, 1, bits, compression, len(raw), 0, 0, colours, 0, *masks)
+        info = struct.pack(f"<IiiHHIIiiII{len(masks)}I", *numbers).ljust(header, b"\0")
+    info += b"".join(bytes([b, g, r] + [0] * (header != 12)) for r, g, b in palette)
+    start = 14 + len(info)
+    return b"BM" + struct.pack("<IHHI", start + len(raw), 0, 0, start) + info + raw
+
+
+def bmp_rows(levels, bits):
+    """(H, W) integers of `bits` bits -> their rows, bottom-up, each padded to 4 bytes."""
+    out = b""
+    for row in levels[::-1].tolist():
+        if bits < 8:
+            text = "".join(f"{level:0{bits}b}" for level in row)
+            row = int(text.ljust(-(-len(text) // 8) * 8, "0"), 2).to_bytes(
+                -(-len(text) // 8), "big"
+            )
+        else:
+            row = b"".join(level.to_bytes(bits // 8, "little") for level in row)
+        out += row.ljust(-(-len(row) // 4) * 4, b"\0")
+    return out
+
+
+# Which of the seven passes of an interlaced PNG has a pixel; the PNG specification, section 8.2.
+PASSES = np.array(
+    [[*map(int, row)] for row in "16462646 77777777 56565656 77777777 36463646".split()]
+    + [[*map(int, row)] for row in "77777777 56565656 77777777".split()]
+)
+
+
+def png_rows(samples, depth, interlace=0):
+    """(H, W, S) integers of `depth` bits -> the rows of a PNG, each after a filter byte of zero."""
+    height, width, _ = samples.shape
+    out = b""
+    order = np.tile(PASSES, (-(-height // 8), -(-width // 8)))[:height, :width]
+    for number in range(1, 8) if interlace else [0]:
+        for row, where in zip(samples, order, strict=True):
+            row = row[where == number] if interlace else row
+            if row.size:
+                text = "".join(f"{level:0{depth}b}" for level in row.reshape(-1).tolist())
+                size = -(-len(text) // 8)
+                out += b"\0" + int(text.ljust(8 * size, "0"), 2).to_bytes(size, "big")
+    return out

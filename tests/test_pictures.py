@@ -1,0 +1,512 @@
+"""Every TIFF, BMP and PNG of a sweep has the right pixels or is refused in one line.
+
+odd_images.py writes them, and so their pixels are known without any decoder. Kinds that must be
+read are listed: a reader that refuses all would pass the rest.
+"""
+
+import io
+import itertools
+import struct
+import tracemalloc
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+from bad_images import PICTURE, chunk, encode, png
+from odd_images import bmp, bmp_rows, png_rows, tiff
+from PIL import Image
+
+import data
+from pictures import bare_png, prepare
+from readers import reason
+
+SIDE = 19  # no multiple of a tile, of a strip, of a byte, or of 4 bytes
+RNG = np.random.default_rng(17)
+
+
+def read(content, size=SIDE):
+    """-> (mode, pixels (H, W, 3)), or the error."""
+    files = data.Files(["x"], size, 3)
+    files.content = lambda i: content
+    try:
+        mode, _, image = files.read(0, check=True)
+    except Exception as error:
+        text = reason(error)
+        assert text and text.isprintable() and "object at" not in text, text
+        return text, None
+    return mode, image.permute(1, 2, 0).numpy()
+
+
+def integers(bits, samples, side=SIDE):
+    return RNG.integers(0, 2**bits, (side, side, samples))
+
+
+def to_eight(levels, bits):
+    """What is documented: rounded, but for colour of 16 bits, whose high byte counts."""
+    if bits == 16 and levels.shape[-1] > 2:
+        return levels >> 8
+    return np.rint(levels * 255 / (2**bits - 1)).astype(int)
+
+
+def over_white(colour, alpha):
+    """(H, W, 3) of 0..255 over white; `alpha` (H, W, 1) of 0..1."""
+    return 255 + (colour - 255.0) * alpha
+
+
+class Tally:
+    """Of each kind, how many were read; at the end, none may be wrong."""
+
+    def __init__(self):
+        self.read, self.refused, self.wrong = Counter(), {}, []
+
+    def add(self, kind, content, expected, name, tolerance=1):
+        text, found = read(content)
+        if found is None:
+            self.refused[kind] = text
+        elif np.abs(found - expected).max() <= tolerance:
+            self.read[kind] += 1
+        else:
+            self.wrong.append(name)
+
+
+# ------------------------------------------------------------------ TIFF
+
+# name: (photometric interpretation, samples of colour, kinds of the extra samples)
+TIFFS = {
+    "gray": (1, 1, ()),
+    "inverted gray": (0, 1, ()),
+    "gray and more": (1, 1, (0,)),
+    "gray, premultiplied": (1, 1, (1,)),
+    "gray and alpha": (1, 1, (2,)),
+    "two grays": (1, 2, ()),
+    "four grays": (1, 4, ()),
+    "RGB": (2, 3, ()),
+    "RGB and more": (2, 3, (0,)),
+    "RGB, premultiplied": (2, 3, (1,)),
+    "RGBA": (2, 3, (2,)),
+    "RGBA, undeclared": (2, 3, None),
+    "palette": (3, 1, ()),
+    "CMYK": (5, 4, ()),
+    "YCbCr": (6, 3, ()),
+}
+
+
+def tiff_colour(white, levels, palette):
+    """What the samples of colour mean, as 0..255."""
+    if white == 0:
+        return 255 - levels
+    if white == 3:
+        return palette[levels[..., 0]]
+    if white == 5:
+        return (255 - levels[..., :3]) * (255 - levels[..., 3:]) / 255
+    if white == 6:  # JFIF
+        y, blue, red = np.split(levels - [0, 128, 128], 3, axis=2)
+        parts = y + 1.402 * red, y - 0.344136 * blue - 0.714136 * red, y + 1.772 * blue
+        return np.clip(np.concatenate(parts, 2), 0, 255)
+    return levels
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_every_tiff_is_right_or_refused(bits):
+    tally, top = Tally(), 2**bits - 1
+    ways = itertools.product((False, True), (1, 8, 5, 32773), (False, True), "<>", (False, True))
+    for planar, compression, tile, order, predictor in ways:
+        if predictor and compression in (1, 32773):
+            continue
+        for name, (white, samples, extra) in TIFFS.items():
+            more, palette = [], integers(8, 3, 16).reshape(256, 3)
+            alphas = len(extra) if extra is not None else 1
+            if white == 3 and bits == 16:
+                continue
+            levels = integers(bits, samples + alphas)
+            expected = tiff_colour(white, to_eight(levels[..., :samples], bits), palette)
+            if extra is None or extra and extra[0]:
+                alpha = RNG.integers(0, 2, (SIDE, SIDE, 1))
+                levels[..., samples:] = alpha * top
+                if extra == (1,):
+                    levels *= alpha
+                expected = over_white(expected, alpha)
+            if white == 3:
+                more = [(320, 3, (palette.T * 257).flatten().tolist())]
+            if white == 6:
+                more = [(530, 3, [1, 1])]
+            content = tiff(
+                levels.astype(f"u{bits // 8}"),
+                white,
+                extra or (),
+                order,
+                planar,
+                compression,
+                predictor,
+                tile,
+                more=more,
+            )
+            way = (name, "planes" if planar else "pixels")
+            full = (*way, compression, "tile" if tile else "strip", order, predictor)
+            tally.add(way, content, expected, full, tolerance=3 if white == 6 else 1)
+    assert not tally.wrong, tally.wrong
+    every = 24  # 2 orders of bytes, strips and tiles, 4 compressions of which 2 have predictors
+    for name in ("RGB", "RGBA", "RGB and more", "RGB, premultiplied", "RGBA, undeclared", "CMYK"):
+        for way in ("pixels", "planes"):
+            assert tally.read[name, way] == every, (name, way, tally.refused.get((name, way)))
+    assert tally.read["gray", "pixels"] == tally.read["gray", "planes"] == every
+    if bits == 8:
+        for name in ("inverted gray", "gray and more", "gray and alpha", "gray, premultiplied"):
+            assert tally.read[name, "pixels"] == every
+        assert tally.read["palette", "pixels"] == tally.read["YCbCr", "planes"] == every
+        assert "two planes" in tally.refused["gray and alpha", "planes"]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("white", [0, 1, 3])
+def test_tiffs_of_few_bits(bits, white):
+    backwards = np.array([int(f"{byte:08b}"[::-1], 2) for byte in range(256)], np.uint8)
+    ways = ((1, 1, "<", 0), (1, 1, ">", 1), (1, 2, ">", 0), (1, 2, "<", 1))
+    for compression, fill, order, planar in (*ways, (8, 1, ">", 1), (5, 1, "<", 0)):
+        levels, palette = integers(bits, 1, 24), integers(8, 3, 4).reshape(16, 3)[: 2**bits]
+        rows = [row[1:] for row in np.split(np.frombuffer(png_rows(levels, bits), "u1"), 24)]
+        packed = np.stack(rows)[..., None]
+        more = [(266, 3, [fill])]  # the first pixel in the low or the high bit
+        more += [(320, 3, (palette.T * 257).flatten().tolist())] if white == 3 else []
+        packed = backwards[packed] if fill == 2 else packed
+        content = tiff(packed, white, (), order, bool(planar), compression, bits=bits, more=more)
+        _, found = read(content, 24)
+        expected = tiff_colour(white, to_eight(levels, bits) if white != 3 else levels, palette)
+        assert np.abs(found - expected).max() == 0, (compression, fill, order)
+
+
+def test_a_tiff_that_lies_about_its_tiles():
+    """libtiff would ask for 1 GiB for a picture of 19 pixels a side, and fill it."""
+    content = tiff(integers(8, 3).astype("u1"), tile=True)
+    for number in (322, 323):
+        tag = struct.pack("<HHII", number, 4, 1, 16)
+        assert tag in content
+        content = content.replace(tag, struct.pack("<HHII", number, 4, 1, 2**14))
+    assert "tiles are far larger" in read(content)[0]
+
+
+def test_a_tiff_palette_of_8_bits_is_refused():
+    """Its numbers are to be of 16: Pillow takes the high bytes, which makes a black picture."""
+    more = [(320, 3, integers(8, 3, 16).flatten().tolist())]
+    content = tiff(integers(8, 1).astype("u1"), 3, more=more)
+    assert "palette has 8 bits" in read(content)[0]
+
+
+# ------------------------------------------------------------------ BMP
+
+
+def unmask(pixels, mask):
+    """The bits of `pixels` under `mask`, as 0..255."""
+    low = mask & -mask
+    return np.rint((pixels & mask) // low * 255 / (mask // low)).astype(int)
+
+
+A, R, G, B = 0xFF000000, 0xFF0000, 0xFF00, 0xFF
+MASKS = [  # bits, header, masks, whether it must be read
+    (32, 40, (R, G, B), True),
+    (32, 52, (R, G, B), True),
+    (32, 56, (R, G, B, 0), True),
+    (32, 108, (R, G, B, A), True),
+    (32, 124, (R, G, B, A), True),
+    (32, 124, (B, G, R, A), True),
+    (32, 124, (A, R, G, B), True),
+    (32, 124, (A, R, G, 0), True),
+    (32, 40, (B, G, R), False),
+    (32, 124, (R, B, G, A), False),
+    (32, 124, (0x3FF00000, 0xFFC00, 0x3FF, 0), False),
+    (16, 40, (0xF800, 0x7E0, 0x1F), True),
+    (16, 40, (0x7C00, 0x3E0, 0x1F), True),
+    (16, 124, (0xF800, 0x7E0, 0x1F, 0), True),
+    (16, 124, (0x7C00, 0x3E0, 0x1F, 0x8000), False),
+    (16, 56, (0x7C00, 0x3E0, 0x1F, 0x8000), False),
+    (16, 124, (0xF00, 0xF0, 0xF, 0xF000), False),
+    (16, 40, (0x1F, 0x7E0, 0xF800), False),
+]
+
+
+@pytest.mark.parametrize("bits, header, masks, must", MASKS)
+def test_bmp_with_masks(bits, header, masks, must):
+    for up in (True, False):
+        pixels = integers(bits, 1)[..., 0]
+        raw = bmp_rows(pixels if up else pixels[::-1], bits)
+        content = bmp(raw, SIDE, SIDE if up else -SIDE, bits, masks, (), header, 3)
+        expected = np.stack([unmask(pixels, mask) for mask in masks[:3]], 2)
+        if len(masks) == 4 and masks[3]:
+            expected = over_white(expected, unmask(pixels, masks[3])[..., None] / 255)
+        text, found = read(content)
+        assert found is not None or not must, text
+        assert found is None or np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.parametrize("header", [12, 40, 64, 108, 124])
+@pytest.mark.parametrize("bits", [16, 24, 32])
+def test_bmp_without_masks(bits, header):
+    pixels = integers(bits, 1)[..., 0]  # of 32 bits, the highest 8 are undefined, of 16 one
+    masks = (0x7C00, 0x3E0, 0x1F) if bits == 16 else (R, G, B)
+    expected = np.stack([unmask(pixels, mask) for mask in masks], 2)
+    for up in (True, False) if header > 12 else (True,):
+        raw = bmp_rows(pixels if up else pixels[::-1], bits)
+        _, found = read(bmp(raw, SIDE, SIDE if up else -SIDE, bits, header=header))
+        assert np.abs(found - expected).max() <= 1
+
+
+GRAYS = [(k, k, k) for k in range(256)]
+COLOURS = [tuple(colour) for colour in integers(8, 3, 16).reshape(256, 3).tolist()]
+PALETTES = {
+    "gray": GRAYS,
+    "black and white": [(0, 0, 0), (255, 255, 255)],
+    "white and black": [(255, 255, 255), (0, 0, 0)],
+    "colours": COLOURS,
+    "dark grays": GRAYS[:16],
+    "two colours": COLOURS[:2],
+    "two dark grays": GRAYS[:2],
+}
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("name", PALETTES)
+def test_bmp_with_palettes(bits, name):
+    palette = PALETTES[name][: 2**bits]
+    levels = RNG.integers(0, len(palette), (SIDE, SIDE))
+    expected = np.array(palette)[levels]
+    colours = 0 if len(palette) == 2**bits else len(palette)
+    text, found = read(bmp(bmp_rows(levels, bits), SIDE, SIDE, bits, (), palette, 40, 0, colours))
+    if found is None:
+        assert "gray palette" in text and len(palette) <= 16 and bits > 1
+    else:
+        assert np.array_equal(found, expected)
+    if not colours:
+        _, found = read(bmp(bmp_rows(levels, bits), SIDE, SIDE, bits, (), palette, 12))
+        assert found is None and bits == 4 or np.array_equal(found, expected)
+
+
+def run_lengths(rng, bits):
+    """Random RLE of a SIDE x SIDE picture -> (bytes, what they mean): runs, pixels as they are,
+    jumps, ends of rows, which may leave the rest of a row, or all of it, at 0."""
+    levels, out = np.zeros((SIDE, SIDE), int), b""
+
+    def pack(some):
+        if bits == 4:
+            some = [
+                a * 16 + b for a, b in itertools.zip_longest(some[::2], some[1::2], fillvalue=0)
+            ]
+        return bytes(some)
+
+    for y in range(SIDE):
+        x = 0
+        while x < SIDE:
+            kind, room = rng.integers(0, 20), SIDE - x
+            if kind == 0 and x:  # the rest of the row is skipped
+                break
+            if kind == 1:  # a jump to the right
+                jump = int(rng.integers(0, room))
+                out += bytes([0, 2, jump, 0])
+                x += jump
+            elif kind < 10 and room >= 3:
+                count = int(rng.integers(3, room + 1))
+                some = rng.integers(0, 2**bits, count)
+                levels[y, x : x + count] = some
+                packed = pack(some.tolist())
+                out += bytes([0, count]) + packed + b"\0" * (len(packed) % 2)
+                x += count
+            else:
+                count = int(rng.integers(1, room + 1))
+                pair = rng.integers(0, 2**bits, 2) if bits == 4 else [rng.integers(0, 256)] * 2
+                levels[y, x : x + count] = np.resize(pair, count)
+                out += bytes([count]) + pack([int(p) for p in pair][: 2 if bits == 4 else 1])
+                x += count
+        out += b"\0\0" if y < SIDE - 1 else b"\0\1"
+    return out, levels[::-1]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", PALETTES)
+def test_run_lengths_in_bmp(bits, name):
+    palette = np.array(PALETTES[name])
+    read_any = 0
+    for seed in range(20):
+        raw, levels = run_lengths(np.random.default_rng(seed), bits)
+        levels %= len(palette)
+        table = np.resize(palette, (2**bits, 3))  # so that every level has a colour
+        content = bmp(raw, SIDE, SIDE, bits, (), table.tolist(), 40, 1 if bits == 8 else 2)
+        _, found = read(content)
+        assert found is None or np.array_equal(found, table[levels]), seed
+        read_any += found is not None
+    assert read_any or name in ("gray", "dark grays") and bits == 4
+
+
+# ------------------------------------------------------------------ PNG
+
+KINDS = {0: (1, (1, 2, 4, 8, 16)), 2: (3, (8, 16)), 3: (1, (1, 2, 4, 8)), 4: (2, (8, 16))}
+KINDS[6] = (4, (8, 16))
+
+
+@pytest.mark.parametrize("interlace", [0, 1])
+@pytest.mark.parametrize("clear", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_png_is_right_or_refused(kind, clear, interlace):
+    samples, depths = KINDS[kind]
+    for depth in depths:
+        levels, before = integers(depth, samples), b""
+        expected = to_eight(levels, depth)
+        palette = integers(8, 3, 16).reshape(256, 3)[: 2**depth]
+        if kind == 3:
+            before = chunk(b"PLTE", palette.astype("u1").tobytes())
+            expected = palette[levels[..., 0]]
+            if clear:  # an alpha for some of the palette
+                alphas = RNG.integers(0, 256, max(1, len(palette) // 2))
+                before += chunk(b"tRNS", alphas.astype("u1").tobytes())
+                alphas = np.append(alphas, [255] * (len(palette) - len(alphas)))
+                expected = over_white(expected, alphas[levels] / 255)
+        elif kind in (0, 2) and clear:  # one transparent colour
+            level = levels[3, 5]
+            levels[::2, ::2] = level
+            before = chunk(b"tRNS", level.astype(">u2").tobytes())
+            white = (levels == level).all(2, keepdims=True)
+            expected = np.where(white, 255, to_eight(levels, depth))
+        elif kind in (4, 6):
+            if clear:
+                levels[..., -1] = 0  # but the colours vary
+            colour, alpha = np.split(
+                to_eight(levels, depth) if depth < 16 else levels >> 8, [-1], 2
+            )
+            expected = over_white(colour, alpha / 255)
+        content = png(
+            SIDE, SIDE, depth, kind, png_rows(levels, depth, interlace), before, interlace
+        )
+        text, found = read(content)
+        if found is None:
+            assert clear and (kind in (4, 6) and "alpha is 0" in text or (kind, depth) == (2, 16))
+        else:
+            assert np.abs(found - expected).max() <= 1, depth
+
+
+def big_pngs():
+    """Whole pictures that Pillow refuses for what surrounds them."""
+    good = encode(PICTURE, "PNG")
+    head, rest, end = good[:33], good[33:-12], good[-12:]
+    bomb = zlib.compress(bytes(2**22), 9)
+    texts = {
+        "text": chunk(b"iTXt", b"prompt\0\1\0\0\0" + bomb),
+        "old-text": chunk(b"zTXt", b"parameters\0\0" + bomb),
+        "profile": chunk(b"iCCP", b"p\0\0" + bomb),
+        "many": chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**20), 9)) * 66,
+        "plain": chunk(b"tEXt", b"k\0" + bytes(2**26 + 1)),
+        "broken": chunk(b"gAMA", b"?") + chunk(b"acTL", b"") + chunk(b"iCCP", b"p\0\1"),
+    }
+    for name, text in texts.items():
+        yield f"{name}-before", head + text + rest + end
+        if name not in ("profile", "broken"):
+            yield f"{name}-after", head + rest + text + end
+
+
+@pytest.mark.parametrize("name, content", [pytest.param(*pair, id=pair[0]) for pair in big_pngs()])
+def test_pngs_with_much_text_are_read(name, content):
+    with pytest.raises((ValueError, SyntaxError, OSError, IndexError)):
+        with Image.open(io.BytesIO(content)) as image:  # else this test has no point
+            image.load()
+    tracemalloc.start()
+    _, found = read(content, 16)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(found, PICTURE)
+    assert peak < 2**22  # the text is not unpacked
+
+
+def test_what_turns_a_picture_survives_the_text():
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    code = exif.tobytes()
+    raw = f"\nexif\n{len(code):8}\n{code.hex()}\n".encode()
+    xmp = b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="3"/>'
+    good = encode(PICTURE, "PNG")
+    for kind in (
+        chunk(b"eXIf", code.removeprefix(b"Exif\0\0")),
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw)),
+        chunk(b"tEXt", b"Raw profile type exif\0" + raw),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+    ):
+        for at in (33, len(good) - 12):
+            _, found = read(good[:at] + kind + good[at:], 16)
+            assert np.array_equal(found, PICTURE[::-1, ::-1]), (kind[:20], at)
+
+
+def test_only_pngs_are_made_bare():
+    content = encode(PICTURE, "JPEG")
+    assert bare_png(content) is content
+    whole = encode(PICTURE, "PNG")
+    assert bare_png(whole) == whole
+    for at in (8, 20, 50, len(whole) - 3):  # cut: the rest is for Pillow to judge
+        assert bare_png(whole[:at]) == whole[:at]
+
+
+def test_a_png_that_begins_with_another_chunk_is_named():
+    good = encode(PICTURE, "PNG")
+    text, found = read(good[:8] + chunk(b"CgBI", bytes(4)) + good[8:], 16)
+    assert found is None and "does not begin with its size" in text
+
+
+# ------------------------------------------------------------------ alpha, 12 bits
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_alpha_that_hides_everything(kind):
+    """A white picture, without a word, would be learnt; only one that hides nothing is white."""
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    nothing = np.zeros((16, 16, 1), np.uint8)
+    text, found = read(encode(np.dstack([PICTURE, nothing]), kind, **options), 16)
+    assert found is None and "alpha is 0 everywhere" in text
+    _, found = read(encode(np.dstack([PICTURE * 0, nothing]), kind, **options), 16)
+    assert (found == 255).all()
+
+
+@pytest.mark.parametrize("masks", [(R, G, B, A), (0, 0, 0, 0)])
+def test_a_bmp_whose_alpha_is_unused(masks):
+    pixels = integers(24, 1)[..., 0]
+    _, found = read(bmp(bmp_rows(pixels, 32), SIDE, SIDE, 32, masks, (), 124, 3))
+    assert np.array_equal(found, np.stack([unmask(pixels, mask) for mask in (R, G, B)], 2))
+
+
+def test_an_array_whose_alpha_hides_everything():
+    array = np.dstack([PICTURE, np.zeros((16, 16), np.uint8)])
+    with pytest.raises(ValueError, match="alpha is 0 everywhere"):
+        prepare(Image.fromarray(array), 16, 3)
+
+
+def test_12_bits_in_16_are_counted(tmp_path):
+    twelve = (np.mgrid[:16, :16][1] * 273).astype(np.uint16)  # 0 .. 4095
+    rgb = png_rows(np.repeat(twelve[..., None], 3, 2), 16)
+    files = {
+        "gray.png": encode(twelve, "PNG"),
+        "gray.tif": encode(twelve, "TIFF"),
+        "gray.pgm": b"P5 16 16 65535\n" + twelve.astype(">u2").tobytes(),
+        "colour.png": png(16, 16, 16, 2, rgb),
+        "colour.tif": tiff(np.repeat(twelve[..., None], 3, 2)),
+        "bright.png": encode(twelve * 16, "PNG"),
+        "black.png": encode(twelve * 0, "PNG"),
+        "maximum.pgm": b"P5 16 16 4095\n" + twelve.astype(">u2").tobytes(),
+        "dark-8-bit.png": encode((twelve // 300).astype(np.uint8), "PNG"),
+        "565.bmp": bmp(bmp_rows(np.ones((16, 16), int), 16), 16, 16, 16),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    d = data.load(tmp_path, 16, 3)
+    assert d.summary == (
+        "10 images (2 I, 4 I;16, 1 L, 3 RGB), 16x16 -> 3x16x16, in memory, 5 of them 16-bit and "
+        "nearly black (12-bit values? multiply them by 16)"
+    )
+    (tmp_path / "gray.png").rename(tmp_path / "gray")  # no image any more
+    (tmp_path / "bad.png").write_bytes(b"?")
+    d = data.load(tmp_path, 16, 3, skip_bad=True)
+    assert ", 1 bad skipped, 4 of them 16-bit" in d.summary
+
+
+def test_the_planes_of_a_16_bit_tiff():
+    """As tifffile writes an array of planes: uncompressed; red is the column times 4096."""
+    y, x = np.mgrid[:16, :16]
+    wide = np.stack([x * 4096, y * 4096, (x + y) * 2048], 2).astype(np.uint16)
+    for order in "<>":
+        _, found = read(tiff(wide, order=order, planar=True), 16)
+        assert np.array_equal(found, wide >> 8)
+    assert struct.unpack("<H", tiff(wide)[4:6])  # a TIFF, whatever the order
