@@ -21,6 +21,7 @@ N images, K classes; x float32 (N, 3, H, W) in [-1, 1], gray as three equal chan
 import runtime  # isort: skip  (before torch: it sets OpenMP's spinning)
 
 import argparse
+import shlex
 from pathlib import Path
 
 import torch
@@ -163,8 +164,10 @@ def parse(argv=None):
     add("--seed", type=int, default=0, help="of weights and order (default: 0)")
     add("--out", type=Path, default=Path("classifier.pt2"), help="(default: classifier.pt2)")
     args = parser.parse_args(argv)
-    if args.epochs < 1 or args.seed < 0:
-        raise ValueError("--epochs must be at least 1, and --seed not negative")
+    if args.epochs < 1:
+        raise ValueError(f"--epochs must be at least 1, not {args.epochs}")
+    if not 0 <= args.seed < 2**62:  # as of train.py
+        raise ValueError(f"--seed must not be negative or beyond 2^62, and is {args.seed}")
     if args.out.suffix != ".pt2" or not args.out.resolve().parent.is_dir():
         raise ValueError(f"--out {args.out} must be a .pt2 in a folder that exists")
     return args
@@ -185,8 +188,10 @@ def main(argv=None):
         export(net, args.out, images.shape[-1], args.logits)
         print(f"{len(rest):,} images of {len(names)} classes, {images.shape[-1]} pixels wide; "
               f"{share:.1%} of {held:,} held-out images are named right")
-        what, use = ("classes", "is RUN") if args.logits else ("features", f"fid RUN {args.data}")
-        print(f"{what}: {args.out.resolve()}\nnext: python metrics.py {use} --features {args.out}")
+        what, use = ("classes", ["is", "RUN"]) if args.logits else (
+            "features", ["fid", "RUN", args.data])
+        command = shlex.join(["python", "metrics.py", *use, "--features", str(args.out)])
+        print(f"{what}: {args.out.resolve()}\nnext: {command}")
 
 
 if __name__ == "__main__":

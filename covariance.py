@@ -35,6 +35,7 @@ import runtime  # isort: skip  (before torch: it sets OpenMP's spinning)
 
 import argparse
 import math
+import shlex
 from itertools import pairwise
 
 import numpy as np
@@ -184,8 +185,8 @@ def from_run(denoiser, kind, ddpm, eta=0.0, levels=None):
     s, run = denoiser.settings, denoiser.folder
     if s.get("head") != kind:  # of another kind: put the new one on the same network
         has, base = (f"an {s['head']}", s["from"]) if s.get("head") else ("no second", run)
-        raise ValueError(f"{run} has {has} head: train one with  python train.py --head {kind} "
-                         f"--from {base}")
+        command = shlex.join(["python", "train.py", "--head", kind, "--from", str(base)])
+        raise ValueError(f"--variance {kind}: {run} has {has} head: train one with  {command}")
     return of_head(denoiser, kind, eta, levels)
 
 
@@ -210,9 +211,11 @@ def read_gamma(denoiser):
     """Γ (T+1,) from the run's analytic.npz. FileNotFoundError, ValueError: there is none, or it is
     of other weights than these."""
     path, run = denoiser.folder / "analytic.npz", denoiser.folder
-    command = f"python covariance.py {run}" + " --weights raw" * (denoiser.weights == "raw")
+    raw = ["--weights", "raw"] * (denoiser.weights == "raw")
+    command = shlex.join(["python", "covariance.py", str(run), *raw])
     if not path.is_file():
-        raise FileNotFoundError(f"no Γ for {run}: estimate it first with  {command}")
+        raise FileNotFoundError(f"--variance analytic: no Γ for {run}: estimate it first with  "
+                                f"{command}")
     try:
         with np.load(path, allow_pickle=False) as archive:
             values = torch.from_numpy(archive["gamma"]).double()
@@ -234,9 +237,12 @@ def estimate(run, args, process):
     path = process.first_does(files.find_checkpoint, run)
     denoiser = denoisers.load_run(path, args.weights)
     s, out, name = denoiser.settings, path.parent.resolve() / "analytic.npz", path.parent.name
-    dataset = process.first_then_all(lambda: data.load(
-        args.data or s["data"], s["image_size"], s["channels"], args.seed, skip_bad=True,
-        progress=process.first))
+    try:
+        dataset = process.first_then_all(lambda: data.load(
+            args.data or s["data"], s["image_size"], s["channels"], args.seed, skip_bad=True,
+            progress=process.first))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--data: {error}") from error
     n = min(args.num, len(dataset))
     process.say(f"{name}, step {denoiser.step}, {args.weights} weights: {n} of {dataset.summary}")
     x0 = data.to_float(next(data.batches(dataset, n, 0, args.seed))).to(process.device)
@@ -254,8 +260,9 @@ def estimate(run, args, process):
         files.write_csv(out.with_suffix(".csv"),
                           [dict(t=t, gamma=value) for t, value in enumerate(values.tolist())])
         draw(out.with_suffix(".png"), denoiser, values)
-        print(f"Γ: {out} (.csv and .png beside it)\nnext: python sample.py {path.parent} "
-              "--sampler ddpm --variance analytic --nfe 25")
+        command = shlex.join(["python", "sample.py", str(path.parent), *(
+            "--sampler ddpm --variance analytic --nfe 25".split())])
+        print(f"Γ: {out} (.csv and .png beside it)\nnext: {command}")
 
 
 def draw(path, denoiser, values, points=50):
@@ -309,8 +316,10 @@ def parse(argv=None):
     add("--seed", type=int, default=0, help="of the choice of images and the noise (default: 0)")
     add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last (default: ema)")
     args = parser.parse_args(argv)
-    if min(args.num, args.batch_size) < 1 or args.seed < 0:
-        raise ValueError("--num and --batch-size must be at least 1, --seed not negative")
+    for flag, value, least in (("num", args.num, 1), ("batch-size", args.batch_size, 1),
+                               ("seed", args.seed, 0)):
+        if value < least:
+            raise ValueError(f"--{flag} must be at least {least}, not {value}")
     return args
 
 

@@ -29,6 +29,7 @@ x (B, C, H, W), where data are in [-1, 1]; t in [0, T], a number or (B,); net(x,
 
 import copy
 import functools
+import shlex
 from pathlib import Path
 
 import torch
@@ -172,8 +173,9 @@ def load_run(run, weights="ema"):
     path = files.find_checkpoint(run)
     checkpoint = files.load_checkpoint(path)
     if checkpoint["settings"].get("task") == "autoencoder":
+        command = shlex.join(["python", "train.py", "--latent", path.parent.name])
         raise ValueError(f"{path.parent} is an autoencoder, which draws nothing by itself: train a "
-                         f"model of its latents, python train.py --latent {path.parent.name}")
+                         f"model of its latents, {command}")
     try:
         denoiser = from_settings(checkpoint["settings"],
                                  first_stage=checkpoint.get("extra", {}).get("first_stage"))

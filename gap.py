@@ -59,6 +59,7 @@ import data
 import denoiser as denoisers
 import files
 import samplers
+import sampling
 import schedules
 import sources
 import toy
@@ -171,7 +172,9 @@ def resamples(B, count=500, seed=0):
 
 def measure(denoiser, x0, args, name):
     """One run -> rows of the CSV (dicts, one per t), and the bootstrap values at the end."""
-    noise = samplers.SeededNoise(range(args.seed, args.seed + len(x0)), x0.device)
+    if len(x0) < 2:
+        raise ValueError(f"{args.data or denoiser.settings['data']}: a gap takes at least 2 images")
+    noise = samplers.SeededNoise(samplers.image_seeds(args.seed, range(len(x0))), x0.device)
     start = samplers.start_time(denoiser)
     if (args.steps or 0) > start and not denoiser.schedule.continuous:
         raise ValueError(f"--steps {args.steps}: {name} knows the {start} whole t alone")
@@ -200,7 +203,7 @@ def ideal_set(denoiser, args, name):
     """The whole set that a run was trained on, as what is diffused: float32 (N, *space.shape).
     ValueError: it has no end."""
     s = denoiser.settings
-    source = args.data or sources.here(s["data"], name)
+    source = sources.data_of(args, s, name)
     whole = sources.images_of(source, s["image_size"], s["channels"], args.seed)
     if not isinstance(whole, data.Array):
         raise ValueError(f"--ideal takes a set that fits into memory, not {source}")
@@ -333,19 +336,18 @@ def parse(argv=None):
         "reducible gap (time grows with its number of images)")
     add("--data", help="images to start from (default: the run's own data set)")
     add("--batch-size", type=int, default=64, help="images at a time (default: 64)")
-    add("--seed", type=int, default=0, help="of the choice of images; image i has noise seed + i "
-        "(default: 0)")
+    add("--seed", type=int, default=0, help="of the choice of images and their noises, which "
+        "seeds do not share (default: 0)")
     add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last weights")
     add("--out", type=Path, help="where to draw (default: gap.png); the .csv goes beside it")
     args = parser.parse_args(argv)
     given = {k for k, v in vars(args).items() if v not in (parser.get_default(k), [])}
     if args.illustrate and given - {"illustrate", "out"}:
         raise ValueError("--illustrate measures no run: give only --out with it")
-    if args.num < 2 or args.batch_size < 1 or args.seed < 0 or not 0 <= args.eta <= 1:
-        raise ValueError("--num must be at least 2, --batch-size 1, --seed 0, and --eta between 0 "
-                         "and 1")
-    if args.steps is not None and args.steps < 2:
-        raise ValueError(f"--steps must be at least 2, not {args.steps}")
+    sampling.check_counts(args, num=2, batch_size=1, steps=2)
+    samplers.check_seed(args.seed, args.num)
+    if not 0 <= args.eta <= 1:
+        raise ValueError(f"--eta must be between 0 and 1, not {args.eta}")
     args.out = args.out or Path("illustration.png" if args.illustrate else "gap.png")
     if args.out.suffix != ".png" or not args.out.resolve().parent.is_dir():
         raise ValueError(f"--out {args.out} must be a .png in a folder that exists")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import files
 import losses
+import sampling
 import sources
 from schedules import diffuse
 
@@ -49,8 +50,8 @@ def slopes(denoiser, x0, ts, dt=1, seed=0, batch_size=64, label=None):
         raise ValueError(f"dt must be above 0, and t from 0 to T - dt = {T - dt:g}")
     last = torch.tensor([max(ts) + dt, max(ts)], dtype=torch.float64).to(x0.dtype).double()
     if abs((last[0] - last[1]).item() / dt - 1) > 0.02:  # the network is told t in x's precision
-        raise ValueError(f"dt = {dt:g} is lost in the rounding of t = {max(ts):g}: use a larger "
-                         "--dt or a smaller --max-t")
+        raise ValueError(f"--dt {dt:g} is lost in the rounding of t = {max(ts):g}: use a larger "
+                         "one or a smaller --max-t")
 
     def answers(x0, eps, z, t):
         # Two calls also where f(t) = f(t'): the 0 is measured, not assumed. Of one shape, which is
@@ -122,11 +123,17 @@ def parse(argv=None):
     add("--out", type=Path, help="the picture; .csv beside it (default: lipschitz or perturb.png)")
     args = parser.parse_args(argv)
     unused = ("dt", "max_t") if args.perturb else ("t", "scales")
-    if any(getattr(args, flag) != parser.get_default(flag) for flag in unused):
-        raise ValueError("--t and --scales go with --perturb; --dt and --max-t without")
-    if min(args.num, args.batch_size) < 1 or min(args.seed, args.max_t) < 0 or not args.dt > 0:
-        raise ValueError("--num, --batch-size and --dt must be above 0, --seed and --max-t not "
-                         "negative")
+    for flag in unused:
+        if getattr(args, flag) != parser.get_default(flag):
+            raise ValueError(f"{sampling.flag(flag)} goes "
+                             + ("without --perturb" if args.perturb else "with --perturb"))
+    sampling.check_counts(args, num=1, batch_size=1, seed=0)
+    if not 0 < args.dt < np.inf:
+        raise ValueError(f"--dt must be above 0, and a number: not {args.dt}")
+    if not args.max_t >= 0:
+        raise ValueError(f"--max-t must not be negative, and a number: not {args.max_t}")
+    if not all(0 <= scale < np.inf for scale in args.scales):
+        raise ValueError(f"--scales must not be negative, and numbers: not {args.scales}")
     args.out = args.out or Path("perturb.png" if args.perturb else "lipschitz.png")
     if args.out.suffix != ".png" or not args.out.resolve().parent.is_dir():
         raise ValueError(f"--out {args.out} must be a .png in a folder that exists")
@@ -136,9 +143,13 @@ def parse(argv=None):
 def measure(args, name, d, x0):
     """One run -> t or scales (m,), numbers (m, N), edges of sub-intervals in t, words about it."""
     s, dt, how = d.settings, args.dt, (args.seed, args.batch_size, name)
-    if (args.t if args.perturb else dt) % 1 and not s["continuous"]:
-        raise ValueError(f"{name} knows whole t only: a fraction needs --continuous runs")
+    flag = "t" if args.perturb else "dt"
+    if getattr(args, flag) % 1 and not s["continuous"]:
+        raise ValueError(f"--{flag} {getattr(args, flag):g}: {name} knows whole t only, a fraction "
+                         "needs --continuous runs")
     if args.perturb:
+        if not 0 < args.t < d.schedule.T:
+            raise ValueError(f"--t must be above 0 and below {d.schedule.T}, not {args.t:g}")
         k = displacements(d, x0, args.scales, args.t, *how).numpy()
         return args.scales, k, [], map("{:g}: {:.3g}".format, args.scales, k.mean(1))
     edges = np.linspace(0, s["etsdm_interval"], s["etsdm_n"] + 1) if s["etsdm"] else np.zeros(0)

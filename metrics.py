@@ -41,6 +41,7 @@ from tqdm import tqdm
 import data
 import files
 import inception
+import samplers
 import sampling
 from sources import (Generated, Reconstructed, find_autoencoder, open_all, own_data,
                      read_statistics)
@@ -276,6 +277,8 @@ def statistics(side, net, about, args, process, name):
                              f"{theirs[:12]}), and this is {about['network']} "
                              f"({about['sha256'][:12]}): they do not compare")
         return side
+    if side.n < 2:
+        raise ValueError(f"{name}: a covariance takes at least 2 images, not {side.n}")
     moments = None
     for _, images in batches(side, args, process, name):
         features = net(images)[0]
@@ -311,7 +314,10 @@ def fid(sources, sides, args, process):
         net, about = open_features(args, process)
     both = [statistics(side, net, about, args, process, name)
             for side, name in zip(sides, sources, strict=True)]
-    value = process.first_does(distance, *both)
+    try:
+        value = process.first_does(distance, *both)
+    except ValueError as error:
+        raise ValueError(f"{' and '.join(map(str, sources))}: {error}") from error
     features = len(both[0]["mu"])
     counts = [int(s["n"]) if "n" in s else None for s in both]
     warnings = other_weights(about) + rounded([s.get("precision", "fp32") for s in both])
@@ -333,7 +339,8 @@ def fid(sources, sides, args, process):
 def score(sources, sides, args, process):
     """The Inception Score of one side -> what is to be reported."""
     if sides[0].n < 10:
-        raise ValueError(f"the Inception Score takes at least 10 images, not {sides[0].n}")
+        raise ValueError(f"{sources[0]}: the Inception Score takes at least 10 images, not "
+                         f"{sides[0].n}")
     net, about = open_features(args, process)
     mine = [(indices, net(images)[1].cpu())
             for indices, images in batches(sides[0], args, process, sources[0])]
@@ -342,7 +349,10 @@ def score(sources, sides, args, process):
     if process.first:  # back into the order of the images: the split must not depend on processes
         order = [i for part in parts for indices, _ in part for i in indices]
         logits = torch.cat([rows for part in parts for _, rows in part])
-        value = inception_score(logits[torch.tensor(order).argsort()])
+        try:
+            value = inception_score(logits[torch.tensor(order).argsort()])
+        except ValueError as error:
+            raise ValueError(f"{sources[0]}: {error}") from error
     mean, std = process.share(value)
     warnings = other_weights(about) + rounded([about["precision"]])
     if sides[0].n < FEW:
@@ -355,13 +365,17 @@ def score(sources, sides, args, process):
 def compare(sources, sides, args, process):
     """The mean PSNR of pairs -> what is to be reported."""
     a, b = sides
-    if isinstance(a, Generated) or isinstance(b, Generated):
-        raise ValueError("psnr compares pairs, and a generated image has no partner: give two sets")
+    for source, side in zip(sources, sides, strict=True):
+        if isinstance(side, Generated):
+            raise ValueError(f"{source} is a run, whose images have no partners: psnr compares two "
+                             "sets")
     if a.n != b.n:
-        raise ValueError(f"psnr compares pairs, and there are {a.n:,} images and {b.n:,}")
-    for one, two in zip(a.paths, b.paths, strict=False):
-        if Path(one).stem != Path(two).stem:
-            raise ValueError(f"psnr pairs files by name: {one} stands beside {two}")
+        raise ValueError(f"{sources[0]} and {sources[1]}: psnr compares pairs, and there are "
+                         f"{a.n:,} images and {b.n:,}")
+    for i, (one, two) in enumerate(zip(a.names, b.names, strict=False)):
+        if one != two:
+            raise ValueError(f"{a.paths[i]} and {b.paths[i]} are no pair: psnr pairs files by "
+                             "folder and name")
     total = equal = 0.0
     for indices, images in batches(a, args, process, "psnr"):
         images = images[:, :a.shape[0]].cpu()  # gray as gray, which has the same mean square
@@ -419,12 +433,12 @@ def print_report(r):
 
 def save_statistics(sources, sides, args, process):
     """stats A OUT.npz: μ and Σ in pytorch-fid's form, and what they are of."""
-    if args.out.exists() and read_statistics(args.out) is None:
+    if args.out.exists() and (args.out.suffix != ".npz" or read_statistics(args.out) is None):
         raise ValueError(f"{args.out} exists and holds no statistics: give another name")
     if args.out.suffix != ".npz":
-        raise ValueError(f"statistics go to a file named .npz, not {args.out}")
+        raise ValueError(f"{args.out}: statistics go to a file named .npz")
     if not args.out.resolve().parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {args.out.resolve().parent}")
+        raise FileNotFoundError(f"{args.out}: no such folder: {args.out.resolve().parent}")
     net, about = open_features(args, process)
     found = statistics(sides[0], net, about, args, process, sources[0])
 
@@ -454,7 +468,7 @@ def parse(argv=None):
       statistics of a set once, used many times (in pytorch-fid's form)
   python metrics.py is samples/
   python metrics.py psnr enlarged/ originals/
-      pairs of images, matched by file name
+      pairs of images, matched by folder and file name
   python metrics.py psnr fashion-autoencoder test-images/ --image-size 32 --channels 1
       images that an autoencoder has not seen, against what it makes of them
   python metrics.py fid my-run --features classifier.pt2
@@ -481,7 +495,8 @@ def parse(argv=None):
     add("--skip-bad-images", action="store_true", help="go on without files that cannot be read")
     add("--batch-size", type=int, default=64, help="images at a time, per process (default: 64)")
     sampling.add_flags(parser.add_argument_group("sampling, for a run"))
-    parser.add_argument("--seed", type=int, default=0, help="image i has seed + i (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="image i of a run is a function "
+                        "of (seed, i): seeds share no image (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     args = parser.parse_intermixed_args(argv)  # flags between A and B too
     sampling.check_flags(args)
@@ -490,18 +505,19 @@ def parse(argv=None):
     if len(args.images) not in wanted:
         raise ValueError(f"{args.metric} takes {words}, not {len(args.images)} names: "
                          + " ".join(args.images))
-    if args.metric == "psnr" and (args.features or args.inception):
-        raise ValueError("psnr compares pixels: it takes no --features and no --inception")
+    for flag in ("features", "inception"):
+        if args.metric == "psnr" and getattr(args, flag):
+            raise ValueError(f"--{flag} has no use: psnr compares pixels")
     if args.features and args.inception:
         raise ValueError("--features replaces Inception: give it or --inception, not both")
-    for path in filter(None, (args.features, args.inception)):
-        if not path.is_file():
-            raise FileNotFoundError(f"no such file: {path}")
+    for flag in ("features", "inception"):
+        if (path := getattr(args, flag)) and not path.is_file():
+            raise FileNotFoundError(f"--{flag}: no such file: {path}")
     args.out = Path(args.images.pop()) if args.metric == "stats" else None
-    if args.batch_size < 1 or args.num is not None and args.num < 1:
-        raise ValueError("--num and --batch-size must be at least 1")
-    if not 0 <= args.seed < 2**62:
-        raise ValueError(f"--seed must not be negative or beyond 2^62, and is {args.seed}")
+    sampling.check_counts(args, num=1, batch_size=1, image_size=1)
+    samplers.check_seed(args.seed, args.num)
+    if args.image_size and args.image_size > data.LARGEST_SIDE:
+        raise ValueError(f"--image-size must be at most {data.LARGEST_SIDE}, not {args.image_size}")
     return args
 
 

@@ -7,9 +7,9 @@ r"""Make pictures with a trained run.
     python sample.py --guided-diffusion lsun_bedroom.pt --preset adm256
 
 Everything about the model (size, schedule, prediction, time condition) comes from the checkpoint.
-Image i starts from the noise of seed + i, and draws its fresh noise from the same generator: it is
-the same picture (within one grey level) whatever the batch size and the number of processes. What
-a stopped call has left is not made again: the same command goes on.
+Image i is a function of (seed, i): its first noise and its fresh noise come from one generator. It
+is the same picture (within one grey level) whatever the batch size and the number of processes, and
+seeds share no image. What a stopped call has left is not made again: the same command goes on.
 
 What this file does not do: the samplers' formulas (samplers.py), or scoring images.
 
@@ -19,9 +19,12 @@ C, H, W as the run was trained; pixels are written as uint8 = round((x + 1) 127.
 import runtime  # isort: skip  (before torch: it sets OpenMP's spinning)
 
 import argparse
+import contextlib
 import hashlib
 import json
 import re
+import shlex
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +72,14 @@ def parse(argv=None):
     add("-n", "--num", type=int, help="number of images; under torchrun write -n (default: 64; all "
         "of --low-res)")
     add("--batch-size", type=int, default=64, help="images at a time, per process (default: 64)")
-    add("--seed", type=int, default=0, help="image i has seed + i (default: 0)")
+    add("--seed", type=int, default=0, help="image i is a function of (seed, i): seeds share no "
+        "image (default: 0)")
     add("--out", type=Path, help="folder to write to (default: generated/SAMPLER-NFE in the run)")
-    add("--npz", action="store_true", help="write images.npz (N, H, W, C) instead of PNGs")
+    add("--npz", action="store_true", help="write images.npz, arr_0 (N, H, W, C), instead of PNGs: "
+        "what ADM's evaluator reads")
     add("--low-res", metavar="IMAGES", help="super-resolution: what to enlarge, a file, folder, "
-        "zip or array; images of another size than the run's small ones are shrunk to it first")
+        "zip or array: images of the run's small size, or originals of its full size or more, "
+        "which are cropped and shrunk first")
     add("--guided-diffusion", type=Path, metavar="FILE", help="weights of OpenAI's program, "
         "instead of a run")
     add("--preset", choices=list(unet.PRESETS), help="... and their size")
@@ -90,10 +96,8 @@ def parse(argv=None):
     if args.guided_diffusion and (args.weights == "raw" or args.variance in covariance.KINDS):
         raise ValueError("--guided-diffusion has one set of weights, no Γ and no second head: "
                          "leave out --weights and --variance")
-    if args.num is not None and args.num < 1 or args.batch_size < 1:
-        raise ValueError("--num and --batch-size must be at least 1")
-    if not 0 <= args.seed < 2**62:
-        raise ValueError(f"--seed must not be negative or beyond 2^62, and is {args.seed}")
+    sampling.check_counts(args, num=1, batch_size=1)
+    samplers.check_seed(args.seed, args.num)
     if args.run == "":
         raise ValueError("RUN is empty: leave it out for the newest run")
     return args
@@ -116,6 +120,8 @@ def how_made(args, denoiser, arguments, known):
     """All that the pictures depend on, as plain values: the settings.json beside them."""
     made = dict(source=denoiser.source, step=denoiser.step, weights=denoiser.weights,
                 digest=denoiser.digest, seed=args.seed, **{**arguments, "variance": args.variance})
+    if args.seed:  # earlier versions had seed + i: those pictures are others
+        made["generator_seeds"] = "seed * 2^20 + i"
     if args.precision != "fp32":
         made["precision"] = args.precision
     if args.variance == "analytic":  # estimated anew, it is another
@@ -140,8 +146,8 @@ def refuse_foreign(out, known):
                          "give an empty or new folder with --out")
     for folder in beside(out, known):  # what is in them is replaced: it must be ours
         if folder.exists() and any(folder.iterdir()) and not (folder / "settings.json").exists():
-            raise ValueError(f"what the pictures are compared with goes to {folder}, which holds "
-                             "something else: give another --out")
+            raise ValueError(f"{folder} holds something else, and what the pictures are compared "
+                             "with goes there: give another --out")
 
 
 def prepare_folder(args, process, denoiser, arguments, known):
@@ -193,26 +199,55 @@ def open_denoiser(args):
     return denoiser, f"run: {path.parent}, step {denoiser.step}, {args.weights} weights"
 
 
+def sizes_of(images, source):
+    """{(width, height)} of a loaded data set as it is on the disk."""
+    if len(images) >= data.ENDLESS:  # drawn at any size
+        return {tuple(images[0].shape[:0:-1])}
+    if not (paths := getattr(images, "paths", [])):  # an array has one size, which its summary has
+        return {tuple(map(int, re.search(r"(\d+)x(\d+) -> ", images.summary).groups()))}
+    with contextlib.ExitStack() as stack:
+        find = open
+        if zipfile.is_zipfile(source):
+            find = stack.enter_context(zipfile.ZipFile(source)).open
+        sizes = set()
+        for path in paths:  # the header alone is read
+            with find(path, *["rb"] * (find is open)) as file, Image.open(
+                    file, formats=data.FORMATS) as image:
+                sizes.add(image.size)
+        return sizes
+
+
 class Known:
     """The images of --low-res, as a super-resolution run is given them.
 
-    Small ones are taken as they are. Any others stand for the originals: they are brought to the
-    run's size and shrunk as in training, and the result can be compared with them.
+    Those of its small size are taken as they are. Those of its full size or more are originals:
+    they are cropped to the full size and shrunk as in training, and the result can be compared with
+    them. ValueError, OSError: anything else.
     """
 
     def __init__(self, source, denoiser):
         s, self.space = denoiser.settings, denoiser.space
-        small = s["image_size"] // s["factor"]
+        full, small, self.notes = s["image_size"], s["image_size"] // s["factor"], []
         try:
             self.set = data.load(source, None, s["channels"])
-        except ValueError:  # no squares of one size
+        except (ValueError, FileNotFoundError):  # not of one size, or bad: the next load names it
             self.set = None
         self.shrunk = self.set is None or self.set[0].shape[-1] != small
         if self.shrunk:
             try:
-                self.set = data.load(source, s["image_size"], s["channels"])
-            except ValueError as error:  # its advice is train.py's
-                raise ValueError(str(error).split("; --skip-bad-images")[0]) from error
+                self.set = data.load(source, full, s["channels"])
+            except (ValueError, FileNotFoundError) as error:  # its advice is train.py's
+                words = str(error).split("; --skip-bad-images")[0]
+                raise ValueError(f"--low-res: {words}") from error
+            sizes = sizes_of(self.set, source)
+            least = min(sizes, key=min)
+            if min(least) < full:
+                raise ValueError("--low-res {} has images of {}x{}: give {}x{}, this run's small "
+                                 "size, or originals of at least {}x{}".format(
+                                     source, *least, small, small, full, full))
+            if sizes != {(full, full)}:
+                self.notes = [f"images of other sizes than {full}x{full} are resized and cropped "
+                              "to it: the originals to compare with are the crops"]
         self.summary = self.set.summary + f", shrunk to {small}x{small}" * self.shrunk
 
     def given(self, indices, device="cpu"):
@@ -249,7 +284,10 @@ def main(argv=None):
             n = len(known.set)
             args.num = min(args.num or (64 if n >= data.ENDLESS else n), n)
             process.say(f"to be enlarged: {args.num} of {known.summary}")
+            for note in known.notes:
+                process.say(f"note: {note}")
         args.num = args.num or 64
+        samplers.check_seed(args.seed, args.num)  # all of --low-res may be more than a seed has
         out = process.first_does(prepare_folder, args, process, denoiser, arguments, known)
         generate(args, process, denoiser, arguments, out, known)
         process.barrier()
@@ -271,11 +309,12 @@ def generate(args, process, denoiser, arguments, out, known):
     for start in range(0, len(todo), args.batch_size):
         batch = todo[start:start + args.batch_size]
         given = known and known.given(batch, process.device)
-        x = samplers.from_seeds(denoiser.but(given=given), [args.seed + i for i in batch],
-                                space.shape, process.device, **arguments)
+        seeds = samplers.image_seeds(args.seed, batch)
+        x = samplers.from_seeds(denoiser.but(given=given), seeds, space.shape, process.device,
+                                **arguments)
         pixels = data.to_uint8(space.decode(x)).permute(0, 2, 3, 1).cpu().numpy()  # (b, H, W, C)
         if args.npz:
-            write_npz(out / f"part-{batch[0]:06d}.npz", images=pixels, indices=batch)
+            write_npz(out / f"part-{batch[0]:06d}.npz", arr_0=pixels, indices=batch)
         else:
             for i, image in zip(batch, pixels, strict=True):
                 write_png(png_path(out, i), Image.fromarray(image.squeeze()))
@@ -307,7 +346,8 @@ def read_parts(out):
         if path.exists():
             try:
                 with np.load(path, allow_pickle=False) as archive:
-                    images = archive["images"]
+                    # earlier versions called it images
+                    images = archive["arr_0" if "arr_0" in archive else "images"]
                     indices = archive["indices"] if "indices" in archive else range(len(images))
             except Exception as error:  # of zip, zlib, NumPy
                 raise ValueError(f"{path} is damaged: delete it, and the same command makes its "
@@ -322,6 +362,12 @@ def on_disk(args, out):
     return {i for i in range(args.num) if png_path(out, i).exists()}
 
 
+def missing(out, gone, num):
+    """The refusal of a folder that lacks some of the images."""
+    return (f"{out} lacks {gone} of {num} images: do all machines share that folder? The same "
+            "command makes what is missing")
+
+
 def put_together(args, out):
     """The parts -> images.npz; the array, uint8 (num, H, W, C). A longer one stays as long."""
     found = {}
@@ -329,10 +375,9 @@ def put_together(args, out):
         found.update(zip(map(int, indices), images, strict=True))
     whole = next(i for i in range(len(found) + 1) if i not in found)  # images 0 .. whole - 1
     if whole < args.num:
-        raise ValueError(f"{args.num - len(found)} of {args.num} images are not in {out}: do all "
-                         "machines share that folder? The same command makes what is missing")
+        raise ValueError(missing(out, args.num - len(found), args.num))
     pixels = np.stack([found[i] for i in range(whole)])
-    write_npz(out / "images.npz", images=pixels)
+    write_npz(out / "images.npz", arr_0=pixels)  # the name that ADM's evaluator knows
     for part in out.glob("part-*.npz"):
         part.unlink()
     return pixels
@@ -367,9 +412,8 @@ def finish(args, process, out, known):
     first = min(args.num, 64)
     if args.npz:
         pixels = put_together(args, out)
-    elif missing := args.num - len(on_disk(args, out)):
-        raise ValueError(f"{missing} of {args.num} images are not in {out}: do all machines share "
-                         "that folder? The same command makes what is missing")
+    elif gone := args.num - len(on_disk(args, out)):
+        raise ValueError(missing(out, gone, args.num))
     else:
         pixels = np.stack([np.asarray(Image.open(png_path(out, i))) for i in range(first)])
         pixels = pixels.reshape(*pixels.shape[:3], -1)
@@ -394,7 +438,8 @@ def finish(args, process, out, known):
         folders = beside(out, known)
         print("for comparison: " + ", ".join(map(str, folders)))
         if known.shrunk:
-            print(f"next: python metrics.py psnr {out} {folders[-1]}")
+            command = ["python", "metrics.py", "psnr", str(out), str(folders[-1])]
+            print(f"next: {shlex.join(command)}")
 
 
 if __name__ == "__main__":

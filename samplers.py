@@ -350,6 +350,28 @@ def stir(schedule, x, t, gamma, within, scale, noise):
 
 # ------------------------------------------------------------------ starting
 
+# torch's generator on the CPU reads 32 bits of its seed, and no more: (1 << 32) + i is i to it.
+SEEDS, IMAGES = 2**12, 2**20
+
+
+def check_seed(seed, num=None):
+    """ValueError for a --seed, or a --num of its images, that would share images with another."""
+    if not 0 <= seed < SEEDS:
+        raise ValueError(f"--seed must be from 0 to {SEEDS - 1}, not {seed}")
+    if (num or 0) > IMAGES:
+        raise ValueError(f"--num must be at most {IMAGES}, not {num}: a seed has no more images, "
+                         "take the others from the next")
+
+
+def image_seeds(seed, images):
+    """The seed of each image's generator: image i is a function of (seed, i).
+
+    Each seed has its own IMAGES. With seed + i, seeds 0 and 1 would have all images but one in
+    common.
+    """
+    return [seed * IMAGES + i for i in images]
+
+
 class SeededNoise:
     """noise(shape) that depends, for each image, on its own seed alone: one generator per image.
 

@@ -65,16 +65,36 @@ def check_flags(args):
     if args.variance in covariance.KINDS and args.sampler not in ("ddpm", "ddim"):
         raise ValueError(f"--variance {args.variance} belongs to ddpm and ddim, not to "
                          f"{args.sampler}")
+    check_counts(args, nfe=1)
     if args.nfe > MOST:
         raise ValueError(f"--nfe {args.nfe} is more than {MOST:,}: DDPM has 1,000 steps")
+    if args.eta is not None and not 0 <= args.eta <= 1:
+        raise ValueError(f"--eta must be between 0 (DDIM) and 1 (DDPM), not {args.eta}")
     churned = [k for k in ("churn", "churn_min", "churn_max", "churn_noise")
                if getattr(args, k) is not None]
     if churned and args.sampler != "heun":
-        raise ValueError(f"--{churned[0].replace('_', '-')} belongs to heun, not to {args.sampler}")
+        raise ValueError(f"{flag(churned[0])} belongs to heun, not to {args.sampler}")
     if churned and not args.churn:
-        raise ValueError(f"--{churned[-1].replace('_', '-')} has no use without --churn above 0")
-    samplers.check(args.sampler, args.nfe, args.eta or 0.0, args.order or 3,
-                   None if args.variance in covariance.KINDS else args.variance, **churn_of(args))
+        raise ValueError(f"{flag(churned[-1])} has no use without --churn above 0")
+    for name in churned:
+        if not 0 <= (value := getattr(args, name)) or value == math.inf and name != "churn_max":
+            raise ValueError(f"{flag(name)} must not be negative, and a number: not {value}")
+    if (args.churn_min or 0) > (math.inf if args.churn_max is None else args.churn_max):
+        raise ValueError(f"--churn-min {args.churn_min} must not be above --churn-max "
+                         f"{args.churn_max}")
+
+
+def flag(name):
+    """churn_min -> --churn-min."""
+    return "--" + name.replace("_", "-")
+
+
+def check_counts(args, **least):
+    """ValueError for a whole number of these flags that is less than its least."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"{flag(name)} must be at least {low}, not {value}")
 
 
 def churn_of(args):

@@ -18,8 +18,10 @@ C channels, H = W the side in pixels; images uint8 (b, C, H, W).
 
 import argparse
 import os
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,7 +39,7 @@ SETS = ("shapes", "cifar10")  # names that data.load knows
 
 
 class Generated:
-    """Images of a run, made when asked for: image i is what sample.py makes of seed + i."""
+    """Images of a run, made when asked for: image i is sample.py's of (seed, i)."""
 
     def __init__(self, run, args, device):
         path = files.find_checkpoint(run)
@@ -45,7 +47,7 @@ class Generated:
         self.denoiser.net = runtime.for_inference(self.denoiser.net, device, args.precision,
                                                   args.compile)
         self.settings = self.denoiser.settings
-        self.n, self.seed, self.paths = args.num or NUM, args.seed, []
+        self.n, self.seed = args.num or NUM, args.seed
         self.shape = (self.settings["channels"], *[self.settings["image_size"]] * 2)
         refuse_given(self.denoiser, path.parent.name)
         self.arguments = sampling.from_flags(args, self.denoiser)
@@ -58,11 +60,11 @@ class Generated:
         start = self.arguments["t_start"]  # below T for ε-prediction where ᾱ(T) = 0
         how += f", from t = {start}" if start < self.settings["T"] else ""
         self.summary = (f"{self.n:,} images by {path.parent.name} at step {self.denoiser.step}, "
-                        f"{args.weights} weights, seeds from {args.seed}, {how}")
+                        f"{args.weights} weights, seed {args.seed}, {how}")
 
     def batch(self, indices):
         """-> uint8 (b, C, H, W): quantized, as files are."""
-        seeds, space = [self.seed + i for i in indices], self.denoiser.space
+        seeds, space = samplers.image_seeds(self.seed, indices), self.denoiser.space
         x = samplers.from_seeds(self.denoiser, seeds, space.shape, self.device, **self.arguments)
         return data.to_uint8(space.decode(x))
 
@@ -76,6 +78,7 @@ class Stored:
         endless = len(self.set) >= data.ENDLESS
         self.n = (args.num or NUM) if endless else len(self.set)
         self.paths, self.summary = getattr(self.set, "paths", []), self.set.summary
+        self.names = [name_of(path, source) for path in self.paths]
         self.shape = tuple(self.set[0].shape)
 
     def batch(self, indices):
@@ -84,6 +87,15 @@ class Stored:
             return self.set.images[indices]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding takes time
             return torch.stack(list(pool.map(self.set.__getitem__, indices)))
+
+
+def name_of(path, source):
+    """What a file of `source`, a folder, zip or image, is paired by: cat/1.png -> cat/1."""
+    if os.path.isdir(source):
+        path = os.path.relpath(path, source)
+    elif path == source:  # an image by itself
+        path = os.path.basename(path)
+    return Path(path).with_suffix("").as_posix()
 
 
 class Reconstructed:
@@ -100,7 +112,7 @@ class Reconstructed:
         files.load_weights(self.net, checkpoint[args.weights], path)
         self.net.to(device).eval()
         self.side, self.device = side, device
-        self.n, self.shape, self.paths = side.n, side.shape, []
+        self.n, self.shape, self.names = side.n, side.shape, []
         self.summary = (f"reconstructions by {path.parent.name} at step {checkpoint['step']}, from "
                         + "x".join(map(str, self.net.latent_shape)) + " latents")
 
@@ -120,7 +132,8 @@ def find_autoencoder(source):
 
 def read_statistics(source):
     """What an .npz of statistics holds, as a dict: mu, sigma and, if metrics.py wrote it, n,
-    network, sha256 and size. None for anything else."""
+    network, sha256 and size. None for anything else. ValueError: they are in a pickle."""
+    refuse_pickle(str(source))
     if not str(source).endswith(".npz") or not os.path.isfile(source):
         return None
     try:
@@ -137,6 +150,22 @@ def read_statistics(source):
         raise ValueError(f"{source}: mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} "
                          f"{sigma.shape} are no mean (D,) and covariance (D, D)")
     return found
+
+
+def refuse_pickle(source):
+    """ValueError for statistics as SA-DPM (.npy) and EDM2 (.pkl) have them: dicts in a pickle."""
+    if not source.endswith((".npy", ".pkl")) or not os.path.isfile(source):
+        return
+    with open(source, "rb") as file:
+        if source.endswith(".npy") and b"'descr': '|O'" not in file.read(128):
+            return  # an array of numbers
+    found = ("np.load(a, allow_pickle=True).item()" if source.endswith(".npy") else
+             "pickle.load(open(a, 'rb'))['fid']")
+    program = (f"import pickle, sys, numpy as np; a, b = sys.argv[1:]; s = {found}; "
+               "np.savez(b, mu=s['mu'], sigma=s['sigma'])")
+    command = shlex.join(["python", "-c", program, source, source[:-4] + ".npz"])
+    raise ValueError(f"{source} is a pickle, and opening one can run a program. If you trust it, "
+                     f"convert it to an .npz with mu and sigma:  {command}")
 
 
 def find_run(source):
@@ -171,18 +200,19 @@ def open_all(sources, args, process, may_be_statistics=False):
     size, channels = args.image_size, args.channels
     if made:
         if len(set(made)) > 1:
-            raise ValueError("runs of different shapes do not compare: "
+            raise ValueError(f"{' and '.join(sources)}: runs of different shapes do not compare: "
                              + " and ".join("x".join(map(str, shape)) for shape in made))
         if size not in (None, made[0][1]) or channels not in (None, made[0][0]):
-            raise ValueError("the run's images are {}x{}x{}: leave out --image-size and "
-                             "--channels".format(*made[0]))
+            given = "--channels" if size in (None, made[0][1]) else "--image-size"
+            raise ValueError("{}: leave it out, the run's images are {}x{}x{}".format(
+                given, *made[0]))
         channels, size, _ = made[0]
 
     sides = [side or Stored(source, size, channels, args, process.first)
              for source, side in zip(sources, sides, strict=True)]
     shapes = {side.shape for side in sides if not isinstance(side, dict)}
     if len(shapes) > 1:
-        raise ValueError("images of different shapes do not compare ("
+        raise ValueError(f"{' and '.join(sources)}: images of different shapes do not compare ("
                          + " and ".join("x".join(map(str, s)) for s in sorted(shapes))
                          + "): give --image-size, or --channels")
     return sides
@@ -197,8 +227,7 @@ def refuse_unused(args, made, stored):
         unused = [k for k in unused if k not in ("precision", "compile", "deterministic")]
     unused += ["seed"] * bool(args.seed)
     if not made and unused:
-        flag = unused[0].replace("_", "-")
-        raise ValueError(f"--{flag} is for sampling a run, and there is none")
+        raise ValueError(f"{sampling.flag(unused[0])} is for sampling a run, and there is none")
     if args.skip_bad_images and all(source in SETS for source in stored):
         raise ValueError("--skip-bad-images is for folders and zips of images, and there is none")
     if args.num and not made and "shapes" not in stored:
@@ -238,8 +267,7 @@ def opened(args, device):
         names.add(name)
         s = denoiser.settings
         refuse_given(denoiser, name)
-        dataset = images_of(args.data or here(s["data"], name), s["image_size"], s["channels"],
-                            args.seed)
+        dataset = images_of(data_of(args, s, name), s["image_size"], s["channels"], args.seed)
         num = min(args.num, len(dataset))
         x0 = data.to_float(next(data.batches(dataset, num, 0, args.seed)))
         print(f"{name}: {num} of {dataset.summary}", flush=True)
@@ -256,15 +284,28 @@ def labelled(run):
 def refuse_given(denoiser, name):
     """ValueError for a run that cannot draw without being given a small image."""
     if denoiser.settings.get("task") == "sr":
-        raise ValueError(f"{name} enlarges images: python sample.py {name} --low-res IMAGES writes "
-                         "what it makes of them, which psnr and fid take as a folder")
+        command = shlex.join(["python", "sample.py", name, "--low-res", "IMAGES"])
+        raise ValueError(f"{name} enlarges images: {command} writes what it makes of them, which "
+                         "psnr and fid take as a folder")
+
+
+def data_of(args, settings, run):
+    """--data, or the set that a run was trained on. FileNotFoundError: there is no such set."""
+    if args.data and not there(args.data):
+        raise FileNotFoundError(f"--data: no such file or folder: {args.data}")
+    return args.data or here(settings["data"], run)
+
+
+def there(source):
+    """Is there such a set: a built-in one, a file, a folder or FILE.npz:KEY?"""
+    path = source.replace(".npz:", ".npz\0").split("\0")[0]
+    return source in SETS or os.path.exists(source) or os.path.exists(path)
 
 
 def here(source, run):
     """`source`, the set that a run says it was trained on, if it is to be found from here; else
     FileNotFoundError."""
-    path = source.replace(".npz:", ".npz\0").split("\0")[0]  # FILE.npz:KEY
-    if source not in SETS and not os.path.exists(path):
+    if not there(source):
         raise FileNotFoundError(f"{run} was trained on {source}, which is not to be found from "
                                 "this folder: say where the images are (--data; for fid, as B)")
     return source

@@ -21,6 +21,8 @@ What this file does not do: step, save, or know of processes and precision (trai
 s the settings of the run; n images of the global batch, b of one forward pass; k consecutive steps.
 """
 
+import shlex
+
 import torch
 
 import autoencoder
@@ -158,6 +160,7 @@ def start_changed(task):
 def next_command(s):
     """What to do with the finished run."""
     if s["task"] == "autoencoder":
-        return f"python train.py --latent {s['name']}"
-    how = " --low-res IMAGES" * (s["task"] == "sr")
-    return f"python sample.py {s['name']}{how}" + (f" --variance {s['head']}" if s["head"] else "")
+        return shlex.join(["python", "train.py", "--latent", s["name"]])
+    how = ["--low-res", "IMAGES"] * (s["task"] == "sr")
+    how += ["--variance", s["head"]] if s["head"] else []
+    return shlex.join(["python", "sample.py", s["name"], *how])

@@ -109,7 +109,7 @@ def test_another_number_of_processes_goes_on(runs):
 
 def read_pictures(folder):
     if (folder / "images.npz").exists():
-        return np.load(folder / "images.npz")["images"].astype(int)
+        return np.load(folder / "images.npz")["arr_0"].astype(int)
     return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob("0*.png"))])
 
 

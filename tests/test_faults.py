@@ -527,21 +527,21 @@ def test_what_killed_writers_left_is_swept(tmp_path):
 def test_an_npz_goes_on_from_its_parts(run, capsys):
     words = "small -n 10 --nfe 2 --npz --batch-size 3 --sampler ddpm --out o".split()
     sample.main(words)
-    whole = np.load("o/images.npz")["images"].astype(int)
+    whole = np.load("o/images.npz")["arr_0"].astype(int)
     os.remove("o/images.npz")
-    sample.write_npz(Path("o/part-000004.npz"), images=whole[[4, 7]].astype(np.uint8),
+    sample.write_npz(Path("o/part-000004.npz"), arr_0=whole[[4, 7]].astype(np.uint8),
                      indices=[4, 7])  # fmt: skip
     capsys.readouterr()
     sample.main(words)
     assert "2 of 10 images are there already" in capsys.readouterr().out
-    again = np.load("o/images.npz")["images"].astype(int)
+    again = np.load("o/images.npz")["arr_0"].astype(int)
     assert abs(again - whole).max() <= 1 and not list(Path("o").glob("part-*"))
     sample.main([*words[:2], "12", *words[3:]])  # more of the same
     assert "10 of 12 images are there already" in capsys.readouterr().out
-    assert len(np.load("o/images.npz")["images"]) == 12
+    assert len(np.load("o/images.npz")["arr_0"]) == 12
     sample.main(words)  # fewer: the rest stays
     assert "made 2 more like these" in capsys.readouterr().out
-    assert len(np.load("o/images.npz")["images"]) == 12
+    assert len(np.load("o/images.npz")["arr_0"]) == 12
     Path("o/part-000000.npz").write_bytes(b"PK nonsense")
     with pytest.raises(ValueError, match="part-000000.npz is damaged: delete it"):
         sample.main(words)

@@ -226,6 +226,26 @@ def test_errors_are_one_line(words, message, tmp_path, monkeypatch, capsys):
     assert end.value.code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
 
 
+def test_seeds_share_no_noise(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(runs)
+    seen, real = [], samplers.SeededNoise
+    monkeypatch.setattr(
+        samplers, "SeededNoise", lambda seeds, *a: seen.append(list(seeds)) or real(seeds, *a)
+    )
+    monkeypatch.setattr(gap, "draw", lambda *a: None)
+    for seed in "0", "1":
+        words = ["base", "-n", "2", "--steps", "2", "--seed", seed]
+        gap.main([*words, "--out", f"{tmp_path}/gap.png"])
+    assert seen == [[0, 1], [2**20, 2**20 + 1]]
+
+
+def test_one_image_has_no_gap(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    np.save("one.npy", np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="^one.npy: a gap takes at least 2 images"):
+        gap.main(["base", "--data", "one.npy"])
+
+
 def test_an_endless_set_has_no_ideal(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(["--image-size", "8", "--batch-size", "4", "--precision", "fp32", "--steps", "1"])

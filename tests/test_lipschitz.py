@@ -355,17 +355,17 @@ def test_help_teaches(monkeypatch, capsys):
     "words, message",
     [
         (["nobody"], "no run nobody"),
-        (["base", "--data", "nowhere"], "no such file or folder"),
-        (["base", "--t", "50"], "go with --perturb"),
-        (["base", "--perturb", "--dt", "2"], "go with --perturb"),
-        (["base", "--perturb", "--t", "1000"], "below 1000"),
-        (["base", "--perturb", "--t", "9.5"], "needs --continuous"),
-        (["base", "--dt", "0.5"], "needs --continuous"),
-        (["base", "--dt", "0"], "must be above 0"),
+        (["base", "--data", "nowhere"], "--data: no such file or folder"),
+        (["base", "--t", "50"], "error: --t goes with --perturb"),
+        (["base", "--perturb", "--dt", "2"], "error: --dt goes without --perturb"),
+        (["base", "--perturb", "--t", "1000"], "error: --t must be above 0 and below 1000"),
+        (["base", "--perturb", "--t", "9.5"], "error: --t 9.5: .* needs --continuous"),
+        (["base", "--dt", "0.5"], "error: --dt 0.5: .* needs --continuous"),
+        (["base", "--dt", "0"], "error: --dt must be above 0"),
         (["base", "--dt", "2000"], "leave no t from 1 on"),
         (["base", "--max-t", "0.5"], "leave no t from 1 on"),
-        (["base", "-n", "0"], "must be above 0"),
-        (["base", "--seed", "-1"], "must be above 0"),
+        (["base", "-n", "0"], "error: --num must be at least 1"),
+        (["base", "--seed", "-1"], "error: --seed must be at least 0"),
         (["base", "--out", "x.pdf"], "must be a .png"),
         (["base", "--out", "nowhere/x.png"], "in a folder that exists"),
     ],
@@ -398,6 +398,6 @@ def test_the_step_across_each_edge_is_measured(trained, tmp_path, monkeypatch, d
 def test_a_dt_that_float32_loses_is_refused(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(trained)
     words = ["real", "-n", "1", "--out", f"{tmp_path}/a.png", "--dt"]
-    with pytest.raises(ValueError, match="lost in the rounding of t = .*--max-t"):
+    with pytest.raises(ValueError, match="^--dt 1e-05 is lost in the rounding of t = .*--max-t"):
         lipschitz.main([*words, "1e-5"])
     lipschitz.main([*words, "1e-5", "--max-t", "0.01"])

@@ -6,10 +6,13 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
+import shlex
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import metrics_worker
@@ -25,6 +28,7 @@ from test_sources import folder_of, make_run, pixels
 import inception
 import metrics
 import runtime
+import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = runtime.Processes(0, 1, 0, torch.device("cpu"))
@@ -625,10 +629,30 @@ def test_statistics_that_do_not_compare(here, call, refused, small):
     assert "do not compare" in refused("fid other.npz maps.npz")
     assert "do not compare" in refused("fid other.npz b --features maps.pt2")
     np.savez("three.npz", mu=np.zeros(3), sigma=np.eye(3))
-    assert "different sizes" in refused("fid three.npz maps.npz")
+    assert "error: three.npz and maps.npz: statistics of different sizes" in refused(
+        "fid three.npz maps.npz"
+    )
     np.savez("bad.npz", mu=np.zeros(12), sigma=-np.eye(12))
-    assert "no covariance" in refused("fid bad.npz maps.npz")
+    assert "error: bad.npz and maps.npz: no covariance" in refused("fid bad.npz maps.npz")
     assert "is no run" in refused("fid maps.npz")
+
+
+def test_pickled_statistics_are_refused_with_the_way_out(here, measure, refused):
+    """SA-DPM's .npy and EDM2's .pkl are dicts in a pickle. The command that is printed works."""
+    numbers = dict(mu=np.arange(3.0), sigma=np.eye(3))
+    np.savez("plain.npz", **numbers)
+    np.save("it's theirs.npy", numbers)
+    Path("edm2.pkl").write_bytes(pickle.dumps(dict(num_images=9, fid=numbers)))
+    for name in ("it's theirs", "edm2"):
+        source = next(p for p in os.listdir() if p.startswith(name) and p[-4:] != ".npz")
+        message = refused("fid", Path(source), "plain.npz")
+        assert f"error: {source} is a pickle, and opening one can run a program" in message
+        python, *words = shlex.split(message.split("sigma:  ")[1])
+        assert python == "python"
+        subprocess.run([sys.executable, *words], check=True, cwd=here)
+        assert measure("fid", Path(f"{name}.npz"), "plain.npz")["value"] <= 1e-9
+    np.save("images.npy", pixels(4))
+    assert sources.read_statistics("images.npy") is None, "an array is no pickle"
 
 
 def test_statistics_of_other_sizes_are_pointed_out(here, measure, call):
@@ -909,12 +933,28 @@ def test_psnr_of_pairs(here, measure, call):
     assert call("psnr first second").startswith(
         f"PSNR {exact:.4f} dB | 4 against 4 images | 8x8, resize: none\n"
     )
-    # one suffix or another, in a subfolder or not: the name counts
-    (here / "third" / "x").mkdir(parents=True)
+    # one suffix or another: the name counts
+    (here / "third").mkdir()
     for i, image in enumerate(array):
-        Image.fromarray(image).save(here / "third" / "x" / f"{i:03}.bmp")
+        Image.fromarray(image).save(here / "third" / f"{i:03}.bmp")
     assert measure("psnr third second")["value"] == pytest.approx(exact, rel=1e-12)
     assert measure("psnr third second --channels 1")["value"] == pytest.approx(exact, abs=0.2)
+
+
+def test_psnr_pairs_by_folder_too(here, measure, refused):
+    """cat/000 is not compared with dog/000, which looks the same by name."""
+    for name, kinds in {"one": "cat dog", "two": "cat dog", "three": "cat emu"}.items():
+        for i, kind in enumerate(kinds.split()):
+            folder_of(here / name / kind, pixels(2, seed=i))
+    assert measure("psnr one two")["text"] == "inf dB"
+    message = refused("psnr one three")
+    assert "error: one/dog/000.png and three/emu/000.png are no pair: psnr pairs" in message
+    with zipfile.ZipFile("one.zip", "w") as archive:
+        for path in (here / "one").rglob("*.png"):
+            archive.write(path, path.relative_to(here / "one"))
+    assert measure("psnr one.zip two")["text"] == "inf dB"
+    assert "error: dog/000.png and three/emu/000.png" in refused("psnr one.zip three")
+    assert measure("psnr one/cat/000.png two/cat/000.png")["text"] == "inf dB"
 
 
 def test_psnr_of_equal_pairs(here, measure, call):
@@ -943,14 +983,18 @@ def test_psnr_of_gray_images(here, measure):
 def test_psnr_refuses(here, refused):
     folder_of(here / "nine", pixels(9))
     Path("nine/004.png").rename("nine/004b.png")
-    assert "004.png stands beside" in refused("psnr a nine")
-    assert "9 images and 12" in refused("psnr a b")
+    assert "a/004.png and nine/004b.png are no pair" in refused("psnr a nine")
+    assert "error: a and b: psnr compares pairs, and there are 9 images and 12" in refused(
+        "psnr a b"
+    )
     for words in ("psnr mine a", "psnr a mine"):
-        assert "a generated image has no partner" in refused(words, "-n 9 --nfe 1")
+        assert "error: mine is a run, whose images have no partners" in refused(
+            words, "-n 9 --nfe 1"
+        )
     assert "psnr takes A B" in refused("psnr a")
     np.savez("s.npz", mu=np.zeros(2), sigma=np.eye(2))
     assert "s.npz" in refused("psnr s.npz a")
-    assert "takes no --features" in refused("psnr a a --features means.pt")
+    assert "--features has no use" in refused("psnr a a --features means.pt")
 
 
 # ------------------------------------------------------------------ the command line
@@ -966,9 +1010,9 @@ def test_psnr_refuses(here, refused):
         ("fid a b --batch-size 0", "at least 1"),
         ("fid mine --seed -1", "--seed"),
         ("fid mine --eta 0.5 --sampler ddpm", "--eta belongs to ddim"),
-        ("fid mine --nfe 0", "number of network calls"),
-        ("fid mine a --image-size 9", "leave out --image-size"),
-        ("fid a mixed.npy", "3x8x8 and 3x12x12"),
+        ("fid mine --nfe 0", "error: --nfe must be at least 1, not 0"),
+        ("fid mine a --image-size 9", "error: --image-size: leave it out"),
+        ("fid a mixed.npy", "error: a and mixed.npy: images of different shapes"),
     ],
 )
 def test_what_is_refused_in_one_line(here, refused, words, said):
@@ -978,7 +1022,8 @@ def test_what_is_refused_in_one_line(here, refused, words, said):
 
 def test_one_image_is_refused(here, refused):
     np.save("one.npy", pixels(1))
-    assert "at least 2 images" in refused("fid one.npy a --features means.pt")
+    message = refused("fid one.npy a --features means.pt")
+    assert "error: one.npy: a covariance takes at least 2 images" in message
 
 
 def program(*words, cwd):

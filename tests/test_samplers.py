@@ -723,7 +723,24 @@ def test_clipping_knows_the_bounds_of_the_space():
         (["--churn", "5"], "--churn belongs to heun, not to ddim"),
         (["--sampler", "ddpm", "--churn-min", "5"], "--churn-min belongs to heun, not to ddpm"),
         (["--sampler", "heun", "--churn-max", "5"], "--churn-max has no use without --churn"),
-        (["--sampler", "heun", "--churn", "-1"], "must not be negative"),
+        (["--sampler", "heun", "--churn", "-1"], "^--churn must not be negative"),
+        (["--sampler", "heun", "--churn", "nan"], "^--churn must not be negative, and a number"),
+        (["--sampler", "heun", "--churn", "inf"], "^--churn must not be negative, and a number"),
+        (
+            ["--sampler", "heun", "--churn", "1", "--churn-min", "-1"],
+            "^--churn-min must not be negative",
+        ),
+        (
+            ["--sampler", "heun", "--churn", "1", "--churn-noise", "nan"],
+            "^--churn-noise must not be negative",
+        ),
+        (
+            ["--sampler", "heun", "--churn", "1", "--churn-min", "5", "--churn-max", "3"],
+            "^--churn-min 5.0 must not be above --churn-max 3.0",
+        ),
+        (["--nfe", "0"], "^--nfe must be at least 1, not 0"),
+        (["--eta", "2"], "^--eta must be between 0"),
+        (["--eta", "nan"], "^--eta must be between 0"),
         (["--sampler", "heun", "--eta", "1"], "--eta belongs to ddim, not to heun"),
         (["--sampler", "heun", "--order", "2"], "heun has a fixed one"),
         (["--sampler", "heun", "--variance", "sn"], "--variance sn belongs to ddpm and ddim"),
@@ -749,6 +766,27 @@ def test_one_seed_is_one_noise_whatever_the_batch():
         assert_close(one((1, 3, 4, 4))[0], again[i], rtol=0, atol=0)
     with pytest.raises(ValueError, match="3 images, but 5 seeds"):
         whole((3, 1))
+
+
+def test_seeds_share_no_image():
+    """Seed 0 is as it always was; the others begin 2^20 further on."""
+    for i, noise in enumerate(samplers.SeededNoise(samplers.image_seeds(0, range(4)))((4, 3, 2))):
+        literal = torch.randn(3, 2, generator=torch.Generator().manual_seed(i))
+        assert_close(noise, literal, rtol=0, atol=0)
+    last = samplers.IMAGES - 1
+    some = [(0, 0), (0, 1), (0, last), (1, 0), (1, 1), (1, last), (2, 0), (4095, 0), (4095, last)]
+    seeds = [samplers.image_seeds(seed, [i])[0] for seed, i in some]
+    # The noise itself: torch's generator on the CPU forgets all but 32 bits of its seed.
+    noises = samplers.SeededNoise(seeds)((len(some), 100))
+    assert torch.cdist(noises, noises).add(torch.eye(len(some)) * 99).min() > 5
+    sets = [set(samplers.image_seeds(seed, range(50_000))) for seed in (0, 1, 2)]
+    assert len(set.union(*sets)) == 150_000 and max(seeds) == 2**32 - 1
+    samplers.check_seed(4095, 2**20)
+    for seed in (-1, 4096):
+        with pytest.raises(ValueError, match=f"^--seed must be from 0 to 4095, not {seed}"):
+            samplers.check_seed(seed)
+    with pytest.raises(ValueError, match="^--num must be at most 1048576, not 1048577"):
+        samplers.check_seed(0, 2**20 + 1)
 
 
 def test_start_time():

@@ -251,12 +251,12 @@ def test_a_run_by_name_folder_and_checkpoint(here):
     for source in ("mine", "runs/mine", path / "checkpoint.pt"):
         (side,) = open_sides(source, "-n", "6", "--nfe", "2")
         assert side.n == 6 and side.shape == (3, 8, 8)
-        assert "6 images by mine at step 7, ema weights, seeds from 0, ddim --nfe 2" in side.summary
+        assert "6 images by mine at step 7, ema weights, seed 0, ddim --nfe 2" in side.summary
     assert open_sides("mine")[0].n == 10_000
     words = "--sampler dpm-solver --order 2 --spacing logsnr --weights raw --seed 3 --clip on"
     (side,) = open_sides("mine", *words.split())
     for part in (
-        "raw weights, seeds from 3, dpm-solver",
+        "raw weights, seed 3, dpm-solver",
         "--order 2",
         "--spacing logsnr",
         "--clip on",
@@ -302,8 +302,9 @@ def test_sets_are_brought_to_the_shape_of_the_run(here):
     assert np.abs(pictures(stored, 1)[0, :, :, 0].astype(int) - by_pillow).max() <= 2
     assert [side.shape for side in open_sides("set", "colour")] == [(3, 12, 12)] * 2
     assert "1x8x8 and 3x12x12" in refused("gray", "colour")
-    for flag in ("--image-size 16", "--channels 3"):
-        assert "the run's images are 1x8x8: leave out" in refused("gray", "set", *flag.split())
+    for flag, value in (("--image-size", "16"), ("--channels", "3")):
+        message = refused("gray", "set", flag, value)
+        assert message == f"{flag}: leave it out, the run's images are 1x8x8"
     open_sides("gray", "set", "--image-size", "8", "--channels", "1")  # says what is so anyway
 
 
@@ -345,6 +346,13 @@ def test_runs_are_measured_on_the_same_images(here, capsys):
     rows = torch.from_numpy(pixels(7)).permute(0, 3, 1, 2).float() / 127.5 - 1
     found = [next(i for i in range(7) if torch.allclose(row, rows[i])) for row in x0]
     assert len(set(found)) == 4
+
+
+def test_data_that_are_not_there(here):
+    make_run(here, "one")
+    args = argparse.Namespace(runs=["one"], weights="ema", data="nowhere", num=4, seed=5)
+    with pytest.raises(FileNotFoundError, match="^--data: no such file or folder: nowhere"):
+        next(sources.opened(args, torch.device("cpu")))
 
 
 def test_a_run_may_be_given_a_label(tmp_path, monkeypatch):

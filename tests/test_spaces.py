@@ -2,7 +2,9 @@
 
 import math
 import os
+import shlex
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -161,12 +163,14 @@ def test_small_images_are_enlarged_as_they_are(tmp_path, monkeypatch, capsys):
     flags = ["--nfe", "2", "--batch-size", "1"]
     sample.main(["sr", "--low-res", "small", "--out", "two", *flags])
     assert "shrunk" not in capsys.readouterr().out and not Path("two-original").exists()
-    sample.main(["sr", "--low-res", "small/1.png", "--out", "one", "--seed", "1", *flags])
+    sample.main(["sr", "--low-res", "small/0.png", "--out", "one", *flags])
     assert "1 images" in capsys.readouterr().out
-    one, two = (np.array(Image.open(p)) for p in ("one/000000.png", "two/000001.png"))
+    one, two = (np.array(Image.open(f"{folder}/000000.png")) for folder in ("one", "two"))
     assert_close(torch.from_numpy(one), torch.from_numpy(two), rtol=0, atol=0)
-    # the network has looked at it: with another image beside x_t, another picture
-    assert (np.array(Image.open("two/000000.png")) != two).any()
+    # the network has looked at it: with another image next to the same noise, another picture
+    sample.main(["sr", "--low-res", "small/1.png", "--out", "other", *flags])
+    assert (np.array(Image.open("other/000000.png")) != one).any()
+    two = np.array(Image.open("two/000001.png"))
     # other contents under the same name: nothing old stays
     Image.fromarray(255 - gray[1, 0].numpy()).save("small/1.png")
     sample.main(["sr", "--low-res", "small", "--out", "two", *flags])
@@ -175,6 +179,71 @@ def test_small_images_are_enlarged_as_they_are(tmp_path, monkeypatch, capsys):
     Image.fromarray(gray[0, 0].numpy()).save("two-bicubic/000009.png")
     sample.main(["sr", "--low-res", "small", "--out", "two", *flags])
     assert not Path("two-bicubic/000009.png").exists()
+
+
+def test_what_low_res_takes(runs, capsys):
+    """Images of the small size, 4x4, or of the full one, 16x16, and more; nothing between."""
+    flags = ["--nfe", "1", "--out", "out", "--low-res"]
+
+    def folder(name, *sizes):
+        Path(name).mkdir()
+        for i, size in enumerate(sizes):
+            Image.new("RGB", size, (40 * i, 90, 20)).save(f"{name}/{i}.png")
+        return name
+
+    denoiser = denoisers.load_run("sr")
+    np.save("square.npy", np.zeros((2, 12, 12, 3), np.uint8))
+    np.save("wide.npy", np.zeros((2, 16, 8, 3), np.uint8))
+    with zipfile.ZipFile("x.zip", "w") as archive:
+        archive.write(f"{folder('unpacked', (30, 9))}/0.png", "0.png")
+    for source, size in {
+        folder("middle", (12, 12)): "12x12",
+        folder("wide", (16, 8)): "16x8",
+        folder("narrow", (4, 8)): "4x8",
+        folder("mixed", (20, 20), (4, 4)): "4x4",
+        "square.npy": "12x12",
+        "wide.npy": "8x16",
+        "x.zip": "30x9",
+    }.items():
+        with pytest.raises(ValueError) as caught:
+            sample.Known(source, denoiser)
+        assert str(caught.value) == (
+            f"--low-res {source} has images of {size}: give 4x4, this run's small size, or "
+            "originals of at least 16x16"
+        )
+    with pytest.raises(ValueError, match="^--low-res: no such file or folder: nowhere"):
+        sample.main(["sr", *flags, "nowhere"])
+    assert not Path("out").exists()
+    capsys.readouterr()
+    sample.main(["sr", *flags, folder("right", (16, 16))])
+    assert "note:" not in capsys.readouterr().out
+    sample.main(["sr", *flags, folder("large", (16, 16), (20, 17))])
+    out = capsys.readouterr().out
+    assert "note: images of other sizes than 16x16 are resized and cropped" in out
+
+
+def test_commands_that_are_printed_can_be_pasted(runs, capsys, monkeypatch):
+    sample.main(["sr", "--low-res", "shapes", "-n", "1", "--nfe", "1", "--out", "my out"])
+    command = capsys.readouterr().out.split("next: ")[1].strip()
+    here = Path.cwd()
+    words = ["python", "metrics.py", "psnr", f"{here}/my out", f"{here}/my out-original"]
+    assert shlex.split(command) == words
+    Path("runs/sr").rename("runs/my sr")
+    with pytest.raises(ValueError, match="python sample.py 'my sr' --low-res IMAGES writes"):
+        metrics.main(["fid", "my sr", "shapes", "-n", "4", "--features", __file__])
+    Path("runs/code").rename("runs/my code")
+    with pytest.raises(ValueError, match="python train.py --latent 'my code'"):
+        denoisers.load_run("my code")
+    Path("runs/plain").rename("runs/my plain")
+    with pytest.raises(ValueError, match="train.py --head npr --from '.*my plain'"):
+        sample.main(["my plain", "--variance", "npr"])
+    monkeypatch.setattr(covariance, "gamma", lambda *a: torch.zeros(1001, dtype=torch.float64))
+    covariance.main(["my plain", "-n", "1"])
+    command = capsys.readouterr().out.split("next: ")[1]
+    assert shlex.split(command)[:4] == ["python", "sample.py", "runs/my plain", "--sampler"]
+    Path("runs/my plain/analytic.npz").unlink()
+    with pytest.raises(FileNotFoundError, match="^--variance analytic: .* covariance.py '.*plain'"):
+        sample.main(["my plain", "--variance", "analytic"])
 
 
 def test_whom_low_res_is_for(runs):

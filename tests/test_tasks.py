@@ -302,3 +302,13 @@ def test_a_second_head_never_looks_at_few_noise_levels_alone(runs):
     s = train.resolve(train.parse(["--head", "sn", "--from", "edm"]))
     assert checkpoint("edm")["settings"]["train_times"] == "lognormal" and s["train_times"] is None
     assert s["name"] == "edm-sn" and s["prediction"] == "edm"
+
+
+def test_the_next_command_can_be_pasted():
+    s = dict(task=None, head="npr", name="my run")
+    assert tasks.next_command(s) == "python sample.py 'my run' --variance npr"
+    assert tasks.next_command(s | dict(head=None)) == "python sample.py 'my run'"
+    s = dict(task="sr", head=None, name="my run")
+    assert tasks.next_command(s) == "python sample.py 'my run' --low-res IMAGES"
+    s = dict(task="autoencoder", head=None, name="my run")
+    assert tasks.next_command(s) == "python train.py --latent 'my run'"

@@ -239,7 +239,7 @@ def torture_training(folder, kills, seed, steps=None):
 def pictures(folder):
     """All images of a folder or of images.npz in it, every byte read: (N, H, W, C)."""
     if (folder / "images.npz").exists():
-        return np.load(folder / "images.npz")["images"].astype(int)
+        return np.load(folder / "images.npz")["arr_0"].astype(int)
     files = sorted(folder.glob("[0-9]*.png"))
     return np.stack([np.asarray(Image.open(p)).astype(int) for p in files])
 
