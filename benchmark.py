@@ -185,7 +185,7 @@ def machine(report, args):
     """What the hardware gives: no ratio below can be better than these let it."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         name = next((line for line in lines if line.startswith("model name")), f": {name}")
         name = name.split(": ")[1]
     if DEVICE.type == "cuda":
@@ -528,10 +528,12 @@ def trained(folder, name, *flags, processes=1, threads=None):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc_per_node", str(processes), str(HERE / "train.py"), "--name", name,
                *map(str, flags)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True,
+                          encoding="utf-8", errors="replace")
     if done.returncode:
         raise ValueError(f"{' '.join(command[3:])} failed: {done.stderr.strip()[-300:]}")
-    return np.genfromtxt(Path(folder, "runs", name, "log.csv"), delimiter=",", names=True)
+    return np.genfromtxt(Path(folder, "runs", name, "log.csv"), delimiter=",", names=True,
+                         encoding="utf-8")
 
 
 def growing(report, args):
