@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -179,9 +180,7 @@ def setup(tf32=True, deterministic=False, timeout=PATIENCE):
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        for cudnn in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):  # they must agree
-            cudnn.fp32_precision = "tf32" if tf32 else "ieee"
+        round_products(tf32)
     if world > 1:  # CPU tensors (flags, counts) go over gloo; gradients over NCCL where on GPUs
         # Addresses that processes leave for each other in torchrun's store outlive a restart
         # (PyTorch 2.13, issue 135712), and who reads an old one is refused: a shelf per attempt.
@@ -191,6 +190,16 @@ def setup(tf32=True, deterministic=False, timeout=PATIENCE):
                                 timeout=timeout, store=store, rank=rank, world_size=world)
     patient = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
     return Processes(rank, world, local_rank, device, patient)
+
+
+def round_products(tf32):
+    """Let GPUs round float32 products and convolutions to 10 bits (TF32), or not."""
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    # The old switch sets the new ones (cudnn.conv.fp32_precision) too. The new ones leave the old
+    # one as it was, and then torch.export, which reads it, raises (PyTorch issue 179445).
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def nothing():
@@ -211,8 +220,9 @@ def choose_precision(name, device):
     """auto | fp32 | bf16 -> the dtype that autocast computes in, or None for plain float32."""
     if name == "auto":
         name = "bf16" if has_bf16_units(device) else "fp32"
-    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError("this GPU has no bf16: use --precision fp32")
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(
+            including_emulation=False):
+        raise ValueError("--precision bf16: this GPU has no units for it, use --precision fp32")
     return torch.bfloat16 if name == "bf16" else None
 
 
@@ -222,9 +232,10 @@ def has_bf16_units(device):
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
-        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
+        words = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
+    flags = words.split("flags", 1)[-1].split("\n", 1)[0].split()
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
@@ -421,5 +432,5 @@ def complain(error):
         stamp = dict(timestamp=str(int(time.time())))
         with contextlib.suppress(OSError):
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
-                json.dumps(dict(message=dict(message=words, extraInfo=stamp))))
+                json.dumps(dict(message=dict(message=words, extraInfo=stamp))), encoding="utf-8")
     print(words, file=sys.stderr, flush=True)

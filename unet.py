@@ -158,7 +158,10 @@ class UNet(nn.Module):
         out = F.pixel_shuffle(self.out_conv(F.silu(self.out_norm(h))), self.patch)
         if self.second_head is None:
             return out
-        return torch.cat([out, F.pixel_shuffle(self.second_head(h, emb), self.patch)], dim=1)
+        # contiguous: on a CPU, GroupNorm's backward pass crashes if its input is channels_last and
+        # needs no gradient, as the map of a frozen trunk (torch 2.11 and 2.13).
+        more = self.second_head(h.contiguous(), emb)
+        return torch.cat([out, F.pixel_shuffle(more, self.patch)], dim=1)
 
     def run(self, stage, emb, *maps):
         """A stage of maps (B, ., H, W) side by side. With `recompute`, backward() gets its inner

@@ -255,3 +255,30 @@ def test_a_network_made_for_inference_gives_what_autocast_gives():
         same = expected if precision == "bf16" else plain(x).detach()
         torch.testing.assert_close(out, same, rtol=0, atol=0)
     assert expected.dtype == torch.bfloat16
+
+
+class AddOne(torch.nn.Module):
+    """A network to export."""
+
+    def forward(self, x):
+        return x + 1
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_network_is_exported_after_the_setup_for_a_gpu(tf32, monkeypatch, recwarn):
+    """torch.export reads the old switch of TF32, and raises if it disagrees with the new ones."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    try:
+        with runtime.setup(tf32=tf32) as process:
+            assert process.device == torch.device("cuda:0")
+        for kind in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+            assert (kind.fp32_precision == "tf32") == tf32
+        assert (torch.get_float32_matmul_precision() == "high") == tf32
+        monkeypatch.undo()  # the rest runs on a CPU
+        torch.export.export(AddOne(), (torch.zeros(2),))
+        assert not [w for w in recwarn if "tf32" in str(w.message).lower()]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
