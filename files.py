@@ -93,10 +93,12 @@ def write_text(path, text):
 
 
 def write_csv(path, rows):
-    """rows: dicts -> a CSV file, whose columns are all their keys in the order of appearance."""
+    """rows: dicts -> a CSV file, whose columns are all their keys in the order of appearance.
+
+    surrogatepass: a file name that is not valid text is the same again when read."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with atomic_write(path) as temporary, open(
-            temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
+            temporary, "w", newline="", encoding="utf-8", errors="surrogatepass") as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -197,8 +199,8 @@ def load_weights(module, weights, path, what="its own settings"):
     holds what is no number."""
     try:
         module.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()[:160]  # it names every key that is missing
+    except (RuntimeError, AttributeError, TypeError) as error:  # the last two: of odd keys
+        first = str(error).splitlines()[:2][-1].strip()[:160]  # it names every key that is missing
         raise ValueError(f"{path} does not fit {what}: {first}") from error
     if not finite(module.state_dict()):
         raise ValueError(f"{path} holds weights that are not finite: that training has failed")

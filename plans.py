@@ -83,7 +83,7 @@ class Numbers:
     def read(self):
         if not self.path.exists():
             return {}
-        with open(self.path, newline="", encoding="utf-8", errors="surrogateescape") as f:
+        with open(self.path, newline="", encoding="utf-8", errors="surrogatepass") as f:
             return {row["command"]: row for row in csv.DictReader(f)}
 
     def add(self, command, **row):
@@ -321,7 +321,7 @@ class Plan:
 
         def finish(text):
             with open(path.with_suffix(".csv"), newline="", encoding="utf-8",
-                      errors="surrogateescape") as f:
+                      errors="surrogatepass") as f:
                 found = [{k: number(v) for k, v in row.items()} for row in csv.DictReader(f)]
             for (label, column), key in keys.items():
                 value = e.columns[column]([row for row in found if row["run"] == label])

@@ -31,6 +31,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 try:
     import fcntl
@@ -388,6 +389,10 @@ def run_program(main):
             complain("a process that reads images was killed, perhaps for want of memory "
                      f"({' '.join(str(error).split())}): try fewer --workers")
             sys.exit(2)
+        if not_compiled(error) and not os.environ.get("TRACEBACK"):
+            complain(f"--compile: torch.compile failed ({str(error).strip().splitlines()[0]}): "
+                     "install a C++ compiler, which CXX may name, or leave out --compile")
+            sys.exit(2)
         if os.environ.get("TRACEBACK") or not lost(error):
             raise
         # The one that failed may want to speak first. torchrun, meanwhile, asks us to end.
@@ -401,6 +406,12 @@ def run_program(main):
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def not_compiled(error):
+    """Is this RuntimeError one of torch.compile?"""
+    dynamo = sys.modules.get("torch._dynamo.exc")  # takes long to import, and may not be needed
+    return dynamo is not None and isinstance(error, dynamo.TorchDynamoException)
 
 
 def lost(error):
@@ -433,4 +444,6 @@ def complain(error):
         with contextlib.suppress(OSError):
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
                 json.dumps(dict(message=dict(message=words, extraInfo=stamp))), encoding="utf-8")
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # the error gets a line of its own
     print(words, file=sys.stderr, flush=True)

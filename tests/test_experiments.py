@@ -298,10 +298,8 @@ def test_a_page_is_written_whatever_the_locale(here, encoding):
                           capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     assert (b" \\xb1 0.0" if encoding == "ascii" else b" \xb1 0.0") in done.stdout
-    for name in ("results/small.md", "results/small.csv", "results/numbers.csv"):
-        text = Path(name).read_text(encoding="utf-8")
-        assert "d\u00e9\u03bc" in text, name
-    assert " \u00b1 0.0" in Path("results/small.md").read_text(encoding="utf-8")
+    text = Path("results/small.md").read_text(encoding="utf-8")
+    assert "d\u00e9\u03bc" in text and " \u00b1 0.0" in text
 
 
 def test_grids_of_samples_lie_side_by_side(small):
