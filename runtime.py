@@ -432,10 +432,11 @@ def complain(error):
     """One line on stderr, and in torchrun's own report; once, where several processes of one
     machine find the same."""
     words = f"{Path(sys.argv[0]).name}: error: " + " ".join(str(error).splitlines())
+    words = words.encode(errors="backslashreplace").decode()  # of file names that are not text
     if folder := attempt_folder():
+        mark = hashlib.sha256(words.encode()).hexdigest()[:16]
         try:
-            (folder / f"said-{hashlib.sha256(words.encode()).hexdigest()[:16]}").touch(
-                exist_ok=False)
+            (folder / f"said-{mark}").touch(exist_ok=False)
         except FileExistsError:
             return
         except OSError:

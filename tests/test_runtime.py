@@ -282,3 +282,20 @@ def test_a_network_is_exported_after_the_setup_for_a_gpu(tf32, monkeypatch, recw
     finally:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = True
+
+
+def test_a_file_name_that_is_not_text_is_named_under_torchrun(tmp_path, monkeypatch, capsys):
+    """Its bytes come as surrogates, which no encoding takes."""
+    (tmp_path / "0").mkdir()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    runtime.complain(ValueError("d\udcff.npy: empty"))
+    assert "udcff.npy: empty" in (tmp_path / "0" / "error.json").read_text(encoding="utf-8")
+    runtime.complain(ValueError("d\udcff.npy: empty"))  # from another process: already said
+    assert capsys.readouterr().err.count("empty") == 1
+
+
+@pytest.mark.parametrize("key", [5, ("a", "b")])
+def test_weights_under_odd_keys_are_one_line(key):
+    with pytest.raises(ValueError, match="^a.pt does not fit") as error:
+        files.load_weights(torch.nn.Linear(1, 1), {key: torch.zeros(())}, "a.pt")
+    assert "\n" not in str(error.value)
