@@ -81,8 +81,11 @@ def serve(pipe, make, arguments, tuned, threads):
             work()
             wait()
             pipe.send(time.perf_counter() - began)
+    except (EOFError, KeyboardInterrupt):
+        pass  # the program has ended, and prints why
     except Exception as error:  # to be raised where it can be read
-        pipe.send(repr(error))
+        with contextlib.suppress(OSError):
+            pipe.send(str(error) if isinstance(error, ValueError) else repr(error))
 
 
 class Side:
@@ -185,7 +188,7 @@ def machine(report, args):
     """What the hardware gives: no ratio below can be better than these let it."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         name = next((line for line in lines if line.startswith("model name")), f": {name}")
         name = name.split(": ")[1]
     if DEVICE.type == "cuda":
@@ -426,8 +429,11 @@ def starting(report, args):
     for _ in range(args.rounds + 1):
         for name, words in commands.items():
             began = time.perf_counter()
-            subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=True)
+            done = subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
             times[name].append(time.perf_counter() - began)
+            if done.returncode:
+                raise ValueError(f"{name} failed: {(done.stderr.splitlines() or [''])[-1]}")
     medians = {name: statistics.median(t[1:]) for name, t in times.items()}
     for name, seconds in medians.items():
         report.add(name, seconds, medians["import torch"],
@@ -528,10 +534,12 @@ def trained(folder, name, *flags, processes=1, threads=None):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc_per_node", str(processes), str(HERE / "train.py"), "--name", name,
                *map(str, flags)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True,
+                          encoding="utf-8", errors="replace")
     if done.returncode:
         raise ValueError(f"{' '.join(command[3:])} failed: {done.stderr.strip()[-300:]}")
-    return np.genfromtxt(Path(folder, "runs", name, "log.csv"), delimiter=",", names=True)
+    return np.genfromtxt(Path(folder, "runs", name, "log.csv"), delimiter=",", names=True,
+                         encoding="utf-8")
 
 
 def growing(report, args):
@@ -622,7 +630,7 @@ def parse(argv=None):
         prog="benchmark.py", usage="python benchmark.py {train,sa,sample,...,all} [flags]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Speed as ratios: two ways to do the same work, side by side on this machine.",
-        epilog="parts\n" + "\n".join(f"  {name:10} {part.__doc__.splitlines()[0]}"
+        epilog="parts\n" + "\n".join(f"  {name:10} {(part.__doc__ or name).splitlines()[0]}"
                                       for name, part in PARTS.items()) + """
 
 examples

@@ -572,7 +572,7 @@ def batches(dataset, batch, start, seed, rank=0, world=1, workers=0):
     """
     n = len(dataset)
     if batch > n:
-        raise ValueError(f"a batch of {batch} from only {n} images: use a smaller batch")
+        raise ValueError(f"--batch-size {batch} is more than the {n} images: use a smaller one")
     if batch < 1 or batch % world:
         raise ValueError(f"a batch of {batch} cannot be shared equally by {world} processes")
 

@@ -206,8 +206,11 @@ def load_guided_diffusion(path, preset, schedule="linear"):
     if not tensors or not state:
         raise ValueError(f"{path} is no state dict of a network: it holds "
                          f"{files.describe(state)}")
-    state = unet.from_guided_diffusion(state)
-    channels, outputs = len(state["input_blocks.0.0.weight"][0]), len(state["out_conv.weight"])
+    try:
+        state = unet.from_guided_diffusion(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    channels, outputs = state["input_blocks.0.0.weight"].shape[1], len(state["out_conv.weight"])
     if channels not in (1, 3) or outputs not in (channels, 2 * channels):
         raise ValueError(f"{path} has {channels} channels in and {outputs} out: only networks that "
                          "draw images from noise can be loaded, no upsamplers")

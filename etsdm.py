@@ -111,10 +111,13 @@ def make_condition(etsdm=False, interval=100, n=5, remap_name=None, T=1000):
         return None
     if not math.isfinite(interval):
         raise ValueError(f"--etsdm-interval must be a number of timesteps, not {interval}")
+    if interval <= 0:
+        raise ValueError(f"--etsdm-interval must be above 0, not {interval:g}")
+    if n < 1 or int(n) != n:
+        raise ValueError(f"--etsdm-n must be a whole number of parts, at least 1, not {n}")
     if interval > T:
         raise ValueError(f"--etsdm-interval {interval:g} is longer than the {T} timesteps")
     if n > interval:
         raise ValueError(f"--etsdm-n {n} cuts {interval:g} timesteps into parts shorter than a "
                          "step, which share nothing")
-    share_timesteps(0.0, interval, n)
     return lambda t: share_timesteps(t, interval, n)

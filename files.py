@@ -84,15 +84,21 @@ def alive(pid):
 
 
 def write_text(path, text):
-    """A small text file, whole or not at all."""
+    """A small text file, whole or not at all.
+
+    Text is UTF-8 in every file, whatever the locale: "±" is not in each. surrogateescape keeps the
+    bytes of a file name that is not valid text."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_csv(path, rows):
-    """rows: dicts -> a CSV file, whose columns are all their keys in the order of appearance."""
+    """rows: dicts -> a CSV file, whose columns are all their keys in the order of appearance.
+
+    surrogatepass: a file name that is not valid text is the same again when read."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with atomic_write(path) as temporary, open(temporary, "w", newline="") as f:
+    with atomic_write(path) as temporary, open(
+            temporary, "w", newline="", encoding="utf-8", errors="surrogatepass") as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -106,6 +112,10 @@ def figure(**how):
 
 def save_figure(path, figure, dpi=120):
     """A matplotlib figure -> a PNG file."""
+    from matplotlib.text import Text  # here: as in figure()
+    for text in figure.findobj(Text):  # a file name in another encoding than the locale's
+        raw = text.get_text().encode("utf-8", "surrogateescape")
+        text.set_text(raw.decode("utf-8", "replace"))
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi)
 
@@ -189,8 +199,8 @@ def load_weights(module, weights, path, what="its own settings"):
     holds what is no number."""
     try:
         module.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()[:160]  # it names every key that is missing
+    except (RuntimeError, AttributeError, TypeError) as error:  # the last two: of odd keys
+        first = str(error).splitlines()[:2][-1].strip()[:160]  # it names every key that is missing
         raise ValueError(f"{path} does not fit {what}: {first}") from error
     if not finite(module.state_dict()):
         raise ValueError(f"{path} holds weights that are not finite: that training has failed")

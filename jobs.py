@@ -63,7 +63,7 @@ class Machine:
         share = dict(OMP_NUM_THREADS=str(max(1, self.cores // self.workers)))
         if self.gpus:
             share = dict(CUDA_VISIBLE_DEVICES=self.gpus[place % len(self.gpus)])
-        return {**os.environ, **share, "PYTHONUNBUFFERED": "1"}
+        return {**os.environ, **share, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
 
 
 def visible(count):
@@ -79,14 +79,14 @@ class Running:
         self.job, self.place, self.left = job, place, list(job.commands)
         self.environment, self.log = machine.environment(place), machine.logs / f"{job.name}.log"
         machine.logs.mkdir(parents=True, exist_ok=True)
-        self.log.write_text("")
+        self.log.write_text("", encoding="utf-8")
         self.next()
 
     def next(self):
         """Start the next command, in a session of its own: a Ctrl-C is ours to hand on."""
         program, *words = self.left.pop(0)
         self.out = self.log.with_suffix(f".{os.getpid()}.out")  # two of us may run side by side
-        with open(self.out, "w") as out, open(self.log, "a") as log:
+        with open(self.out, "wb") as out, open(self.log, "ab") as log:
             self.process = subprocess.Popen([sys.executable, HERE / program, *words], stdout=out,
                                             stderr=log, env=self.environment,
                                             start_new_session=True)
@@ -96,9 +96,10 @@ class Running:
         status = self.process.poll()
         if status is None:
             return False
-        text, errors = self.out.read_text(), self.log.read_text().replace("\r", "\n")
+        text, errors = (path.read_text(encoding="utf-8", errors="replace")
+                        for path in (self.out, self.log))
         self.out.unlink()
-        with open(self.log, "a") as log:
+        with open(self.log, "a", encoding="utf-8") as log:
             log.write(text)
         if status:
             words = (errors.strip() or text.strip() or f"status {status}").split("\n")[-1]

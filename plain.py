@@ -28,6 +28,16 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PEER = importlib.util.find_spec("diffusers") is not None
 
 
+def peer(name):
+    """A class of diffusers. ValueError: the library is installed and fails to import."""
+    try:
+        import diffusers
+        return getattr(diffusers, name)
+    except Exception as error:  # it imports much, when asked for: any of that may not fit
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"diffusers fails to import ({why}): repair or uninstall it") from error
+
+
 # ------------------------------------------------------------------ training
 
 def attention(self, x):
@@ -44,8 +54,7 @@ def network(preset, kind="ours"):
     unet.Attention.forward, unet.lay_out = attention, lambda h: h
     if kind == "ours":
         return unet.UNet(**unet.PRESETS[preset]).to(DEVICE)
-    import diffusers
-    net = diffusers.UNet2DModel(
+    net = peer("UNet2DModel")(
         32, layers_per_block=2, block_out_channels=(128, 256, 256, 256), dropout=0.1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
@@ -110,12 +119,11 @@ def lean_ddim(B, nfe):
 
 def peer_sampler(B, nfe, name, arguments):
     """work(): a scheduler of diffusers; its noise is given."""
-    import diffusers
-    import diffusers.schedulers.scheduling_ddpm as theirs
     x, net = constant(B)
-    theirs.randn_tensor = lambda *_, **__: net()
-    scheduler = getattr(diffusers, name)(
+    scheduler = peer(name)(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, **arguments)
+    import diffusers.schedulers.scheduling_ddpm as theirs
+    theirs.randn_tensor = lambda *_, **__: net()
 
     def work():
         for _ in range(RUNS):

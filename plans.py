@@ -83,7 +83,7 @@ class Numbers:
     def read(self):
         if not self.path.exists():
             return {}
-        with open(self.path, newline="") as f:
+        with open(self.path, newline="", encoding="utf-8", errors="surrogatepass") as f:
             return {row["command"]: row for row in csv.DictReader(f)}
 
     def add(self, command, **row):
@@ -320,7 +320,8 @@ class Plan:
                 for row in e.rows for column in e.columns}
 
         def finish(text):
-            with open(path.with_suffix(".csv"), newline="") as f:
+            with open(path.with_suffix(".csv"), newline="", encoding="utf-8",
+                      errors="surrogatepass") as f:
                 found = [{k: number(v) for k, v in row.items()} for row in csv.DictReader(f)]
             for (label, column), key in keys.items():
                 value = e.columns[column]([row for row in found if row["run"] == label])
@@ -381,6 +382,6 @@ def newer(path, other):
 def recorded(folder):
     """config.json of a run, if there is one."""
     try:
-        return json.loads((folder / "config.json").read_text())
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}

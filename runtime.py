@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,6 +31,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 try:
     import fcntl
@@ -179,9 +181,7 @@ def setup(tf32=True, deterministic=False, timeout=PATIENCE):
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        for cudnn in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):  # they must agree
-            cudnn.fp32_precision = "tf32" if tf32 else "ieee"
+        round_products(tf32)
     if world > 1:  # CPU tensors (flags, counts) go over gloo; gradients over NCCL where on GPUs
         # Addresses that processes leave for each other in torchrun's store outlive a restart
         # (PyTorch 2.13, issue 135712), and who reads an old one is refused: a shelf per attempt.
@@ -191,6 +191,16 @@ def setup(tf32=True, deterministic=False, timeout=PATIENCE):
                                 timeout=timeout, store=store, rank=rank, world_size=world)
     patient = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
     return Processes(rank, world, local_rank, device, patient)
+
+
+def round_products(tf32):
+    """Let GPUs round float32 products and convolutions to 10 bits (TF32), or not."""
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    # The old switch sets the new ones (cudnn.conv.fp32_precision) too. The new ones leave the old
+    # one as it was, and then torch.export, which reads it, raises (PyTorch issue 179445).
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def nothing():
@@ -211,8 +221,9 @@ def choose_precision(name, device):
     """auto | fp32 | bf16 -> the dtype that autocast computes in, or None for plain float32."""
     if name == "auto":
         name = "bf16" if has_bf16_units(device) else "fp32"
-    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError("this GPU has no bf16: use --precision fp32")
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(
+            including_emulation=False):
+        raise ValueError("--precision bf16: this GPU has no units for it, use --precision fp32")
     return torch.bfloat16 if name == "bf16" else None
 
 
@@ -222,9 +233,10 @@ def has_bf16_units(device):
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
-        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
+        words = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
+    flags = words.split("flags", 1)[-1].split("\n", 1)[0].split()
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
@@ -377,6 +389,10 @@ def run_program(main):
             complain("a process that reads images was killed, perhaps for want of memory "
                      f"({' '.join(str(error).split())}): try fewer --workers")
             sys.exit(2)
+        if not_compiled(error) and not os.environ.get("TRACEBACK"):
+            complain(f"--compile: torch.compile failed ({str(error).strip().splitlines()[0]}): "
+                     "install a C++ compiler, which CXX may name, or leave out --compile")
+            sys.exit(2)
         if os.environ.get("TRACEBACK") or not lost(error):
             raise
         # The one that failed may want to speak first. torchrun, meanwhile, asks us to end.
@@ -390,6 +406,12 @@ def run_program(main):
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def not_compiled(error):
+    """Is this RuntimeError one of torch.compile?"""
+    dynamo = sys.modules.get("torch._dynamo.exc")  # takes long to import, and may not be needed
+    return dynamo is not None and isinstance(error, dynamo.TorchDynamoException)
 
 
 def lost(error):
@@ -410,10 +432,11 @@ def complain(error):
     """One line on stderr, and in torchrun's own report; once, where several processes of one
     machine find the same."""
     words = f"{Path(sys.argv[0]).name}: error: " + " ".join(str(error).splitlines())
+    words = words.encode(errors="backslashreplace").decode()  # of file names that are not text
     if folder := attempt_folder():
+        mark = hashlib.sha256(words.encode()).hexdigest()[:16]
         try:
-            (folder / f"said-{hashlib.sha256(words.encode()).hexdigest()[:16]}").touch(
-                exist_ok=False)
+            (folder / f"said-{mark}").touch(exist_ok=False)
         except FileExistsError:
             return
         except OSError:
@@ -421,5 +444,7 @@ def complain(error):
         stamp = dict(timestamp=str(int(time.time())))
         with contextlib.suppress(OSError):
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
-                json.dumps(dict(message=dict(message=words, extraInfo=stamp))))
+                json.dumps(dict(message=dict(message=words, extraInfo=stamp))), encoding="utf-8")
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # the error gets a line of its own
     print(words, file=sys.stderr, flush=True)

@@ -166,7 +166,7 @@ def prepare_folder(args, process, denoiser, arguments, known):
     # with the new: a set for an FID must be of one kind.
     note, made = out / "settings.json", how_made(args, denoiser, arguments, known)
     try:
-        same = note.exists() and what(json.loads(note.read_text())) == what(made)
+        same = note.exists() and what(json.loads(note.read_text(encoding="utf-8"))) == what(made)
     except ValueError:
         same = False
     if not same:
@@ -394,7 +394,8 @@ def write_beside(out, known, num):
     for folder in beside(out, known):
         folder.mkdir(exist_ok=True)
         files.remove_leftovers(folder)
-        files.write_text(folder / "settings.json", (out / "settings.json").read_text())
+        files.write_text(folder / "settings.json",
+                         (out / "settings.json").read_text(encoding="utf-8"))
         for old in folder.glob("[0-9]*.png"):  # partners of pictures that are gone
             if not (out / old.name).exists():
                 old.unlink()

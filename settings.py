@@ -222,11 +222,14 @@ def denoiser_settings(args, s, given):
     if first:
         c, side, _ = autoencoder.Autoencoder(**first["autoencoder"]).latent_shape
         net.update(image_size=side, in_channels=c, out_channels=c, patch=1)
-        unit = 2 ** (len(net["channel_mult"]) - 1)
-        if side % unit:
-            raise ValueError(f"latents of {side}x{side} cannot be halved as often as the preset "
-                             f"{s['preset']} does, to 1/{unit}: train an autoencoder of larger "
-                             "images, or with fewer --halvings")
+    unit = net.get("patch", 1) * 2 ** (len(net["channel_mult"]) - 1)
+    if net["image_size"] % unit:
+        what, advice = f"--image-size {net['image_size']}", ""
+        if first:
+            what = f"--latent {args.latent}: a side of {net['image_size']}"
+            advice = ". Train an autoencoder of larger images, or with fewer --halvings"
+        raise ValueError(f"{what} cannot be halved as often as the preset {s['preset']} does: "
+                         f"it takes multiples of {unit}{advice}")
     s["unet"] = net
     # Predictions and losses that follow from others, unless a flag says otherwise.
     edm = s["schedule"] == "edm"
@@ -245,13 +248,24 @@ def denoiser_settings(args, s, given):
     return s
 
 
+def settings_of(flag, run):
+    """The settings of the run that a flag names. ValueError: there is none."""
+    try:
+        s = files.load_checkpoint(files.find_checkpoint(run))["settings"]
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag} {run}: {error}") from error
+    needed = {"autoencoder"} if s.get("task") == "autoencoder" else {"preset", "unet"}
+    if missing := needed - s.keys():
+        raise ValueError(f"{flag} {run}: its settings lack {' '.join(sorted(missing))}")
+    return s
+
+
 def first_stage(args, s, given):
     """The settings of the autoencoder run that --latent names; s takes its images over."""
-    path = files.find_checkpoint(args.latent)
-    first = files.load_checkpoint(path)["settings"]
+    first = settings_of("--latent", args.latent)
     if first.get("task") != "autoencoder":
-        raise ValueError(f"{args.latent} is no autoencoder: python train.py --task autoencoder "
-                         "trains one")
+        raise ValueError(f"--latent {args.latent} is not an autoencoder: python train.py --task "
+                         "autoencoder trains one")
     if args.task or args.image_size or args.channels:
         raise ValueError("--latent goes without --task, --image-size and --channels: these are "
                          f"the autoencoder's, {first['image_size']} and {first['channels']}")
@@ -270,7 +284,9 @@ def autoencoder_settings(s, given):
                 latent_channels=4 if s["latent_channels"] is None else s["latent_channels"])
     if size["latent_channels"] < 1:
         raise ValueError(f"--latent-channels must be at least 1, not {size['latent_channels']}")
-    autoencoder.Autoencoder(**size)  # what cannot be halved so often, fails here
+    if s["image_size"] % 2**halvings:
+        raise ValueError(f"--image-size {s['image_size']} cannot be halved --halvings {halvings} "
+                         f"times: use a multiple of {2**halvings}")
     s["autoencoder"] = size
     return s
 
@@ -280,10 +296,9 @@ def head_settings(args, s, given):
     run = vars(args)["from"]  # a word of Python: args.from is no name
     if run is None:
         raise ValueError("--head needs --from RUN, the run whose variance it learns")
-    path = files.find_checkpoint(run)
-    base = files.load_checkpoint(path)["settings"]
+    base = settings_of("--from", run)
     if base.get("task") == "autoencoder" or base.get("head"):
-        raise ValueError(f"{path.parent} is no denoiser without a head: give one to --from")
+        raise ValueError(f"--from {run} must be a denoiser without a head")
     recipe = RECIPES["head of tiny" if base["preset"] == "tiny" else "head"]
     net = dict(base["unet"], second_head=args.head_size or "simple", dropout=0.0)
     # Its own loss has one term, over all t alike, as in both papers' programs.
@@ -310,13 +325,17 @@ def refuse_contradictions(args, s):
     for key in ("batch_size", "images", "lr", "sample_every", "save_every", "image_size"):
         if not 0 < s[key] < math.inf:
             raise ValueError(f"--{key.replace('_', '-')} must be above 0, not {s[key]}")
+    if s["image_size"] > data.LARGEST_SIDE:
+        raise ValueError(f"--image-size must be at most {data.LARGEST_SIDE}, not "
+                         f"{s['image_size']}")
     for key in ("warmup", "workers", "seed", "grad_clip", "sa_weight", "kl_weight"):
         if not 0 <= (s[key] or 0) < math.inf:
             raise ValueError(f"--{key.replace('_', '-')} must be 0 or more, not {s[key]}")
     if args.lipschitz_reg is not None and not 0 < args.lipschitz_reg < math.inf:
         raise ValueError(f"--lipschitz-reg must be above 0, not {args.lipschitz_reg}")
-    if not 0 <= s["ema"] < 1 or not 0 <= (args.dropout or 0) < 1:
-        raise ValueError("--ema and --dropout must be at least 0 and below 1")
+    for key, value in (("ema", s["ema"]), ("dropout", args.dropout or 0)):
+        if not 0 <= value < 1:
+            raise ValueError(f"--{key} must be at least 0 and below 1, not {value}")
     if s["microbatch"] is not None and s["microbatch"] < 1:
         raise ValueError(f"--microbatch must be at least 1, not {s['microbatch']}")
     if s["images"] < s["batch_size"]:
@@ -329,7 +348,8 @@ def refuse_contradictions(args, s):
     if s["schedule"] == "edm" and args.continuous:
         raise ValueError("--schedule edm is continuous already: leave out --continuous")
     if s["prediction"] == "edm" and s["remap"]:
-        raise ValueError("edm prediction tells the network ln(σ)/4: it takes no --remap")
+        raise ValueError("--remap does not go with --prediction edm, which gives the network "
+                         "ln(σ)/4")
     if s["task"] != "autoencoder":
         etsdm.make_condition(s["etsdm"], s["etsdm_interval"], s["etsdm_n"], s["remap"], s["T"])
 

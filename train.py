@@ -101,8 +101,8 @@ def make_folder(folder, s, process, model):
     for place in (folder, folder / "samples"):
         files.remove_leftovers(place)
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                                timeout=5, cwd=Path(__file__).parent).stdout.strip()
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, timeout=5,
+                                capture_output=True, encoding="utf-8").stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = ""
     about = dict(torch=torch.__version__, numpy=np.__version__, commit=commit,
@@ -122,7 +122,9 @@ class Log:
         self.points, self.each, self.waiting = [], 1, []  # of loss.png
         self.terms, self.drawn = terms, 0.0  # when loss.png was drawn
         self.columns = ["step", "images", "loss", *terms, "grad_norm", "skipped", "images_per_s"]
-        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        lines = []
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         # later ones will be made again
         kept = [x for x in lines if self.whole(x) and int(x.split(",")[0]) <= step]
         files.write_text(self.path, "".join(x + "\n" for x in [",".join(self.columns), *kept]))
@@ -157,7 +159,7 @@ class Log:
             row = ",".join(map(str, [step, step * batch, *means, skipped, f"{rate:.1f}"]))
             whole = 0
             try:
-                with open(self.path, "a") as f:
+                with open(self.path, "a", encoding="utf-8") as f:
                     whole = f.tell()
                     if whole == 0:  # somebody has deleted it
                         row = ",".join(self.columns) + "\n" + row

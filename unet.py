@@ -158,7 +158,10 @@ class UNet(nn.Module):
         out = F.pixel_shuffle(self.out_conv(F.silu(self.out_norm(h))), self.patch)
         if self.second_head is None:
             return out
-        return torch.cat([out, F.pixel_shuffle(self.second_head(h, emb), self.patch)], dim=1)
+        # contiguous: on a CPU, GroupNorm's backward pass crashes if its input is channels_last and
+        # needs no gradient, as the map of a frozen trunk (torch 2.11 and 2.13).
+        more = self.second_head(h.contiguous(), emb)
+        return torch.cat([out, F.pixel_shuffle(more, self.patch)], dim=1)
 
     def run(self, stage, emb, *maps):
         """A stage of maps (B, ., H, W) side by side. With `recompute`, backward() gets its inner
@@ -304,14 +307,21 @@ def from_guided_diffusion(state_dict):
 
     Nothing is dropped or invented, so load_state_dict(strict=True) checks the rest. Those networks
     count time from 0: they are told our t less one (denoiser.zero_based). ValueError: not such a
-    state dict, or a class-conditional one.
+    state dict, a class-conditional one, or a classifier's.
     """
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}  # from inside DDP
+    state_dict = {str(k).removeprefix("module."): v for k, v in state_dict.items()}  # of DDP
     if "input_blocks.0.0.weight" not in state_dict:
         raise ValueError("not a guided-diffusion U-Net: it has no input_blocks.0.0.weight, but "
                          + ", ".join(list(state_dict)[:3]))
     if any(k.startswith("label_emb") for k in state_dict):
         raise ValueError("a class-conditional network (label_emb): only others can be loaded")
+    if "out.2.weight" not in state_dict:
+        raise ValueError("it has no out.2.weight, like a classifier: only networks that draw "
+                         "images can be loaded")
+    for key in ("input_blocks.0.0.weight", "out.2.weight"):
+        if state_dict[key].dim() != 4:
+            raise ValueError(f"not a guided-diffusion U-Net: its {key} is not a convolution's, but "
+                             f"{tuple(state_dict[key].shape)}")
     ours = {}
     for key, value in state_dict.items():
         for theirs, name in _RENAME:

@@ -1,7 +1,11 @@
 """benchmark.py measures what it says, and plain.py's forms are the fast ones', written plainly."""
 
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,8 @@ import losses
 import plain
 import schedules
 import unet
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -209,3 +215,30 @@ def test_bf16_and_float32_runs_are_compared(tmp_path, monkeypatch):
         assert row["losses"][f"bf16 {seed}"] == pytest.approx(
             row["losses"][f"fp32 {seed}"], rel=0.1
         )
+
+
+TWO_SIDES = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}]
+import runtime, benchmark, plain
+from benchmark import Side
+
+def main():
+    assert plain.PEER
+    benchmark.compare(dict(lean=Side(plain.lean_ddim, 1, 2), again=Side(plain.lean_ddim, 1, 2),
+                           theirs=Side(plain.peer_sampler, 1, 2, "DDIMScheduler", dict())))
+
+if __name__ == "__main__":
+    runtime.run_program(main)
+"""
+
+
+@pytest.mark.slow
+def test_a_peer_that_fails_to_import_is_one_line(tmp_path):
+    """And the processes of the sides before it end without a word."""
+    (tmp_path / "diffusers.py").write_text("from numpy import no_such_name", encoding="utf-8")
+    (tmp_path / "two.py").write_text(TWO_SIDES, encoding="utf-8")
+    done = subprocess.run([sys.executable, "two.py"], cwd=tmp_path, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": "."}, encoding="utf-8")  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert "diffusers fails to import (ImportError: cannot import name 'no_such_name'" in line

@@ -239,6 +239,58 @@ def test_help_teaches(program, capsys, monkeypatch):
     assert all(len(line) <= 110 for line in text.splitlines())
 
 
+@pytest.mark.slow
+def test_help_needs_no_docstrings(tmp_path):
+    """PYTHONOPTIMIZE=2 removes them. All programs in one process."""
+    names = [p.stem for p in ROOT.glob("*.py") if "__main__" in p.read_text(encoding="utf-8")]
+    assert {"train", "sample", "benchmark", "schedules"} <= set(names)
+    code = f"""
+import importlib, sys; sys.path[:0] = [{str(ROOT)!r}]
+for name in {names}:
+    module = importlib.import_module(name)
+    try:
+        (module.parse if hasattr(module, "parse") else module.main)(["--help"])
+    except SystemExit as end:
+        assert not end.code, name
+        print("helped")
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={**ENV, "PYTHONOPTIMIZE": "2"},
+                          cwd=tmp_path, capture_output=True, encoding="utf-8")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("helped\n") == len(names)
+
+
+COMPILE = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}]
+import runtime, train, torch
+
+def inference():
+    layer = torch.nn.Linear(1, 1)
+    runtime.for_inference(layer, torch.device("cpu"), compiled=True)(torch.zeros(1, 1))
+
+for work in (inference, lambda: train.main(sys.argv[1:])):
+    try:
+        runtime.run_program(work)
+    except SystemExit as end:
+        print("status", end.code)
+"""
+
+
+@pytest.mark.slow
+def test_compile_without_a_compiler_is_one_line(tmp_path):
+    """In training, and as sample.py and metrics.py compile: in one process, since torch.compile
+    takes long to start."""
+    words = [*TINY, "--steps", "1", "--compile"]
+    done = subprocess.run([sys.executable, "-c", COMPILE, *words], cwd=tmp_path, encoding="utf-8",
+                          env={**ENV, "CXX": "/nonexistent"}, capture_output=True)  # fmt: skip
+    assert done.stdout.count("status 2") == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert re.match(r"-c: error: --compile: torch.compile failed .* install a C\+\+", line)
+
+
 @pytest.mark.parametrize(
     "program, words, message",
     [

@@ -181,6 +181,9 @@ def test_imported_weights_through_the_path_of_sample_py(gold, tmp_path, monkeypa
         assert_close(a * x0 + s * eps, x.double(), rtol=1e-4, atol=1e-4)
 
 
+FIRST, LAST = "input_blocks.0.0.weight", "out.2.weight"
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
@@ -188,6 +191,17 @@ def test_imported_weights_through_the_path_of_sample_py(gold, tmp_path, monkeypa
         ({"x": torch.zeros(2)}, "not a guided-diffusion U-Net"),
         ({"step": 3}, "no state dict of a network: it holds 1 entries: step"),
         (None, "does not fit the preset cifar10"),
+        ({FIRST: torch.zeros(128, 3, 3, 3), "out.2.qkv_proj.weight": torch.zeros(9)}, "classifier"),
+        ({FIRST: torch.tensor(1.0), LAST: torch.tensor(1.0)}, "its .* is not a convolution's"),
+        ({FIRST: torch.zeros(8, 3, 3, 3), LAST: torch.zeros(0)}, "its .* is not a convolution's"),
+        ({FIRST: torch.zeros(1, 0, 3, 3), LAST: torch.zeros(3, 1, 3, 3)}, "has 0 channels in"),
+        (
+            {FIRST: torch.zeros(1, 3, 3, 3), LAST: torch.zeros(3, 1, 3, 3), 5: torch.zeros(())},
+            "fit",
+        ),
+        ({1: torch.zeros(2), (2, 3): torch.zeros(2)}, "weights.pt: not a guided-diffusion U-Net"),
+        ({}, "no state dict of a network"),
+        ([torch.zeros(2)], "no state dict of a network: it holds a list"),
     ],
 )
 def test_files_that_are_no_such_weights(tmp_path, content, words):

@@ -121,8 +121,8 @@ def test_make_condition():
         (dict(remap_name="cube"), "unknown remap 'cube': choose from sqrt"),
         (dict(etsdm=True, interval=2000), "longer than the 1000 timesteps"),
         (dict(etsdm=True, interval=10, n=11), "shorter than a step"),
-        (dict(etsdm=True, n=0), "whole number n >= 1"),
-        (dict(etsdm=True, interval=-5, n=1), "interval > 0|shorter than a step"),
+        (dict(etsdm=True, n=0), "--etsdm-n must be a whole number"),
+        (dict(etsdm=True, interval=-5, n=1), "--etsdm-interval must be above 0"),
     ],
 )
 def test_contradictions_are_refused_in_one_line(kwargs, words):

@@ -3,6 +3,7 @@ accept; a small one is run, interrupted and resumed; and pages are written from 
 
 import csv
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -268,6 +269,37 @@ def numbered(e, words="small --features eyes.pt2", metric="FD(eyes.pt2)"):
             plan.numbers.add(key, data=plan.data, seed=plan.seed, row=row, column=column,
                              metric=metric, value=float(i))  # fmt: skip
     return made, args
+
+
+C_LOCALE = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from pathlib import Path
+import experiments, pages, runtime, test_experiments as t
+
+def main():
+    Path("eyes.pt2").touch()
+    experiments.declare = lambda budget, weight=None: dict(small=t.SMALL)
+    made, args = t.numbered(t.SMALL, "small --seeds 2 --features eyes.pt2 --data " + sys.argv[1])
+    pages.write("small", t.SMALL, made, args)
+
+runtime.run_program(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_page_is_written_whatever_the_locale(here, encoding):
+    """In a process of its own, whose locale has no "±", and with a data set whose name it cannot
+    show; with cp1252, Windows' own, the terminal alone."""
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    if encoding != "ascii":
+        env["PYTHONIOENCODING"] = encoding
+    done = subprocess.run([sys.executable, "-c", C_LOCALE, "d\u00e9\u03bc"], cwd=here, env=env,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert (b" \\xb1 0.0" if encoding == "ascii" else b" \xb1 0.0") in done.stdout
+    text = Path("results/small.md").read_text(encoding="utf-8")
+    assert "d\u00e9\u03bc" in text and " \u00b1 0.0" in text
 
 
 def test_grids_of_samples_lie_side_by_side(small):

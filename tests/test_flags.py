@@ -211,6 +211,8 @@ def walk(training, drawing, features, capsys):
     good, printed = outcome(train, [*BASE, *words(training)], capsys)
     if not good:
         assert not os.path.exists("runs"), "refused, but something was written"
+        named = ["error: --", "error: argument --", "nowhere", "page.zip"]  # the flag, or the file
+        assert any(words in printed for words in named), printed
         return 0
     idle = [part for part in without_effect(training, printed) if tuple(part) not in DEFAULTS]
     assert not idle, f"{idle} of {training} has no effect, and nothing is said of it"

@@ -117,6 +117,19 @@ def test_a_failure_is_one_line_and_ends_the_others(make, tmp_path):
     assert Path("logs/broken.log").read_text().split("\n") == ["bad.py: no such thing", "hello", ""]
 
 
+def test_words_come_back_whatever_the_locale(tmp_path, monkeypatch):
+    """And bytes that are not text end nothing."""
+    for name, value in dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0").items():
+        monkeypatch.setenv(name, value)
+    good = tmp_path / "good.py"
+    good.write_text(
+        "import sys; print('\u00b1'); sys.stderr.buffer.write(b'\\xff')", encoding="utf-8"
+    )
+    heard = []
+    assert run(Job("good", [[good]], lambda: bool(heard), finish=heard.append))
+    assert heard == ["\u00b1\n"]
+
+
 def test_the_first_of_two_commands_fails(make, tmp_path):
     bad = tmp_path / "bad.py"
     bad.write_text("import sys; print('only this'); sys.exit(3)")

@@ -120,6 +120,23 @@ def test_public_functions_have_docstrings(path):
     assert not bare
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_text_files_have_an_encoding(path):
+    """Else it is the locale's, which may lack "±", and a page is lost after hours."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        words = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        text = name.endswith((".read_text", ".write_text")) and name != "files.write_text"
+        if name == "open" or name.endswith("fdopen"):
+            mode = words.get("mode") or (ast.unparse(node.args[1]) if len(node.args) > 1 else "")
+            text = "b" not in mode
+        text |= {"text", "universal_newlines"} & set(words) != set() and "subprocess" in name
+        text |= name.endswith(("TextIOWrapper", "genfromtxt", "loadtxt"))
+        assert not text or "encoding" in words, f"{path.name}:{node.lineno}: {ast.unparse(node)}"
+
+
 def header_commands():
     """Every `python -c "..."` of a file's header that needs no file of the reader's."""
     for path in FILES:

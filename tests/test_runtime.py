@@ -255,3 +255,47 @@ def test_a_network_made_for_inference_gives_what_autocast_gives():
         same = expected if precision == "bf16" else plain(x).detach()
         torch.testing.assert_close(out, same, rtol=0, atol=0)
     assert expected.dtype == torch.bfloat16
+
+
+class AddOne(torch.nn.Module):
+    """A network to export."""
+
+    def forward(self, x):
+        return x + 1
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_network_is_exported_after_the_setup_for_a_gpu(tf32, monkeypatch, recwarn):
+    """torch.export reads the old switch of TF32, and raises if it disagrees with the new ones."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    try:
+        with runtime.setup(tf32=tf32) as process:
+            assert process.device == torch.device("cuda:0")
+        for kind in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+            assert (kind.fp32_precision == "tf32") == tf32
+        assert (torch.get_float32_matmul_precision() == "high") == tf32
+        monkeypatch.undo()  # the rest runs on a CPU
+        torch.export.export(AddOne(), (torch.zeros(2),))
+        assert not [w for w in recwarn if "tf32" in str(w.message).lower()]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def test_a_file_name_that_is_not_text_is_named_under_torchrun(tmp_path, monkeypatch, capsys):
+    """Its bytes come as surrogates, which no encoding takes."""
+    (tmp_path / "0").mkdir()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    runtime.complain(ValueError("d\udcff.npy: empty"))
+    assert "udcff.npy: empty" in (tmp_path / "0" / "error.json").read_text(encoding="utf-8")
+    runtime.complain(ValueError("d\udcff.npy: empty"))  # from another process: already said
+    assert capsys.readouterr().err.count("empty") == 1
+
+
+@pytest.mark.parametrize("key", [5, ("a", "b")])
+def test_weights_under_odd_keys_are_one_line(key):
+    with pytest.raises(ValueError, match="^a.pt does not fit") as error:
+        files.load_weights(torch.nn.Linear(1, 1), {key: torch.zeros(())}, "a.pt")
+    assert "\n" not in str(error.value)

@@ -348,7 +348,7 @@ def test_analysis_measures_latents(latent_run):
 def test_an_autoencoder_draws_nothing_by_itself(runs):
     with pytest.raises(ValueError, match="code is an autoencoder.*train.py --latent code"):
         sample.main(["code"])
-    with pytest.raises(ValueError, match="plain is no autoencoder"):
+    with pytest.raises(ValueError, match="plain is not an autoencoder"):
         train.main([*SMALL, "--latent", "plain"])
     with pytest.raises(ValueError, match="without --task, --image-size and --channels"):
         train.main([*SMALL, "--latent", "code", "--image-size", "16"])

@@ -113,7 +113,7 @@ def test_a_head_serves_sampling_in_the_same_calls(runs, monkeypatch):
         (["--from", "base"], "--from is for --head"),
         (["--head-size", "block"], "--head-size is for --head"),
         (["--head", "sn", "--from", "nowhere"], "no run nowhere"),
-        (["--head", "sn", "--from", "code"], "no denoiser without a head"),
+        (["--head", "sn", "--from", "code"], "--from code must be a denoiser without a head"),
         (["--head", "sn", "--from", "base", "--sa-k", "2"], "--sa-k cannot change with --head"),
         (["--head", "sn", "--from", "base", "--etsdm"], "--etsdm cannot change with --head"),
         (["--head", "sn", "--from", "base", "--image-size", "8"], "--image-size cannot change"),
@@ -127,21 +127,35 @@ def test_a_head_serves_sampling_in_the_same_calls(runs, monkeypatch):
         (["--factor", "2"], "--factor is for --task sr"),
         (["--task", "sr", "--factor", "3"], "--factor 3 must be at least 2 and divide the 32"),
         (["--task", "sr", "--latent", "code"], "--latent goes without --task"),
-        (["--latent", "base"], "base is no autoencoder"),
+        (["--latent", "base"], "--latent base is not an autoencoder"),
         (["--lipschitz-reg", "0"], "--lipschitz-reg must be above 0"),
         (["--train-times", "remap"], "--remap tells: give that too"),
-        (["--prediction", "edm", "--remap", "sqrt"], "it takes no --remap"),
+        (["--prediction", "edm", "--remap", "sqrt"], "--remap does not go"),
         (["--schedule", "edm", "--prediction", "v"], "goes with --prediction edm"),
         (["--schedule", "edm", "--continuous"], "continuous already"),
         (["--task", "autoencoder", "--latent-channels", "0"], "--latent-channels must be at least"),
-        (["--latent", "code", "--preset", "celeba64"], "latents of 4x4 cannot be halved.*halvings"),
+        (
+            ["--latent", "code", "--preset", "celeba64"],
+            "--latent code: a side of 4 cannot.*halvings",
+        ),
     ],
 )
 def test_what_does_not_go_together(runs, flags, words):
     with pytest.raises((ValueError, OSError), match=words) as caught:
         s = train.resolve(train.parse(flags))
         train.Model(s, torch.device("cpu"))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("--")
+
+
+@pytest.mark.parametrize("flag", ["--from", "--latent"])
+def test_a_run_whose_settings_lack_something_is_one_line(runs, flag):
+    checkpoint = files.load_checkpoint("runs/base/checkpoint.pt")
+    checkpoint["settings"] = {"task": None if flag == "--from" else "autoencoder"}
+    os.makedirs("runs/old", exist_ok=True)
+    files.save_checkpoint("runs/old/checkpoint.pt", checkpoint)
+    words = ["--head", "npr"] * (flag == "--from") + [flag, "old"]
+    with pytest.raises(ValueError, match=f"{flag} old: its settings lack"):
+        train.resolve(train.parse(words))
 
 
 # ------------------------------------------------------------------ the loop, whatever the task

@@ -466,8 +466,17 @@ def test_names_tell_runs_apart():
         (["--lr", "inf"], "--lr must be above 0"),
         (["--etsdm", "--etsdm-interval", "nan"], "must be a number of timesteps"),
         (["--lr", "nan"], "--lr must be above 0"),
-        (["--ema", "1.5"], "below 1"),
-        (["--dropout", "1"], "below 1"),
+        (["--ema", "1.5"], "--ema must be at least 0 and below 1"),
+        (["--dropout", "1"], "--dropout must be at least 0 and below 1"),
+        (["--etsdm", "--etsdm-n", "0"], "--etsdm-n must be a whole number"),
+        (["--etsdm", "--etsdm-interval", "0"], "--etsdm-interval must be above 0"),
+        (["--image-size", "9000"], "--image-size must be at most 8192"),
+        (["--image-size", "36"], "--image-size 36 cannot be halved"),
+        (["--task", "sr", "--image-size", "36"], "--image-size 36 cannot be halved"),
+        (["--task", "autoencoder", "--image-size", "30"], "--image-size 30 cannot be halved"),
+        (["--head", "npr", "--from", "nobody"], "--from nobody: no run"),
+        (["--latent", "nobody"], "--latent nobody: no run"),
+        (["--prediction", "edm", "--remap", "sqrt"], "--remap does not go with"),
         (["--microbatch", "0"], "at least 1"),
         (["--grad-clip", "-1"], "0 or more"),
         (["--name", "a/b"], "plain name"),
@@ -477,7 +486,7 @@ def test_names_tell_runs_apart():
 def test_contradictions(flags, words):
     with pytest.raises(ValueError, match=words) as error:
         train.resolve(train.parse(flags))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and str(error.value).startswith("--")
 
 
 @pytest.mark.parametrize(
