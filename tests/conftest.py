@@ -1,4 +1,4 @@
-"""Shared by the tests: where reference material may lie, and two shorthands."""
+"""What several tests use: the environment of the programs, and reference numbers."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"  # reference numbers that only the maintainers have
+DATA = ROOT / "tests" / "data"  # reference numbers: see the README.md there
 sys.path.insert(0, str(ROOT))
 
 
@@ -29,22 +29,13 @@ def own_index(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
-def shared():
-    """The folder of reference material, or a visible skip."""
-    if not SHARED.is_dir():
-        pytest.skip(f"no reference material at {SHARED}")
-    return SHARED
-
-
-@pytest.fixture
-def gold(shared, monkeypatch):
+def gold():
     """guided-diffusion's small reference network: numbers (what it gave), size (arguments of
     unet.UNet), state (its weights, under its own names) and x (what it was shown)."""
-    monkeypatch.syspath_prepend(str(shared / "golden"))
     import fill
     import torch
 
-    numbers = json.loads((shared / "golden" / "unet_guided_diffusion.json").read_text())
+    numbers = json.loads((DATA / "unet_guided_diffusion.json").read_text())
     names = dict(
         C="channels",
         mult="channel_mult",

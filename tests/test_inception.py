@@ -6,7 +6,6 @@ import functools
 import hashlib
 import io
 import json
-import sys
 import zlib
 
 import numpy as np
@@ -14,18 +13,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import fill
 import inception
+from conftest import DATA
 
 MIXED = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
 
 
 @functools.cache
-def golden_weights(shared):
+def golden_weights():
     """Made by formula from each tensor's name, so that a wrong name gives wrong features. They are
     rounded to float32, as those behind the numbers were."""
-    sys.path.insert(0, str(shared / "golden"))
-    import fill
-
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in inception.Inception().state_dict().items()}
     state = {key: torch.from_numpy(value) for key, value in fill.state(shapes).items()}
@@ -71,12 +69,10 @@ def one_line(info):
         pytest.param("A64", torch.float32, 1e-4, marks=pytest.mark.slow),
     ],
 )
-def test_golden(shared, name, dtype, rtol):
+def test_golden(name, dtype, rtol):
     net = inception.Inception().to(dtype)
-    net.load_state_dict(golden_weights(shared), strict=True)
-    import fill
-
-    gold = json.loads((shared / "golden" / "inception.json").read_text())[name]
+    net.load_state_dict(golden_weights(), strict=True)
+    gold = json.loads((DATA / "inception.json").read_text())[name]
     x = fill.image(name, gold["n"], gold["size"])
     assert x.sum() == gold["image_sum"]
     pool3, logits = net(torch.from_numpy(x).permute(0, 3, 1, 2))

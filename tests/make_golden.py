@@ -1,0 +1,195 @@
+"""Make tests/data/golden.json, flags.json and first-version/: what the first version computed.
+
+    python tests/make_golden.py            # writes golden.json and nothing else
+    python tests/make_golden.py flags      # writes flags.json
+    python tests/make_golden.py run        # writes first-version/
+
+tests/test_golden.py demands these numbers, so a new file is a new promise: write one only if the
+numbers are meant to change, and say why in the commit.
+"""
+
+import functools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if __name__ == "__main__":  # pytest has conftest.py for this
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import golden_adapter as adapter  # noqa: E402
+import golden_cases as cases  # noqa: E402
+from fill import fill  # noqa: E402
+
+PIXELS = 16  # of each sample
+FIRST_VERSION = HERE / "data" / "first-version"
+RUN_FLAGS = (
+    "--image-size 16 --steps 20 --batch-size 4 --schedule cosine --prediction v --loss-space v "
+    "--sa-k 2 --sa-weight 1 --etsdm --etsdm-interval 100 --etsdm-n 5 --lr 0.01 --warmup 5 "
+    "--ema 0.9 --grad-clip 1 --precision fp32 --seed 0 --name first-version"
+).split()
+RUN_NETWORK = dict(  # a single level: most of the file is the list of tensors
+    image_size=16,
+    channels=4,
+    channel_mult=(1,),
+    res_blocks=1,
+    attention_resolutions=(),
+    head_channels=None,
+    time_channels=8,
+    resblock_updown=False,
+    norm_groups=2,
+    patch=1,
+)
+
+
+@functools.cache
+def trained(name, steps=cases.STEPS):
+    """(the run of a case after so many steps, the numbers of each step)."""
+    case = cases.TRAINING[name]
+    run = adapter.begin(case, base_of(case))
+    return run, adapter.steps(run, steps)
+
+
+def base_of(case):
+    return trained(case["base"], case["base_steps"])[0] if case["base"] else None
+
+
+def training(name):
+    """{loss, each of its terms, grad_norm: one number per step; weights, ema: some sums and
+    values}."""
+    run, rows = trained(name)
+    columns = zip(adapter.names(run), zip(*rows, strict=True), strict=True)
+    sums = zip(("weights", "ema"), map(checksums, adapter.weights(run)), strict=True)
+    return {key: list(values) for key, values in (*columns, *sums)}
+
+
+def checksums(w):
+    """A vector -> [its sum, sum of magnitudes and sum of squares, and 20 of its values]."""
+    places = (fill("weights", (20,)) * len(w)).astype(int).tolist()
+    return [w.sum().item(), w.abs().sum().item(), w.square().sum().item(), *w[places].tolist()]
+
+
+def sampling(name):
+    """{mean, std: of each image; pixels: 16 of each}."""
+    case = cases.SAMPLING[name]
+    gamma = gammas() if case["variance"] == "analytic" else None
+    x = adapter.draw(trained(case["run"])[0], case, cases.SAMPLES, gamma).double().flatten(1)
+    places = (fill("pixels", (PIXELS,)) * x.shape[1]).astype(int).tolist()
+    return dict(mean=x.mean(1).tolist(), std=x.std(1).tolist(), pixels=x[:, places].tolist())
+
+
+@functools.cache
+def gammas():
+    return adapter.gamma(trained("plain")[0], cases.GAMMA_TIMES)
+
+
+def scores():
+    """Fréchet distances, Inception Score and PSNR of images and logits made by formula."""
+    images = [torch.tensor(256 * fill(n, (40, 3, 8, 8))).to(torch.uint8) for n in ("one", "two")]
+    images[1] = images[1] // 2 + images[0] // 4  # so that they resemble each other
+
+    def features(u8, n, d):
+        mixed = fill("features", (192, d)) - 0.5
+        return np.tanh((u8[:n].double().flatten(1).numpy() / 127.5 - 1) @ mixed)
+
+    distances = []
+    for n, d in ((40, 24), (12, 24), (40, 1)):  # full rank, too few images, one feature
+        stats = []
+        for u8 in images:
+            f = features(u8, n, d)
+            stats += [f.mean(0), np.atleast_2d(np.cov(f, rowvar=False))]
+        distances.append(adapter.frechet_distance(*stats))
+    logits = torch.tensor(8 * fill("logits", (50, 10)))
+    return dict(
+        frechet_distance=distances,
+        inception_score=[*adapter.inception_score(logits), *adapter.inception_score(logits / 4)],
+        psnr=adapter.psnr(*(u8[:6] for u8 in images)),
+    )
+
+
+def measurements():
+    """Both papers' diagnoses of the trained runs."""
+    found = {}
+    for name, case in cases.LIPSCHITZ.items():
+        run = trained(case["run"])[0]
+        found[f"lipschitz {name}"] = adapter.lipschitz_constants(run, case["ts"], case["dt"])
+    case = cases.PERTURBED
+    found["displacements"] = adapter.displacements(
+        trained(case["run"])[0], case["scales"], case["t"]
+    )
+    for name, continuous in cases.WEIGHT_SCHEDULES:
+        tau = adapter.gap_weights(name, continuous)
+        found[f"gap weights {name}"] = [sum(tau), *tau[:5], *tau[5::199]]
+    for name, case in cases.GAPS.items():
+        run = trained(case["run"])[0]
+        found[f"gap {name}"] = adapter.gaps(run, case["points"], case["eta"])
+    found["gamma"] = list(gammas().values())
+    return found
+
+
+def numbers():
+    return dict(
+        training={name: training(name) for name in cases.TRAINING},
+        sampling={name: sampling(name) for name in cases.SAMPLING},
+        scores=scores(),
+        measurements=measurements(),
+    )
+
+
+def rounded(value):
+    """Nine digits: float32 has seven."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.9g}")
+
+
+def write_numbers():
+    lines = []
+    for section, found in rounded(numbers()).items():
+        inside = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in found.items()]
+        lines.append(f' "{section}": {{\n' + ",\n".join(inside) + "\n }")
+    path = HERE / "data" / "golden.json"
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def write_flags():
+    text = ",\n".join(
+        f' "{program}": [\n'
+        + ",\n".join(f"  {json.dumps(f)}" for f in adapter.flags(program))
+        + "\n ]"
+        for program in adapter.PROGRAMS
+    )
+    path = HERE / "data" / "flags.json"
+    path.write_text("{\n" + text + "\n}\n")
+    print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def write_run():
+    FIRST_VERSION.mkdir(exist_ok=True)
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            adapter.make_run(RUN_FLAGS, RUN_NETWORK)
+            for name in ("checkpoint.pt", "config.json"):
+                shutil.copy(Path("runs/first-version") / name, FIRST_VERSION / name)
+        finally:
+            os.chdir(here)
+    x = adapter.samples_of(FIRST_VERSION, 2)
+    (FIRST_VERSION / "samples.json").write_text(json.dumps(rounded(x.flatten(1).tolist())) + "\n")
+    print(*(f"{p}: {p.stat().st_size:,} bytes" for p in FIRST_VERSION.iterdir()), sep="\n")
+
+
+if __name__ == "__main__":
+    what = {"flags": write_flags, "run": write_run, "numbers": write_numbers}
+    what[sys.argv[1] if len(sys.argv) > 1 else "numbers"]()
