@@ -14,19 +14,21 @@ N images, C channels, H height, W width, n = len(data set), e = epoch.
     python -c "import data; print(data.load('photos.zip', 64, 3, progress=True).summary)"
     python -c "import data; print(data.batch_indices(n=10, start=8, batch=4, seed=0))"
 """
+import atexit
 import hashlib
 import io
 import itertools
 import math
 import os
+import queue
 import re
-import signal
 import sys
+import threading
 import time
 import warnings
 import zipfile
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -48,6 +50,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", "
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 LARGEST = 2**30  # bytes of a file or member: beyond are hardly images that Pillow would open
 LARGEST_SIDE = 8192  # pixels; a batch of such images fills the memory of any machine
+AHEAD = 4  # batches that threads decode before the trainer asks for them
 ENDLESS = 2**31  # this many images or more: too many to permute, never seen twice anyway
 
 
@@ -158,31 +161,29 @@ class Array:
 class Files:
     """Image files read when asked for; paths are members of the zip `archive` if one is given.
 
-    Works in DataLoader workers, forked or spawned. ValueError names a file that has gone bad.
+    Several threads may read at the same time. ValueError names a file that has gone bad.
     """
 
     def __init__(self, paths, size, channels, archive=None, others=""):
         self.paths, self.size, self.channels = list(paths), size, channels
-        self.archive, self.others, self._zip = archive, others, (None, None)
+        self.archive, self.others, self._zip = archive, others, None
         self.summary = self.digest = ""
+        # What Pillow warns of, the scan has looked at. Not a catch_warnings around each image: it
+        # swaps the filters of the whole process, and of two threads the later puts back the wrong.
+        warnings.filterwarnings("ignore", module="PIL")
 
     def __len__(self):
         return len(self.paths)
-
-    def __getstate__(self):  # a worker that gets us by pickle opens the zip for itself
-        return {**self.__dict__, "_zip": (None, None)}
 
     def content(self, i):
         """The bytes of file i."""
         if self.archive is None:
             content = readers.content(self.paths[i], LARGEST)
         else:
-            # A forked worker shares the parent's file position: one open archive per process.
-            if self._zip[0] != os.getpid():
+            if self._zip is None:  # two threads may both open it: one of the two is kept
                 archive = zipfile.ZipFile(self.archive)
-                names = Counter(member.filename for member in archive.infolist())
-                self._zip = (os.getpid(), archive, names)
-            _, archive, names = self._zip
+                self._zip = archive, Counter(member.filename for member in archive.infolist())
+            archive, names = self._zip  # its members share the open file under a lock
             if names[self.paths[i]] > 1:  # a zip looks members up by name: one would be used twice
                 raise ValueError(f"{names[self.paths[i]]} members of the zip have this name")
             if (size := archive.getinfo(self.paths[i]).file_size) > LARGEST:
@@ -212,9 +213,7 @@ class Files:
 
     def __getitem__(self, i):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return self.read(i)[2]
+            return self.read(i)[2]
         except Exception as error:  # the scan has seen this file whole: it has changed since
             raise ValueError(f"{shown(self.paths[i])}: {reason(error)}") from error
 
@@ -266,12 +265,12 @@ def scan(files, listing, source, skip_bad, memory_limit, progress):
         except Exception as error:  # a hostile file can make Pillow raise nearly anything
             return None, None, error
 
-    # Pillow lets go of the interpreter lock while it decodes, so threads do run in parallel.
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    threads = min(16, os.cpu_count() or 1)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            every = tqdm(pool.map(attempt, todo), "checking images", len(todo),
-                         disable=not (progress and todo))
+            every = tqdm(in_threads(attempt, todo, threads, 16 * threads), "checking images",
+                         len(todo), disable=not (progress and todo))
             for i, (mode, size, image) in zip(todo, every, strict=True):
                 facts[i] = reason(image) if mode is None else (mode, *size)
                 if keep and mode is not None:
@@ -279,8 +278,7 @@ def scan(files, listing, source, skip_bad, memory_limit, progress):
                     kept += 1
                 if keys[i] and (mode is not None or lasting(image)):
                     known[keys[i]] = facts[i]
-        finally:  # a signal does not wait for the other files, and what is checked stays checked
-            pool.shutdown(wait=False, cancel_futures=True)
+        finally:  # after a signal, too: what is checked stays checked
             if todo and known:
                 readers.remember(source, decoder(), known)
     good = [i for i, found in enumerate(facts) if not isinstance(found, str)]
@@ -550,17 +548,51 @@ def batch_indices(n, start, batch, seed):
     return indices
 
 
-def quiet_worker(_):
-    """Ctrl-C reaches every process of a terminal, and a cluster's SIGTERM every process of a job:
-    only the trainer is to answer. Its workers go on for as long as it may take to save."""
-    def later(number, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(30)
+def in_threads(work, items, threads, ahead):
+    """work(item) for each item, in order, by `threads` threads that run up to `ahead` items ahead.
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, later)
-    torch.set_num_threads(1)
+    An error of work() is raised here when its turn comes. Pillow lets go of the interpreter lock
+    while it decodes, so the threads do run in parallel. They are not an executor's: Python waits
+    for those when a program ends, and a file on a dead network disk may never come.
+    """
+    todo, results, ended = queue.SimpleQueue(), deque(), False
+
+    def serve():
+        while True:
+            future, item = todo.get()
+            if ended:
+                return
+            try:
+                future.set_result(work(item))
+            except BaseException as error:
+                future.set_exception(error)
+
+    def end():
+        nonlocal ended
+        ended = True
+        for _ in pool:  # wake those that wait
+            todo.put((None, None))
+        until = time.monotonic() + 1  # plenty for an image; who needs longer is left behind
+        for thread in pool:
+            if thread.is_alive():
+                thread.join(max(0, until - time.monotonic()))
+
+    pool = [threading.Thread(target=serve, daemon=True) for _ in range(threads)]
+    # A daemon thread inside of torch when Python ends aborts the program: status 134.
+    atexit.register(end)
+    try:
+        for thread in pool:
+            thread.start()
+        for item in items:
+            results.append(Future())
+            todo.put((results[-1], item))
+            if len(results) > ahead:
+                yield results.popleft().result()  # a signal's exception breaks this wait off
+        while results:
+            yield results.popleft().result()
+    finally:
+        atexit.unregister(end)
+        end()
 
 
 def batches(dataset, batch, start, seed, rank=0, world=1, workers=0):
@@ -582,29 +614,12 @@ def batches(dataset, batch, start, seed, rank=0, world=1, workers=0):
             whole = batch_indices(n, position, batch, seed)
             yield whole[rank * share:(rank + 1) * share].tolist()
 
-    if isinstance(dataset, Array):  # a gather is faster than any worker could hand it over
+    if isinstance(dataset, Array):  # a gather is faster than any thread could help
         return (dataset.images[i] for i in indices())
-    # Drawing a batch of shapes takes milliseconds; a worker would take a core from the network.
+    share, each = batch // world, itertools.chain.from_iterable(indices())
+    # Drawing a batch of shapes takes milliseconds, and would take a core from the network.
     if not workers or isinstance(dataset, Shapes):
-        return (torch.stack([dataset[i] for i in some]) for some in indices())
-    # A generator of its own: DataLoader draws a seed, and from the global one that would make the
-    # noise of training depend on the number of workers.
-    return from_workers(torch.utils.data.DataLoader(
-        dataset, batch_sampler=indices(), num_workers=workers, collate_fn=torch.stack,
-        worker_init_fn=quiet_worker, persistent_workers=True, prefetch_factor=4,
-        generator=torch.Generator()))
-
-
-def from_workers(loader):
-    """The loader's batches; an error in a worker arrives as the one line it was there. RuntimeError
-    "DataLoader worker (pid ...": it was killed; then torch raises that wherever we are, too."""
-    try:
-        yield from loader
-    except ValueError as error:  # DataLoader wraps a whole traceback round it
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-    except (ConnectionError, EOFError) as error:
-        # A worker that dies after it has announced a batch and before it hands the memory over:
-        # nobody is at the other end of the socket. torch's signal handler says so better, in a
-        # moment, and it is to say it here. runtime.run_program knows its words.
-        time.sleep(2)
-        raise RuntimeError(f"DataLoader worker (pid unknown) is gone: {reason(error)}") from None
+        images = map(dataset.__getitem__, each)
+    else:
+        images = in_threads(dataset.__getitem__, each, workers, AHEAD * share)
+    return (torch.stack(list(itertools.islice(images, share))) for _ in itertools.count())

@@ -89,13 +89,19 @@ class Processes:
         return tensor
 
     def barrier(self):
+        """Wait for all, however long that takes. A signal is heard meanwhile: Python acts on it
+        only between two of its own lines, not inside a wait of gloo."""
         if self.world > 1:
-            dist.barrier(self.patient)
+            waiting = dist.barrier(self.patient, async_op=True)
+            while not waiting.is_completed():
+                time.sleep(0.01)
+            waiting.wait()  # raises what went wrong
 
     def share(self, value):
         """Rank 0's value (any plain object), on every process, however long rank 0 takes."""
         if self.world == 1:
             return value
+        self.barrier()
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.patient, device=torch.device("cpu"))
         return box[0]
@@ -382,12 +388,6 @@ def run_program(main):
                 "can't allocate memory" in str(error)):
             complain(f"out of memory ({(str(error).splitlines() or [''])[0]}): try a smaller "
                      "--batch-size or, in train.py, --microbatch or --recompute")
-            sys.exit(2)
-        if "DataLoader worker (pid" in str(error) and not os.environ.get("TRACEBACK"):
-            if hasattr(signal, "SIGCHLD"):  # or torch says it again, while we do
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            complain("a process that reads images was killed, perhaps for want of memory "
-                     f"({' '.join(str(error).split())}): try fewer --workers")
             sys.exit(2)
         if not_compiled(error) and not os.environ.get("TRACEBACK"):
             complain(f"--compile: torch.compile failed ({str(error).strip().splitlines()[0]}): "

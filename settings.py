@@ -91,8 +91,8 @@ def parse(argv=None):
     add("--channels", type=int, choices=(1, 3), help="3 RGB, 1 true gray (default: 3)")
     add("--flip", action=argparse.BooleanOptionalAction, help="random horizontal flips (preset's)")
     add("--skip-bad-images", action="store_true", help="go on without files that cannot be read")
-    add("--workers", type=int, help="processes that read images which do not fit in "
-        "memory (default: 2)")
+    add("--workers", type=int, help="threads that read images which do not fit in "
+        "memory; 0: the trainer reads them itself (default: 2)")
 
     add = parser.add_argument_group("what is trained").add_argument
     add("--task", choices=("sr", "autoencoder"), help="sr: super-resolution; autoencoder: the "

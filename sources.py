@@ -19,7 +19,6 @@ C channels, H = W the side in pixels; images uint8 (b, C, H, W).
 import argparse
 import os
 import shlex
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -85,8 +84,9 @@ class Stored:
         """-> uint8 (b, C, H, W)."""
         if isinstance(self.set, data.Array):
             return self.set.images[indices]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding takes time
-            return torch.stack(list(pool.map(self.set.__getitem__, indices)))
+        threads = min(8, os.cpu_count() or 1)  # decoding takes time
+        return torch.stack(list(data.in_threads(self.set.__getitem__, indices, threads,
+                                                len(indices))))
 
 
 def name_of(path, source):

@@ -84,8 +84,7 @@ def claim(folder, process):
         if place.exists() and not place.is_dir():
             raise ValueError(f"{place} should be a folder, and is a file: move it away")
     if folder.exists() and not process.held:
-        # 20 seconds: processes that read images outlive a trainer that was killed by up to five.
-        process.hold(folder, 20)
+        process.hold(folder, 20)  # seconds: a large process that was killed takes some to end
 
 
 def make_folder(folder, s, process, model):
@@ -314,11 +313,14 @@ def loop(s, process, folder, dataset, model, stop):
     stop.gently = True  # from here on there is something to save
     bad, saved, began, begun_at = 0, model.step, time.time(), model.step
     while model.step < total:
-        values = one_step(model, trained, s, process, next(stream), precision)
-        bad = 0 if all(map(math.isfinite, values)) else bad + 1
-        asked, = process.sum(bool(stop.asked))  # all stop at the same step
+        # A signal breaks off the wait for images: a file on a dead disk may never come.
+        images = unless_stopped(stop, next, stream)
+        asked, = process.sum(images is None)  # all stop at the same step
+        if not asked:
+            values = one_step(model, trained, s, process, images, precision)
+            bad = 0 if all(map(math.isfinite, values)) else bad + 1
         done = asked or model.step == total
-        if process.first:
+        if process.first and not asked:
             attempt(bar, "log.csv", log.add, model.step, s["batch_size"], values, model.skipped)
             rate = (model.step - begun_at) * s["batch_size"] / (time.time() - began)
             bar.set_postfix_str(f"loss {values[0]:.4f}, {rate:.0f} images/s", refresh=False)
@@ -331,7 +333,7 @@ def loop(s, process, folder, dataset, model, stop):
                              "--grad-clip 1")
         # A checkpoint is not made of a step that went wrong: the one before is the better place to
         # go back to.
-        if (model.step % s["save_every"] == 0 and not bad) or done:
+        if ((model.step % s["save_every"] == 0 and not bad) or done) and saved < model.step:
             # ... nor of weights that an update has broken: the loss of its step says nothing of it.
             if not (files.finite(model.net.state_dict()) and files.finite(model.ema.state_dict())):
                 bar.close()
@@ -359,12 +361,12 @@ def loop(s, process, folder, dataset, model, stop):
 
 
 def unless_stopped(stop, work, *inputs):
-    """work(*inputs), which a signal breaks off: whoever asks us to stop does not wait for it."""
+    """work(*inputs), or None if a signal has come or breaks it off: the loop will stop and save."""
     stop.gently = False
     try:
-        work(*inputs)
+        return None if stop.asked else work(*inputs)
     except runtime.Interrupted:
-        pass  # the loop will find stop.asked, after a step, and save
+        return None
     finally:
         stop.gently = True
 
@@ -459,8 +461,10 @@ def main(argv=None):
             process.say(f"note: {model.skipped} of {model.step} steps were skipped: a loss or a "
                         "gradient was not finite")
         if model.step < total:
-            process.say(f"stopped by {stop.asked or 'another process'} at step {model.step} of "
-                        f"{total}, saved in {folder.resolve()}. Run the same command to go on.")
+            where = (f"at step {model.step} of {total}, saved in {folder.resolve()}"
+                     if model.step else "before the first step")
+            process.say(f"stopped by {stop.asked or 'another process'} {where}. Run the same "
+                        "command to go on.")
         else:
             process.say(f"done: {folder.resolve()} has checkpoint.pt, log.csv, loss.png, samples/\n"
                         f"next: {tasks.next_command(s)}")

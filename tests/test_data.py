@@ -5,16 +5,17 @@ import hashlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
 import signal
 import struct
 import tarfile
+import threading
 import time
 import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from PIL import Image
 
 import data
 import readers
+
+import runtime
 from conftest import DATA
 
 ORIENTATION = 0x0112
@@ -249,7 +252,7 @@ def test_a_set_over_the_memory_limit_is_streamed_and_equal(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [0, 2**30])
-def test_zip(tmp_path, limit, monkeypatch):
+def test_zip(tmp_path, limit):
     arrays = folder_of(tmp_path / "src")
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         archive.mkdir("x.png")
@@ -259,12 +262,6 @@ def test_zip(tmp_path, limit, monkeypatch):
     d = data.load(tmp_path / "set.zip", 8, 3, memory_limit=limit)
     assert isinstance(d, data.Array) == bool(limit) and len(d) == 6
     assert all(np.array_equal(hwc(d[i]), array) for i, array in enumerate(arrays))
-    if not limit:
-        inherited = d._zip[1]
-        monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a forked worker
-        assert d[0].shape == (3, 8, 8) and d._zip[1] is not inherited
-        copy = pickle.loads(pickle.dumps(d))  # what a spawned worker receives
-        assert torch.equal(copy[3], d[3])
 
 
 def broken_files(path):
@@ -947,7 +944,6 @@ def test_workers_give_the_same_batches(tmp_path, kind):
                 for path in sorted((tmp_path / "set").iterdir()):
                     archive.write(path, path.name)
         d = data.load(source, 8, 3, memory_limit=0)
-        d[0]  # opens the zip here, so that the workers inherit its file position
     before = torch.get_rng_state()
     plain = take(data.batches(d, 4, 4, seed=7, rank=1, world=2), 8)
     workers = take(data.batches(d, 4, 4, seed=7, rank=1, world=2, workers=2), 8)
@@ -955,18 +951,121 @@ def test_workers_give_the_same_batches(tmp_path, kind):
     assert torch.equal(before, torch.get_rng_state())  # the noise of training stays the same
 
 
-def test_workers_survive_ctrl_c(tmp_path):
-    folder_of(tmp_path / "set", 10)
-    stream = data.batches(
-        data.load(tmp_path / "set", 8, 3, memory_limit=0), 2, 0, seed=0, workers=2
-    )
-    take(stream, 2)  # one from each: both are up
-    workers = multiprocessing.active_children()
-    assert len(workers) >= 2
-    for worker in workers:  # the terminal sends Ctrl-C to every process
-        os.kill(worker.pid, signal.SIGINT)
-    assert take(stream, 30).shape == (30, 2, 3, 8, 8)  # more than was fetched ahead
-    assert all(worker.is_alive() for worker in workers)
+def counted(count=40, bad=None, slow=None):
+    """A data set that is read -> (data set, list of what was read)."""
+    d, seen = data.Files([f"{i}.png" for i in range(count)], 2, 1), []
+
+    def read(i, check=False):
+        seen.append(i)
+        if i == bad:
+            raise OSError("it has\ngone bad")
+        if i == slow:
+            time.sleep(60)
+        return "L", (2, 2), torch.full((1, 2, 2), i % 256, dtype=torch.uint8)
+
+    d.read = read
+    return d, seen
+
+
+def readers_alive(before, stuck=0):
+    """How many of our threads are left, after a moment."""
+    until = time.time() + 5
+    while threading.active_count() > before + stuck and time.time() < until:
+        time.sleep(0.01)
+    return threading.active_count() - before
+
+
+def test_threads_read_four_batches_ahead_and_no_more():
+    (d, seen), before = counted(1000), threading.active_count()
+    stream = data.batches(d, 10, 0, 0, workers=3)
+    assert not seen, "nothing begins before the first batch is asked for"
+    for n in (1, 2):
+        next(stream)
+        until = time.time() + 5
+        while len(seen) < 10 * (n + data.AHEAD) and time.time() < until:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert len(seen) == 10 * (n + data.AHEAD)
+    stream.close()
+    assert readers_alive(before) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_has_gone_bad_is_one_line(workers):
+    (d, _), before = counted(bad=7), threading.active_count()
+    stream = data.batches(d, 4, 0, 0, workers=workers)
+    with pytest.raises(ValueError, match="^7.png: it has gone bad$"):
+        take(stream, 10)
+    assert readers_alive(before) == 0
+
+
+def test_a_signal_breaks_off_the_wait_for_a_file_that_never_comes(monkeypatch):
+    """... and the other threads stop, although thousands of images are wanted."""
+    (d, _), before = counted(slow=3), threading.active_count()
+
+    def stop(number, frame):
+        raise InterruptedError
+
+    handler, began = signal.signal(signal.SIGALRM, stop), time.time()
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(InterruptedError):
+            take(data.batches(d, 4, 0, 0, workers=2), 10)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert time.time() - began < 5
+    assert readers_alive(before, stuck=1) == 1, "the one that sleeps, which no program waits for"
+    assert [t.daemon for t in threading.enumerate()].count(True) >= 1
+
+
+def test_four_threads_read_one_zip(tmp_path):
+    """Through one open file: each member is read under a lock, at its place."""
+    arrays = [pixels(40, 40, 3, seed=i) for i in range(30)]
+    for kind in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(tmp_path / "set.zip", "w", kind) as archive:
+            for i, array in enumerate(arrays):
+                archive.writestr(f"{i:02}.bmp", encode(Image.fromarray(array), "BMP"))
+        d = data.load(tmp_path / "set.zip", 40, 3, memory_limit=0)
+        d._zip = None  # the threads open it, all at the same time
+        for i, image in enumerate(data.in_threads(d.__getitem__, list(range(30)) * 10, 4, 50)):
+            assert np.array_equal(hwc(image), arrays[i % 30])
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_were(tmp_path):
+    """catch_warnings swaps them for the whole process: of two threads, the later puts back what it
+    found, which was the other's "ignore"."""
+    folder_of(tmp_path, 10)
+    d = data.load(tmp_path, 8, 3, memory_limit=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        d = data.Files(d.paths, 8, 3)
+        before, real = list(warnings.filters), d.read
+
+        def read(i):
+            time.sleep(0.001 * (i % 3))
+            warnings.warn_explicit("odd EXIF", UserWarning, "x.py", 1, "PIL.Image")
+            return real(i)
+
+        d.read = read
+        stream, alive = data.batches(d, 5, 0, 0, workers=4), threading.active_count()
+        take(stream, 20)
+        stream.close()
+        assert readers_alive(alive) == 0 and list(warnings.filters) == before
+
+
+def test_a_signal_ends_the_scan_of_many_images(monkeypatch):
+    seen = []
+
+    def read(self, i, check=False):
+        seen.append(i)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(data.Files, "read", read)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.time()
+    with runtime.Stop() as stop:
+        data.scan(data.Files(["x.png"] * 100_000, 2, 1), False, 0, False)
+    assert stop.asked == "SIGTERM" and time.time() - began < 5 and len(seen) < 5000
 
 
 def test_an_array_needs_no_workers():

@@ -342,72 +342,87 @@ def test_a_signal_before_the_first_step_ends_in_one_line(capsys):
     assert capsys.readouterr().out.startswith("stopped by SIGTERM before the first step. Run the")
 
 
-def test_workers_outlive_a_signal_to_all():
-    """Clusters send SIGTERM to every process of a job; the trainer needs its workers to finish."""
-    os.mkdir("images")
-    for i in range(40):
-        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(f"images/{i:02}.png")
-    images = data.load("images", 8, 3, memory_limit=0)
-    stream = data.batches(images, 4, 0, 0, workers=2)
-    first = [next(stream) for _ in range(2)]  # one of each: both have begun
-    children = {int(p) for p in os.listdir("/proc") if p.isdigit() and parent(p) == os.getpid()}
-    for child in children:
-        os.kill(child, signal.SIGTERM)
-    whole = torch.cat(first + [next(stream) for _ in range(8)])
-    assert len(whole) == 40 and whole.unique().numel() == 40
+NEVER = f"""
+import os, signal, sys, threading, time; sys.path.insert(0, {str(ROOT)!r})
+import runtime, data
 
-
-def parent(pid):
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except OSError:
-        return None
-
-
-KILLED = f"""
-import os, signal, sys, time; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import runtime, data, test_faults
+class Never(data.Files):
+    def __getitem__(self, i):  # a file on a disk that does not answer
+        time.sleep(100 if i % 2 else 0)
+        return super().__getitem__(i)
 
 def main():
-    stream = data.batches(data.load("images", 8, 3, memory_limit=0), 4, 0, 0, workers=1)
-    next(stream)
-    pids = (int(p) for p in os.listdir("/proc") if p.isdigit())
-    os.kill(next(p for p in pids if test_faults.parent(p) == os.getpid()), signal.SIGKILL)
-    if "later" in sys.argv:  # at work elsewhere when the news comes
-        time.sleep(30)
-    for _ in range(100):
-        next(stream)
+    images = Never([f"images/{{i}}.png" for i in range(8)], 8, 3)
+    with runtime.Stop():
+        if "signal" in sys.argv:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        for image in data.in_threads(images.__getitem__, [0, 2, 8, 1] + 1000 * [1], 3, 1000):
+            if "end" in sys.argv:
+                break
 
 runtime.run_program(main)
 """
 
 
-@pytest.mark.parametrize("when", ["at once", "later"])
-def test_a_killed_worker_is_one_line(when):
-    """In a process of its own: torch raises it from a signal handler, wherever that process is."""
-    os.mkdir("images")
-    for i in range(8):
-        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(f"images/{i}.png")
-    found = subprocess.run([sys.executable, "-c", KILLED, when], capture_output=True, text=True)
-    assert found.returncode == 2 and "Traceback" not in found.stderr, found.stderr
-    last = found.stderr.strip().splitlines()[-1]
-    assert re.search("reads images was killed.*fewer --workers", last)
-
-
 @pytest.mark.parametrize(
-    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError(), BrokenPipeError()]
+    "how, status",
+    [
+        ("error", 2),
+        pytest.param("signal", 0, marks=pytest.mark.slow),
+        pytest.param("end", 0, marks=pytest.mark.slow),
+    ],
 )
-def test_a_worker_killed_while_it_hands_a_batch_over_is_one_line(error, capsys):
-    """After it has announced the batch: seen on a busy machine, as Errno 104."""
+def test_no_program_waits_at_its_end_for_a_file_that_never_comes(how, status):
+    """Python would wait for the threads of an executor, and torchrun for the program."""
+    os.mkdir("images")
+    for i in range(8 + (how != "error")):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(f"images/{i}.png")
+    code = NEVER.replace("[0, 2, 8, 1]", "[0, 2, 4, 1]") if how != "error" else NEVER
+    code = code.replace("range(8)", "range(9)")
+    found = subprocess.run(
+        [sys.executable, "-c", code, how], capture_output=True, text=True, timeout=60
+    )
+    assert found.returncode == status and "Traceback" not in found.stderr, found.stderr
+    assert how != "error" or re.search("error: images/8.png: ", found.stderr)
 
-    def loader():
-        yield torch.zeros(1)
-        raise error
 
-    with pytest.raises(SystemExit) as caught:
-        runtime.run_program(lambda: list(data.from_workers(loader())))
-    assert caught.value.code == 2
-    assert re.search("reads images was killed.*fewer --workers", capsys.readouterr().err)
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_signal_breaks_off_the_wait_for_images_and_the_run_is_saved(before, monkeypatch, capsys):
+    """All but so many batches wait for a file that never comes."""
+    os.mkdir("images")
+    for i in range(24):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(f"images/{i:02}.png")
+    real, load, calls = data.Files.__getitem__, data.load, []
+
+    def slow(self, i):
+        calls.append(i)
+        if len(calls) > before * 4:
+            threading.Event().wait(30)
+        return real(self, i)
+
+    monkeypatch.setattr(data, "load", lambda *a, **k: load(*a, **k, memory_limit=0))
+    monkeypatch.setattr(data.Files, "__getitem__", slow)
+    monkeypatch.setattr(train, "picture", lambda *inputs: None)
+    tell = threading.Thread(target=send_when, args=(lambda: len(calls) > before * 4 + 1,))
+    tell.start()
+    began = time.time()
+    words = ["--data", "images", "--image-size", "8", "--batch-size", "4", "--workers", "2"]
+    train.main([*SMALL, *words, "--steps", "50"])
+    tell.join()
+    assert time.time() - began < 20
+    said = f"at step {before} of 50, saved in" if before else "before the first step. Run the same"
+    assert f"stopped by SIGTERM {said}" in capsys.readouterr().out
+    path = Path("runs/small/checkpoint.pt")
+    assert files.load_checkpoint(path)["step"] == before if before else not path.exists()
+
+
+def send_when(ready, number=signal.SIGTERM):
+    """A signal to this process, shortly after ready()."""
+    until = time.time() + 30
+    while not ready() and time.time() < until:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(os.getpid(), number)
 
 
 def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
@@ -455,8 +470,8 @@ def test_a_signal_breaks_a_grid_off_and_the_run_is_saved(monkeypatch, capsys):
 
     monkeypatch.setattr(train, "picture", slow)
     began = time.time()
-    assert small("--steps", "50", "--sample-every", "2", "--save-every", "50")["step"] == 3
-    assert time.time() - began < 20 and "stopped by SIGTERM at step 3" in capsys.readouterr().out
+    assert small("--steps", "50", "--sample-every", "2", "--save-every", "50")["step"] == 2
+    assert time.time() - began < 20 and "stopped by SIGTERM at step 2" in capsys.readouterr().out
 
 
 @pytest.mark.slow
