@@ -1064,7 +1064,8 @@ def test_a_signal_ends_the_scan_of_many_images(monkeypatch):
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     began = time.time()
     with runtime.Stop() as stop:
-        data.scan(data.Files(["x.png"] * 100_000, 2, 1), False, 0, False)
+        many = data.Files(["x.png"] * 100_000, 2, 1)
+        data.scan(many, [("x.png", "", None)] * 100_000, "x", False, 0, False)
     assert stop.asked == "SIGTERM" and time.time() - began < 5 and len(seen) < 5000
 
 
