@@ -25,7 +25,6 @@ import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort:
 import json
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
@@ -38,7 +37,7 @@ from tqdm import tqdm
 import data
 import sample
 import samplers
-from support import checkpoint, distributed, features, files, inception
+from support import checkpoint, distributed, features, files, image_files, inception
 from support.cli import flag, flag_name, parse_into
 from support.programs import run_main
 
@@ -144,8 +143,9 @@ class Stored:
 
     def batch(self, indices):
         """-> uint8 (b, C, H, W)."""
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding takes time
-            return torch.stack(list(pool.map(self.images.__getitem__, indices)))
+        threads = min(8, os.cpu_count() or 1)  # decoding takes time
+        return torch.stack(list(image_files.in_threads(self.images.__getitem__, indices, threads,
+                                                       len(indices))))
 
 
 def find_run(source):

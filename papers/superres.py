@@ -144,9 +144,9 @@ class LowResInputs:
             raise ValueError(f"IMAGES: {str(error).split('; --skip-bad-images')[0]}") from error
         least = min(self.images.sizes, key=min)
         if self.shrunk and min(least) < full:
-            raise ValueError("IMAGES: {} has images of {}x{}. Give {}x{}, this run's small size, or "
-                             "originals of at least {}x{}".format(source, *least, small, small,
-                                                                  full, full))
+            raise ValueError("IMAGES: {} has images of {}x{}. Give {}x{}, this run's small size, "
+                             "or originals of at least {}x{}".format(source, *least, small, small,
+                                                                     full, full))
         self.summary = self.images.summary + f", shrunk to {small}x{small}" * self.shrunk
         if self.shrunk and self.images.sizes != {(full, full)}:
             self.summary += "; larger images are cropped: the originals to compare with are crops"

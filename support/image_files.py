@@ -15,6 +15,7 @@ training (data.py).
 N images, C channels, H height, W width.
 """
 
+import atexit
 import hashlib
 import io
 import math
@@ -23,6 +24,7 @@ import queue
 import re
 import sys
 import threading
+import time
 import warnings
 import zipfile
 from collections import Counter, deque
@@ -426,9 +428,9 @@ def open_zip(path, size, channels, **options):
 def in_threads(work, items, threads, ahead):
     """work(item) for each item, in order, by `threads` threads that run up to `ahead` items ahead.
 
-    An error of work() is raised here when its turn comes. Pillow lets go of the interpreter lock
-    while it decodes, so the threads do run in parallel. They are not an executor's: Python waits
-    for those when a program ends, and a file on a dead network disk may never come.
+    An error of work() is raised here when its turn comes. Pillow releases the interpreter lock
+    while it decodes, so the threads run in parallel. They are not an executor's: Python waits for
+    those when a program ends, and a file on a dead network disk may never come.
     """
     todo, results, ended = queue.SimpleQueue(), deque(), False
 
@@ -442,7 +444,19 @@ def in_threads(work, items, threads, ahead):
             except BaseException as error:
                 future.set_exception(error)
 
+    def end():
+        nonlocal ended
+        ended = True
+        for _ in pool:  # wake those that wait
+            todo.put((None, None))
+        deadline = time.monotonic() + 1  # plenty for an image; a slower thread is left behind
+        for thread in pool:
+            if thread.is_alive():
+                thread.join(max(0, deadline - time.monotonic()))
+
     pool = [threading.Thread(target=serve, daemon=True) for _ in range(threads)]
+    # A daemon thread inside torch when Python ends aborts the program: status 134.
+    atexit.register(end)
     try:
         for thread in pool:
             thread.start()
@@ -454,6 +468,5 @@ def in_threads(work, items, threads, ahead):
         while results:
             yield results.popleft().result()
     finally:
-        ended = True
-        for _ in pool:  # wake those that wait
-            todo.put((None, None))
+        atexit.unregister(end)
+        end()
