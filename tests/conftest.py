@@ -1,26 +1,49 @@
-"""What several tests use: the environment of the programs, and reference numbers."""
+"""What several tests use: the environment of the programs, and reference numbers.
+
+from conftest import ROOT, DATA, ENV, run_program     # works in tests/ and tests/robustness/
+"""
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-# Programs under test run beside each other on few cores: no busy waiting, one thread each. OpenMP
+# Programs under test run at the same time on few cores: no busy waiting, one thread each. OpenMP
 # reads this once, when torch is first imported: nothing above may do that.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"  # reference numbers: see the README.md there
 sys.path.insert(0, str(ROOT))
+# For programs that run in a temporary folder: `python -m papers...` finds the project.
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def run_program(*words, cwd, status=0):
+    """Run `python words...` in the folder cwd, e.g. ROOT / "train.py", or "-m", "papers.heads"
+    -> the ended process, with .stdout and .stderr. status: what it must end with; None: anything.
+    """
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env=ENV,
+        capture_output=True,
+        encoding="utf-8",
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+    assert status in (None, done.returncode), f"{words}: {done.returncode}\n{done.stderr[-3000:]}"
+    return done
 
 
 @pytest.fixture(autouse=True)
 def own_index(tmp_path_factory, monkeypatch):
     """What was checked is remembered here, not in the user's cache folder."""
-    import readers
+    from support import readers
 
     real, folder = readers.index_path, tmp_path_factory.getbasetemp() / "checked"
     monkeypatch.setattr(
