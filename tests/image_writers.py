@@ -1,14 +1,80 @@
-r"""Writers of odd TIFFs, BMPs and PNGs, by hand: what a reader must find is known exactly.
+r"""Writers of images for tests: random ones, and odd TIFFs, BMPs and PNGs whose pixels are known.
 
 Pillow writes neither planes, nor tiles, nor big-endian numbers, nor bit masks, nor interlaces.
 
-    python -c "import numpy as np; from odd_images import *; print(tiff(np.zeros((9, 9, 3), 'u1')))"
+    python -c "from image_writers import *; print(tiff(np.zeros((9, 9, 3), 'u1')))"
 """
 
+import io
 import struct
+import zipfile
 import zlib
 
 import numpy as np
+from PIL import Image
+
+Y, X = np.mgrid[:16, :16]
+PICTURE = np.stack([X * 16, Y * 16, (X + Y) * 8], 2).astype(np.uint8)  # smooth: JPEG keeps it
+
+
+def pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def hwc(tensor):
+    return tensor.permute(1, 2, 0).numpy()
+
+
+def encode(image, kind, **options):
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_folder(path, arrays):
+    """A folder of one PNG per array, named in their order -> its path."""
+    path.mkdir(parents=True, exist_ok=True)
+    for i, array in enumerate(arrays):
+        Image.fromarray(array).save(path / f"{i:03}.png")
+    return path
+
+
+def folder_of(path, count=6, size=8):
+    """A folder of `count` different colour PNGs -> their arrays, in the order of their names."""
+    arrays = [pixels(size, size, 3, seed=i) for i in range(count)]
+    write_folder(path, arrays)
+    return arrays
+
+
+def zip_of(folder):
+    """A zip of a folder's files, next to it -> its path."""
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, file.name)
+    return path
+
+
+def idx(array, magic=0x803):
+    """(N, H, W) -> the bytes of an IDX file."""
+    return struct.pack(">4I", magic, *array.shape) + array.tobytes()
+
+
+# What a viewer must do, written with NumPy, for the eight values of the EXIF tag.
+UPRIGHT = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a.transpose(1, 0, 2), 2),
+    8: np.rot90,
+}
+
+
+# ------------------------------------------------------------------ TIFF, BMP, PNG
 
 
 def packbits(raw):
@@ -137,3 +203,20 @@ def png_rows(samples, depth, interlace=0):
                 size = -(-len(text) // 8)
                 out += b"\0" + int(text.ljust(8 * size, "0"), 2).to_bytes(size, "big")
     return out
+
+
+def chunk(name, content):
+    crc = struct.pack(">I", zlib.crc32(name + content))
+    return struct.pack(">I", len(content)) + name + content + crc
+
+
+def png(width, height, depth, kind, raw, before=b"", interlace=0):
+    """A PNG by hand: `raw` are the rows with their filter bytes, not yet compressed."""
+    head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, interlace)
+    body = chunk(b"IHDR", head) + before + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def rows(array):
+    """Rows of a PNG, each after a filter byte of zero."""
+    return b"".join(b"\0" + row.tobytes() for row in array)

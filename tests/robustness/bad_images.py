@@ -1,38 +1,27 @@
 r"""A corpus of bad and odd image files, and what must become of each.
 
-    python tests/bad_images.py FOLDER     # writes it, to be looked at
+    PYTHONPATH=tests python tests/robustness/bad_images.py FOLDER     # writes it, to be looked at
 
-`make(folder)` gives {name relative to the folder: Expect}. A name of a suffix that data.py knows
+`make(folder)` gives {name relative to the folder: Expect}. A name with a suffix of image_files.py
 is "used" (with these pixels, at side 16), "named" in an error, or "either" (a cut may leave all
 the pixels); others are "left out" and counted, or "hidden" and not counted.
 
-What this file does not do: zips and arrays (test_corpus.py builds those itself).
+Not here: zips and arrays (test_corpus.py builds those).
 """
 
-import io
 import os
 import struct
 import sys
-import zlib
 from collections import namedtuple
 
 import numpy as np
-from odd_images import tiff
+from image_writers import PICTURE, UPRIGHT, X, Y, chunk, encode, png, rows, tiff
 from PIL import Image, ImageCms
 
 Expect = namedtuple("Expect", "what pixels tolerance word", defaults=(None, 0, ""))
 SIDE = 16
-Y, X = np.mgrid[:SIDE, :SIDE]
-PICTURE = np.stack([X * 16, Y * 16, (X + Y) * 8], 2).astype(np.uint8)  # smooth: JPEG keeps it
 GRAY = (X * 16 + Y).astype(np.uint8)
 NAMED = Expect("named")
-
-
-def encode(image, kind, **options):
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def colour(gray):
@@ -41,23 +30,6 @@ def colour(gray):
 
 def full(*rgb):
     return np.full((SIDE, SIDE, 3), rgb, np.uint8)
-
-
-def chunk(name, content):
-    crc = struct.pack(">I", zlib.crc32(name + content))
-    return struct.pack(">I", len(content)) + name + content + crc
-
-
-def png(width, height, depth, kind, raw, before=b"", interlace=0):
-    """A PNG by hand: `raw` are the rows with their filter bytes, not yet compressed."""
-    head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, interlace)
-    body = chunk(b"IHDR", head) + before + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
-
-
-def rows(array):
-    """Rows of a PNG, each after a filter byte of zero."""
-    return b"".join(b"\0" + row.tobytes() for row in array)
 
 
 def gray_tiff(levels, kind=1, white=1, bits=None):
@@ -70,19 +42,6 @@ def bmp_rle(rle):
     head = struct.pack("<IHHI", 54 + 1024 + len(rle), 0, 0, 54 + 1024)
     info = struct.pack("<IiiHHIIiiII", 40, SIDE, SIDE, 1, 8, 1, len(rle), 0, 0, 256, 0)
     return b"BM" + head + info + palette + rle
-
-
-# What a viewer must do, written with NumPy, for the eight values of the EXIF tag.
-UPRIGHT = {
-    1: lambda a: a,
-    2: np.fliplr,
-    3: lambda a: np.rot90(a, 2),
-    4: np.flipud,
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: np.rot90(a.transpose(1, 0, 2), 2),
-    8: np.rot90,
-}
 
 
 def cut(files):
@@ -163,7 +122,7 @@ def depths(files):
     files["16-gray.png"] = encode(levels, "PNG"), Expect("used", eight)
     files["16-gray.tif"] = encode(levels, "TIFF"), Expect("used", eight)
     files["16.pgm"] = b"P5 16 16 65535\n" + levels.astype(">u2").tobytes(), Expect("used", eight)
-    # the high byte of each number, as the header of data.py says
+    # the high byte of each number, as the header of images.py says
     content = png(16, 16, 16, 2, rows(wide.astype(">u2")))
     files["16-rgb.png"] = content, Expect("used", wide >> 8)
     content = b"P6 16 16 65535\n" + wide.astype(">u2").tobytes()
