@@ -1,6 +1,6 @@
 """What several tests use: the environment of the programs, and reference numbers.
 
-from conftest import ROOT, DATA, ENV, run_program     # works in tests/ and tests/robustness/
+from conftest import ROOT, DATA, ENV, SMALL, run_program, torchrun     # in tests/robustness/ too
 """
 
 import json
@@ -21,6 +21,8 @@ DATA = ROOT / "tests" / "data"  # reference numbers: see the README.md there
 sys.path.insert(0, str(ROOT))
 # For programs that run in a temporary folder: `python -m papers...` finds the project.
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+# The flags of the smallest run that goes through everything.
+SMALL = "--image-size 8 --batch-size 4 --precision fp32 --sample-every 1000".split()
 
 
 def run_program(*words, cwd, status=0):
@@ -38,6 +40,18 @@ def run_program(*words, cwd, status=0):
     )
     assert status in (None, done.returncode), f"{words}: {done.returncode}\n{done.stderr[-3000:]}"
     return done
+
+
+def torchrun(n, *words, cwd, check=True, options=()):
+    """`torchrun --nproc_per_node n words` in the folder cwd, on a free port of its choosing."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, *options]
+    return run_program(*launch, *words, cwd=cwd, status=0 if check else None)
+
+
+def message_of(info):
+    """The message of an error that pytest.raises caught; it must be one line."""
+    assert "\n" not in str(info.value)
+    return str(info.value)
 
 
 @pytest.fixture(autouse=True)
