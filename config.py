@@ -13,6 +13,7 @@ Not here: parsing (support/cli.py), building networks (unet.py), reading images 
 """
 
 import math
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
@@ -164,6 +165,10 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
         self.require("microbatch", (self.microbatch or 1) >= 1, "must be at least 1")
         self.require("images", self.images >= self.batch_size,
                      f"is less than one batch of {self.batch_size}")
+        processes = os.environ.get("WORLD_SIZE", "1")  # torchrun's
+        self.require("batch_size", not processes.isdecimal()
+                     or self.batch_size % max(int(processes), 1) == 0,
+                     f"is global and must be divisible by the {processes} processes")
         self.require("sa_k", 1 <= self.sa_k <= self.T, f"must be 1 to {self.T}")
         if self.sa_k == 1 and "sa_weight" in self.given:
             raise ValueError("--sa-weight requires --sa-k 2 or more")
@@ -222,7 +227,7 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
         return parts + [f"{self.train_times}-times"] * (self.train_times != usual_times)
 
     def default_name(self):
-        parts = [Path(self.data.split(":")[0]).stem or "images", *self.name_parts()]
+        parts = [Path(self.data.split(":")[0]).stem.lstrip(".") or "images", *self.name_parts()]
         return "-".join([p for p in parts if p] + [f"seed{self.seed}"] * bool(self.seed))
 
     def next_command(self):

@@ -1,4 +1,4 @@
-r"""The forward process: how much signal and how much noise x_t holds, and when a sampler looks.
+r"""The forward process: the shares of signal and noise in x_t, and the time grids of samplers.
 
     x_t = α x_0 + σ ε,   α = √ᾱ(t),   σ = √(1 − ᾱ(t)),   ε ~ N(0, I)                    DDPM eq. 4
 
@@ -65,7 +65,7 @@ class Schedule:
         return alpha, sigma
 
     def lam(self, t: Tensor | float) -> Tensor:
-        """λ = log(α/σ): +∞ at t = 0, −∞ where ᾱ = 0."""
+        """λ = log(α/σ): +∞ at t = 0, −∞ if ᾱ = 0."""
         log_ab = self.log_alpha_bar(t)
         return (log_ab - torch.log(-torch.expm1(log_ab))) / 2
 

@@ -8,14 +8,12 @@ r"""Train a diffusion model: DDPM's loss, SA-DPM's (--sa-k) and E-TSDM's shared 
 The file reads from top to bottom: DiffusionObjective is what a step minimises, train_step() is the
 step, train() repeats it, main() sets everything up. The same command again resumes a run.
 
-Every random number of step n is a function of (seed, n): times, noises, flips and dropout. Every
-process draws them for the whole global batch and keeps its own rows. So a resumed run, and a run on
-another number of processes, uses the same numbers, and there is no random state to save. (Dropout
-alone depends on the number of processes.)
+Every random number of step n is a function of (seed, n). Every process draws them for the whole
+global batch and keeps its own rows. So a resumed run, and a run on another number of processes,
+uses the same numbers (except for dropout), and there is no random state to save.
 
 Not here: the losses (losses.py), flags and presets (config.py), checkpoints, logs and processes
-(support/), or learning-rate decay (neither paper uses any). papers/ trains other objectives by the
-same loop: variance heads, autoencoders, latents, super-resolution.
+(support/), other objectives (papers/), learning-rate decay (neither paper uses any).
 
 B images in the global batch, b in this process's share, k consecutive timesteps (SA-DPM).
 """
@@ -43,15 +41,13 @@ MAX_NONFINITE_STEPS = 25  # in a row; then the run ends
 
 
 # ------------------------------------------------------------------ the objective
-
 class DiffusionObjective:
     """What a step minimises: L = L_simple + sa_weight · L_SA over k consecutive timesteps.
 
-    The loop needs `net`, `loss_names`, `draw`, `loss`, `preview` and `extra_state`, no more:
-    papers/ has other objectives of the same form.
+    papers/ has other objectives of the same form: the loop needs no more than these members.
     """
 
-    loss_names = ("simple", "sa")
+    loss_names, warnings = ("simple", "sa"), ()
 
     def __init__(self, config, dataset=None, saved=None):
         self.config, self.extra_state = config, (saved or {}).get("extra", {})
@@ -70,10 +66,9 @@ class DiffusionObjective:
         CPU, the same on all hardware; noises are made on the device."""
         t = losses.draw_timesteps(n, self.denoiser.schedule, *self.t_range, generator,
                                   self.quantile)
-        device = device_generator.device
         noises = torch.randn(self.k, n, *self.denoiser.shape, generator=device_generator,
-                             device=device)
-        return dict(t=t.to(device), noises=noises.transpose(0, 1))
+                             device=device_generator.device)
+        return dict(t=t.to(noises.device), noises=noises.transpose(0, 1))
 
     def loss(self, model, images, draws):
         """images (b, C, H, W) in [-1, 1] -> loss (b,) and its terms {name: (b,)}."""
@@ -85,8 +80,8 @@ class DiffusionObjective:
         return simple + self.config.sa_weight * sa, dict(simple=simple, sa=sa)
 
     def preview(self, net, images, **arguments):
-        """Samples by DDIM in 25 calls, always from the same noise -> uint8 (n, C, H, W), and how
-        many of them form a group. images (n, C, H, W) uint8: what conditional models see."""
+        """Samples by DDIM in 25 calls, from the same noise each time -> uint8 (n, C, H, W), and how
+        many of them form a group. images uint8 (n, C, H, W): what conditional models see."""
         denoiser = self.denoiser.replace(net=net).encode(data.to_float(images))[1]
         arguments = dict(nfe=25, t_start=samplers.initial_time(denoiser)) | arguments
         x0 = samplers.sample_from_seeds(denoiser, range(len(images)), images.device, **arguments)
@@ -94,7 +89,6 @@ class DiffusionObjective:
 
 
 # ------------------------------------------------------------------ one step
-
 class TrainState:
     """Everything a checkpoint holds: weights, their moving average, optimizer, step counters."""
 
@@ -123,19 +117,18 @@ def train_step(state, model, images, config, dist, amp_dtype):
     """One update on this process's images, uint8 (b, C, H, W) -> (loss, *terms, gradient norm),
     means over all processes. `model` is state.net, perhaps inside DDP or torch.compile."""
     objective, b = state.objective, len(images)
-    rows = slice(dist.rank * b, (dist.rank + 1) * b)
 
     # 1. The random numbers of the whole global batch; this process keeps its rows.
+    rows = slice(dist.rank * b, (dist.rank + 1) * b)
     generator = rng.generator(config.seed, state.step)
-    on_device = generator
-    if dist.device.type != "cpu":
-        on_device = rng.generator(config.seed, state.step, device=dist.device)
+    on_device = generator if dist.device.type == "cpu" else rng.generator(
+        config.seed, state.step, device=dist.device)
     images = data.to_float(images.to(dist.device, non_blocking=True))
     if config.flip:
         flip = (torch.rand(config.batch_size, generator=generator) < 0.5)[rows].to(dist.device)
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-    draws = objective.draw(config.batch_size, generator, on_device)
-    draws = {name: value[rows] for name, value in draws.items()}
+    draws = {name: value[rows] for name, value in objective.draw(
+        config.batch_size, generator, on_device).items()}
     torch.manual_seed(rng.hash_ints(config.seed, state.step, dist.rank))  # dropout
 
     # 2. Forward and backward, `microbatch` images at a time; gradients add up in .grad. Each part
@@ -152,13 +145,12 @@ def train_step(state, model, images, config, dist, amp_dtype):
             with torch.autocast(dist.device.type, amp_dtype, enabled=amp_dtype is not None):
                 loss, terms = objective.loss(model, images[part],
                                              {k: v[part] for k, v in draws.items()})
-            values = torch.stack([loss.mean(), *(terms[name].mean()
-                                                 for name in objective.loss_names)])
+            values = torch.stack([v.mean() for v in (loss, *map(terms.get, objective.loss_names))])
             (values[0] * share).backward()
         means = means + share * values.detach()
     means = (dist.all_reduce(means.double().cpu()) / dist.world_size).tolist()
-    norm = float(torch.nn.utils.clip_grad_norm_(state.net.parameters(),
-                                                config.grad_clip or math.inf))
+    max_norm = config.grad_clip or math.inf
+    norm = float(torch.nn.utils.clip_grad_norm_(state.net.parameters(), max_norm))
 
     # 3. Update, or skip the step if a number is not finite (the same on all processes, since DDP
     # has averaged). A loss can overflow where its gradient, twice the residual, does not.
@@ -178,8 +170,7 @@ def update_ema(ema, net, decay, updates):
     r"""ema ← d ema + (1 − d) net,  d = min(decay, (1 + n)/(10 + n)) after n updates.
 
     Without this warm-up an average with decay 0.9999 is still its random start after a thousand
-    steps. net must be the bare module: inside DDP or compile its names differ.
-    """
+    steps. net is the bare module: inside DDP or compile its names differ."""
     d = min(decay, (1 + updates) / (10 + updates))
     averages, values = ema.state_dict(), net.state_dict()
     floats = [k for k, v in averages.items() if v.is_floating_point()]
@@ -187,7 +178,6 @@ def update_ema(ema, net, decay, updates):
 
 
 # ------------------------------------------------------------------ the loop
-
 def train(state, dataset, config, run, dist, stop):
     """Train until config.images images were seen, or a signal asks to stop."""
     total_steps = config.images // config.batch_size
@@ -198,37 +188,35 @@ def train(state, dataset, config, run, dist, stop):
     if dist.world_size > 1:
         devices = [dist.device] if dist.device.type == "cuda" else None
         model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
-    dist.print0(f"network: {sum(p.numel() for p in state.net.parameters()):,} parameters, "
-                f"{'bf16' if amp_dtype else 'fp32'} on {dist.device.type}; steps {state.step} to "
-                f"{total_steps}")
     state.net.train()
 
-    # The stream of images begins where the last run stopped: the step is all that resuming needs.
+    # The stream of images begins where the last run stopped: resuming needs only the step.
     batches = data.batches(dataset, config.batch_size, state.step * config.batch_size, config.seed,
                            dist.rank, dist.world_size, config.workers)
     run.start_log(state.step, total_steps, config.batch_size, state.objective.loss_names)
     stop.gently = True  # from here on there is something to save
     nonfinite = 0
     while state.step < total_steps:
-        values = train_step(state, model, next(batches), config, dist, amp_dtype)
+        # A signal breaks off the wait for images. All processes stop at the same step.
+        images = stop.unless_requested(next, batches)
+        if dist.any(images is None):
+            run.save(state.state_dict(), final=True)
+            break
+        values = train_step(state, model, images, config, dist, amp_dtype)
         run.log(state.step, values, state.skipped)
 
-        # A single overflow is skipped; many in a row are a failed run.
         nonfinite = 0 if all(map(math.isfinite, values)) else nonfinite + 1
         if nonfinite == MAX_NONFINITE_STEPS:
             raise ValueError(f"--lr: the last {nonfinite} losses or gradients were not finite, up "
                              f"to step {state.step}; {run.last_checkpoint()}. Try a lower --lr, "
                              "--grad-clip 1, or --precision fp32")
 
-        # All processes stop at the same step. No checkpoint is made after a step that went wrong.
-        stopping = dist.any(stop.requested)
-        done = stopping or state.step == total_steps
+        # No checkpoint is made after a step that went wrong, except the last.
+        done = state.step == total_steps
         if done or (state.step % config.save_every == 0 and not nonfinite):
             run.save(state.state_dict(), final=done)
-        if not stopping and (done or state.step % config.sample_every == 0):
+        if done or state.step % config.sample_every == 0:
             run.save_preview(state.step, lambda: preview_grid(state, dataset, dist.device))
-        if stopping:
-            break
 
 
 def preview_grid(state, dataset, device):
@@ -240,34 +228,30 @@ def preview_grid(state, dataset, device):
 
 
 def main(argv=None, make_objective=DiffusionObjective, config_class=Config):
-    """papers/ calls this with other objectives, whose configs add flags."""
+    """The program. papers/ calls it with other objectives, whose configs add flags."""
     config = parse_into(config_class, argv)
     with (StopSignal() as stop, distributed.init(
             deterministic=config.deterministic, timeout=distributed.STEP_TIMEOUT) as dist):
-        if config.batch_size % dist.world_size:
-            raise ValueError(f"--batch-size {config.batch_size} is global and must be divisible by "
-                             f"the {dist.world_size} processes")
         run = RunFolder(config.name, dist, stop)
         saved = run.open(config.settings(), config.may_change())  # None: a new run
         if run.is_finished(saved, config.images, config.batch_size, config.next_command()):
             return
 
-        # The images.
+        # The images; then the network, with the same initial weights on every process.
         dataset = dist.main_first(lambda: data.load(
             config.data, config.image_size, config.channels, config.seed, config.skip_bad_images,
             progress=dist.is_main))
-        dist.print0(f"data: {dataset.summary}")
-        for line in config.warnings(dataset, dist.world_size) + run.changes(saved, dataset,
-                                                                           config.dropout):
-            dist.print0(f"note: {line}")
-
-        # The network, with the same initial weights on every process; then training.
         torch.manual_seed(config.seed)
         objective = make_objective(config, dataset, saved)
         objective.net.to(dist.device)
         state = TrainState(objective, config)
         if saved:
             state.load_state_dict(saved, run.path)
+        dist.print0(f"data: {dataset.summary}\nnetwork: "
+                    f"{sum(p.numel() for p in state.net.parameters()):,} parameters")
+        for line in (*config.warnings(dataset, dist.world_size), *objective.warnings,
+                     *run.changes(saved, dataset, config.dropout)):
+            dist.print0(f"note: {line}")
         del saved  # gigabytes, for large networks
         run.create(config.settings(), state.state_dict(), dataset)
         train(state, dataset, config, run, dist, stop)

@@ -1,16 +1,16 @@
-r"""The same work written plainly: what benchmark.py measures our own against.
+r"""The works that benchmarks measures, written plainly: what our own are compared with.
 
 "Plain" is what a short program does that does nothing about speed: float32, NCHW, attention by
 einsum, k passes for k noise levels, an optimizer and an average that walk over the parameters one
-by one. Each function here is make(...) -> work(), to be timed; where it stands for a fast form of
-ours, a test proves that both give the same (tests/test_benchmark.py). diffusers' networks and
-schedulers are here too, for where that library happens to be installed.
+by one. Each function is make(...) -> work(), to be timed. If it stands for a fast form of ours, a
+test proves that both give the same (tests/test_benchmark.py). diffusers' networks and schedulers
+are here too, in case that library is installed; it is never needed.
 
-What this file does not do: measure (benchmark.py). Nothing of it runs in training or sampling.
+Not here: measuring (worker.py). Nothing of this file runs in training or sampling.
 
-    python -c "import plain; print(plain.training('tiny', 4)())"          # the loss of one step
+    python -c "from benchmarks import plain; print(plain.training('tiny', 4)())"  # a step's loss
 
-B images of a batch, k consecutive steps (SA-DPM).
+B images of a batch, k consecutive steps (SA-DPM). This file imports no support before torch.
 """
 
 import copy
@@ -20,12 +20,21 @@ import numpy as np
 import scipy.linalg
 import torch
 
-import inception
 import schedules
 import unet
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PEER = importlib.util.find_spec("diffusers") is not None
+
+
+def peer(name):
+    """A class of diffusers. ValueError: the library is installed and fails to import."""
+    try:
+        import diffusers
+        return getattr(diffusers, name)
+    except Exception as error:  # it imports much, when asked for: any of that may not fit
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"diffusers fails to import ({why}): repair or uninstall it") from error
 
 
 # ------------------------------------------------------------------ training
@@ -44,8 +53,7 @@ def network(preset, kind="ours"):
     unet.Attention.forward, unet.lay_out = attention, lambda h: h
     if kind == "ours":
         return unet.UNet(**unet.PRESETS[preset]).to(DEVICE)
-    import diffusers
-    net = diffusers.UNet2DModel(
+    net = peer("UNet2DModel")(
         32, layers_per_block=2, block_out_channels=(128, 256, 256, 256), dropout=0.1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
@@ -84,7 +92,6 @@ def training(preset, batch, k=1, kind="ours"):
     return work
 
 
-
 # ------------------------------------------------------------------ sampling
 
 RUNS = 20  # sampling runs in one turn: a single one would be over before the caches are warm
@@ -94,6 +101,19 @@ def constant(B):
     """(noise, a network that costs nothing): what is left is the sampler."""
     x, out = torch.randn(2, B, 3, 32, 32, device=DEVICE)
     return x, lambda *_: out
+
+
+def inputs(preset, B):
+    """A batch of noise of the preset's size, and its times."""
+    size = unet.PRESETS[preset]["image_size"]
+    x = torch.randn(B, 3, size, size, device=DEVICE)
+    return x, torch.full((B,), 500.0, device=DEVICE)
+
+
+def one_call(preset, B):
+    """work(): one call of the network."""
+    net, (x, c) = network(preset).eval(), inputs(preset, B)
+    return torch.no_grad()(lambda: net(x, c))
 
 
 def lean_ddim(B, nfe):
@@ -110,11 +130,11 @@ def lean_ddim(B, nfe):
 
 def peer_sampler(B, nfe, name, arguments):
     """work(): a scheduler of diffusers; its noise is given."""
-    import diffusers
+    scheduler = peer(name)
     import diffusers.schedulers.scheduling_ddpm as theirs
     x, net = constant(B)
     theirs.randn_tensor = lambda *_, **__: net()
-    scheduler = getattr(diffusers, name)(
+    scheduler = scheduler(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, **arguments)
 
     def work():
@@ -130,17 +150,17 @@ def peer_sampler(B, nfe, name, arguments):
 # ------------------------------------------------------------------ metrics
 
 def statistics_of(n, D=2048):
-    """(features (n, D), μ, Σ) of two made-up sets, with a spectrum that falls as real ones do."""
+    """μ, Σ, μ, Σ of two made-up sets of n vectors, with a spectrum that falls as real ones do."""
     g, sides = np.random.default_rng(0), []
     for scale in (1.0, 1.1):
         f = scale * g.standard_normal((n, D)) * np.arange(1, D + 1) ** -0.5
-        sides.append((f, f.mean(0), np.cov(f, rowvar=False)))
+        sides += [f.mean(0), np.cov(f, rowvar=False)]
     return sides
 
 
 def distance(n):
     """work(): the Fréchet distance by scipy's matrix square root, as pytorch-fid has it."""
-    (_, mu1, sigma1), (_, mu2, sigma2) = statistics_of(n)
+    mu1, sigma1, mu2, sigma2 = statistics_of(n)
 
     def work():
         root = scipy.linalg.sqrtm(sigma1.dot(sigma2))
@@ -153,6 +173,7 @@ def distance(n):
 
 def features(n):
     """work(): Inception's features of n images, normalisation by normalisation, in NCHW."""
+    from support import inception  # after torch; the worker leaves out support's settings
     net = inception.Inception().to(DEVICE, memory_format=torch.contiguous_format)
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
     return torch.no_grad()(lambda: net(images))

@@ -244,7 +244,7 @@ class AutoencoderConfig(Config):
 class AutoencoderObjective:
     """The autoencoder's loss, in the form that train.py's loop needs."""
 
-    loss_names = ("reconstruction", "kl")
+    loss_names, warnings = ("reconstruction", "kl"), ()
 
     def __init__(self, config, dataset=None, saved=None):
         self.config, self.extra_state = config, (saved or {}).get("extra", {})

@@ -16,7 +16,6 @@ B images; x0 in [-1, 1]; t (B,) in [1, T]; h like ε.
 import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import losses
@@ -28,7 +27,7 @@ from schedules import add_noise
 from support import checkpoint
 from support.cli import flag
 from support.programs import ignore_write_errors, run_main
-from support.run import settings_of
+from support.run import run_name, settings_of, weights_changed
 
 # As NPR- and SN-DPM's programs train it (500,000 steps); or, on a tiny trunk, some minutes.
 RECIPE = dict(batch_size=128, images=64_000_000, lr=1e-4, beta2=0.999, ema=0.9999, grad_clip=0.0,
@@ -97,7 +96,7 @@ class HeadConfig(Config):
         return super().may_change() | {"trunk"}
 
     def default_name(self):
-        parts = [Path(self.trunk).name, self.head] + ["block"] * (self.head_size == "block")
+        parts = [run_name(self.trunk), self.head] + ["block"] * (self.head_size == "block")
         return "-".join(parts + [f"seed{self.seed}"] * bool(self.seed))
 
     def next_command(self):
@@ -119,6 +118,8 @@ class VarianceHeadObjective(train.DiffusionObjective):
         if trunk:  # a new run
             own = {f"second_head.{k}": v for k, v in self.net.second_head.state_dict().items()}
             checkpoint.load_weights(self.net, trunk | own, config.trunk)
+        else:
+            self.warnings = weights_changed(config.trunk, saved["net"])
 
     def loss(self, model, images, draws):
         x0, denoiser = self.denoiser.replace(net=model).encode(images)

@@ -27,7 +27,7 @@ from papers import autoencoder
 from support import checkpoint
 from support.cli import flag
 from support.programs import ignore_write_errors, run_main
-from support.run import settings_of
+from support.run import run_name, settings_of, weights_changed
 
 
 class Latents:
@@ -122,7 +122,7 @@ class LatentConfig(Config):
 
     def default_name(self):
         # The data's name if the autoencoder has its default name, else the autoencoder's.
-        stem, name = Path(self.data.split(":")[0]).stem, Path(self.latent).name
+        stem, name = Path(self.data.split(":")[0]).stem.lstrip("."), run_name(self.latent)
         head = stem if name == f"{stem}-autoencoder" else name
         preset, *rest = self.name_parts()
         return "-".join([head, preset, "latent", *rest] + [f"seed{self.seed}"] * bool(self.seed))
@@ -140,6 +140,7 @@ class LatentObjective(train.DiffusionObjective):
             first_stage = first_stage_of(config.latent, map(data.to_float, some))
             saved = dict(extra=dict(first_stage=first_stage))
         super().__init__(config, dataset, saved)
+        self.warnings = weights_changed(config.latent, self.denoiser.space.net.state_dict())
 
 
 def main(argv=None):

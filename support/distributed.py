@@ -71,13 +71,19 @@ class Distributed:
         return bool(self.all_reduce(torch.tensor(float(bool(flag)))))
 
     def barrier(self):
+        """Wait for all processes, however long it takes. It polls, because Python handles a signal
+        only between two of its own lines, not inside a wait of gloo."""
         if self.world_size > 1:
-            dist.barrier(self.slow_group)
+            work = dist.barrier(self.slow_group, async_op=True)
+            while not work.is_completed():
+                time.sleep(0.01)
+            work.wait()  # raises what went wrong
 
     def broadcast(self, value):
         """Rank 0's value (any plain object) on every process, however long rank 0 takes."""
         if self.world_size == 1:
             return value
+        self.barrier()
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.slow_group, device=torch.device("cpu"))
         return box[0]

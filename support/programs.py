@@ -63,14 +63,13 @@ class StopSignal:
         if not self.gently:
             raise Interrupted(self.requested)
 
-    @contextlib.contextmanager
-    def at_once(self):
-        """Inside this block a signal ends the block, not the loop around it."""
+    def unless_requested(self, work, *inputs):
+        """work(*inputs), or None if a signal has come, or comes meanwhile and breaks it off."""
         self.gently = False
         try:
-            yield
+            return None if self.requested else work(*inputs)
         except Interrupted:
-            pass  # self.requested is set: the loop stops after its step
+            return None
         finally:
             self.gently = True
 

@@ -71,7 +71,7 @@ class RunFolder:
             if place.exists() and not place.is_dir():
                 raise ValueError(f"{place} should be a folder, and is a file: move it away")
         if self.folder.exists() and not self.dist.locks:
-            self.dist.lock(self.folder, 20)
+            self.dist.lock(self.folder, 20)  # seconds: a large process takes some to end
 
     def is_finished(self, saved, images, batch_size, next_command):
         """Print where the run stands. True: its checkpoint has seen all images."""
@@ -153,6 +153,8 @@ class RunFolder:
         """Write checkpoint.pt and loss.png. ValueError: weights that are not finite, which stay
         unsaved. OSError: the final checkpoint could not be written."""
         step = state["step"]
+        if step == self.saved_step:  # nothing new; or stopped before the first step
+            return
         if not (checkpoint.all_finite(state["net"]) and checkpoint.all_finite(state["ema"])):
             raise ValueError(f"--lr: after step {step} the weights are not finite; "
                              f"{self.last_checkpoint()}. Try a lower --lr")
@@ -171,11 +173,9 @@ class RunFolder:
     def save_preview(self, step, draw):
         """Write samples/STEP.png, the PIL image that draw() returns. A signal breaks it off; the
         other processes wait, however long it takes."""
-        def write():
-            with self.stop.at_once():
-                self.attempt("a sample grid", lambda: files.save_png(
-                    self.folder / "samples" / f"{step:07d}.png", draw()))
-        self.dist.on_main(write)
+        path = self.folder / "samples" / f"{step:07d}.png"
+        self.dist.on_main(lambda: self.stop.unless_requested(
+            self.attempt, "a sample grid", lambda: files.save_png(path, draw())))
 
     def attempt(self, what, work, *inputs):
         """work(*inputs) -> None. If the disk does not take it, or there is nothing to show: print
@@ -199,8 +199,10 @@ class RunFolder:
             self.dist.print0(f"note: {skipped} of {step} steps were skipped: a loss or a gradient "
                              "was not finite")
         if step < self.bar.total:
-            self.dist.print0(f"stopped by {self.stop.requested or 'another process'} at step "
-                             f"{step} of {self.bar.total}, saved in {self.folder.resolve()}. The "
+            where = "before the first step"
+            if step:
+                where = f"at step {step} of {self.bar.total}, saved in {self.folder.resolve()}"
+            self.dist.print0(f"stopped by {self.stop.requested or 'another process'} {where}. The "
                              "same command resumes it.")
         else:
             self.dist.print0(f"done: {self.folder.resolve()} has checkpoint.pt, log.csv, loss.png, "
@@ -316,3 +318,26 @@ def settings_of(run, key):
                 if settings.get(key) == run:
                     return settings
         raise
+
+
+def run_name(run):
+    """The name of a run, however the path of its folder or checkpoint is written."""
+    try:
+        run = checkpoint.find_checkpoint(run)
+    except FileNotFoundError:  # it was deleted
+        pass
+    path = Path(os.path.abspath(run))
+    return path.parent.name if path.name == "checkpoint.pt" else path.name
+
+
+def weights_changed(run, kept):
+    """A line, in a list, if `run` has other averaged weights than `kept`, which a run that started
+    from it holds; else an empty list."""
+    try:
+        now = checkpoint.load_checkpoint(checkpoint.find_checkpoint(run))["ema"]
+    except FileNotFoundError:
+        return []
+    if all(name in kept and torch.equal(kept[name].cpu(), now[name]) for name in now):
+        return []
+    return [f"{run} has other weights than this run began with, and it keeps those. Another --name "
+            "starts from the new ones"]

@@ -6,7 +6,9 @@ Pillow writes neither planes, nor tiles, nor big-endian numbers, nor bit masks, 
 """
 
 import io
+import pickle
 import struct
+import tarfile
 import zipfile
 import zlib
 
@@ -72,6 +74,56 @@ UPRIGHT = {
     7: lambda a: np.rot90(a.transpose(1, 0, 2), 2),
     8: np.rot90,
 }
+
+
+# A batch as Python 2 wrote it: protocol 2, byte strings, numpy.core. Row 0 is 0 1 2 ... 255 0 ...
+def cifar_pickle(rows):
+    def text(s):
+        return b"U" + bytes([len(s)]) + s
+
+    return (
+        b"\x80\x02}(" + text(b"data") + b"cnumpy.core.multiarray\n_reconstruct\n"
+        b"cnumpy\nndarray\nK\0\x85"
+        + text(b"b")
+        + b"\x87R(K\x01K"
+        + bytes([len(rows)])
+        + b"M\0\x0c\x86cnumpy\ndtype\n"
+        + text(b"u1")
+        + b"K\0K\x01\x87R(K\x03"
+        + text(b"|")
+        + b"NNN"
+        + b"J\xff\xff\xff\xff" * 2
+        + b"K\0tb\x89"
+        + b"T"
+        + struct.pack("<I", rows.size)
+        + rows.tobytes()
+        + b"tb"
+        + text(b"labels")
+        + b"]u."
+    )
+
+
+def cifar_files(binary, rows):
+    """(name, content) of the five batches of two images: uint8 rows (10, 3072)."""
+    for i in range(5):
+        part = rows[2 * i : 2 * i + 2]
+        if binary:
+            yield f"data_batch_{i + 1}.bin", b"".join(b"\x07" + row.tobytes() for row in part)
+        else:
+            yield f"data_batch_{i + 1}", cifar_pickle(part) if i else pickle.dumps({b"data": part})
+
+
+def tar_of(path, members, mode="w:gz"):
+    """A tar of (name, content) or tarfile.TarInfo -> its path."""
+    with tarfile.open(path, mode) as archive:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                archive.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                archive.addfile(info, io.BytesIO(member[1]))
+    return path
 
 
 # ------------------------------------------------------------------ TIFF, BMP, PNG

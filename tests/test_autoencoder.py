@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-import autoencoder
+from papers import autoencoder
 import data
 
 SMALL = dict(image_size=8, width=8, mult=(1, 2), latent_channels=2, norm_groups=4)

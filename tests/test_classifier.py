@@ -1,5 +1,5 @@
-"""classifier.py: labels from each kind of set, training, and a file that gives the same features
-without this code."""
+"""papers/classifier.py: labels from each kind of set, training, and a file that gives the same
+features without this code."""
 
 import gzip
 import io
@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-import classifier
 import data
 import metrics
-import readers
-import runtime
+from papers import classifier
+from support import readers
+from support.programs import run_main
 
 
 def bars(n, size=8, seed=0, channels=1):
@@ -70,7 +70,7 @@ def test_idx(tmp_path, packed):
 
 
 def test_class_folders(tmp_path):
-    """Labels in the order of the folders' names, also from a zip, also where files are skipped."""
+    """Labels in the order of the folders' names, also from a zip."""
     images = pixels(6, 8, 8, 3)
     where = ["wolf/1", "cat/2", "dog/3", "cat/1", "dog/x/4", "wolf/0"]
     for image, name in zip(images, where, strict=True):
@@ -300,7 +300,7 @@ def test_what_the_program_refuses(tmp_path, monkeypatch, capsys):
     }.items():
         capsys.readouterr()
         with pytest.raises(SystemExit) as info:
-            runtime.run_program(lambda words=words: classifier.main(words.split()))
+            run_main(lambda words=words: classifier.main(words.split()))
         said_really = capsys.readouterr()
         lines = [line for line in said_really.err.splitlines() if "it/s]" not in line and line]
         assert info.value.code == 2 and len(lines) == 1 and said in lines[0]

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-import covariance
+from papers import covariance
 import data
 import denoiser as D
 import etsdm
-import runtime
+from support import programs, rng
 import samplers
 import schedules
 import spaces
@@ -23,7 +23,7 @@ import toy
 import train
 
 LINEAR = schedules.make_schedule("linear")
-EVERY = [(name, continuous) for name in schedules.NAMES for continuous in (False, True)]
+EVERY = [(name, continuous) for name in schedules.SCHEDULES for continuous in (False, True)]
 # (s, t): sigma2 of DDPM, of DDIM; x_0 ~ N(0, 0.25), exact Γ
 TABLE = [
     (1, 112, 0.09160883289, 0.08688042455),
@@ -36,7 +36,7 @@ TABLE = [
 
 def var_eps_of_gaussian(schedule, t, var=0.25):
     """Var[ε | x_t] for x_0 ~ N(0, var): a² var/(a² var + s²)."""
-    a, s = schedule.coefficients(t)
+    a, s = schedule.alpha_sigma(t)
     return a**2 * var / (a**2 * var + s**2)
 
 
@@ -47,7 +47,7 @@ def exact_var(mixture, x, a, s):
     off = x[:, None] - a * means  # (B, K, ...)
     log_r = mixture.weights.log() - off[0, 0].numel() / 2 * v.log()
     log_r = log_r - off.square().flatten(2).sum(2) / (2 * v)
-    r = toy.like(log_r.softmax(1).flatten(), off.flatten(0, 1)).unflatten(0, off.shape[:2])
+    r = schedules.expand(log_r.softmax(1).flatten(), off.flatten(0, 1)).unflatten(0, off.shape[:2])
     per_bump = lambda c: c.reshape(1, -1, *[1] * (x.dim() - 1))  # noqa: E731
     mean = per_bump(s / v) * off
     second = mean**2 + per_bump(a**2 * stds**2 / v)
@@ -61,7 +61,7 @@ def two_heads(mixture, schedule, kind, prediction="eps"):
 
     def net(x, c):
         calls.append(c[0].item())
-        a, s = schedule.coefficients(c[0].item())
+        a, s = schedule.alpha_sigma(c[0].item())
         var = exact_var(mixture, x.double(), a, s)
         h = var if kind == "npr" else var + eps(x, c).double() ** 2
         return torch.cat([first(x, c), h.to(x.dtype)], 1)
@@ -94,12 +94,12 @@ def test_every_digit_of_the_coefficient(name, continuous):
     s_next² (exp(h) − 1)², h the step in λ, for DDIM."""
     schedule = schedules.make_schedule(name, continuous=continuous)
     for t, t_next in ((2, 1), (50, 49), (500, 499), (999, 998), (700, 20), (3, 0)):
-        (a, s), (a_next, s_next) = schedule.coefficients(t), schedule.coefficients(t_next)
+        (a, s), (a_next, s_next) = schedule.alpha_sigma(t), schedule.alpha_sigma(t_next)
         beta, beta_tilde = schedule.step_variances(t, t_next)
         got = covariance.reverse_variance(schedule, t, t_next, 0.3)
         expected = beta_tilde + (a_next * beta / s**2) ** 2 * (s / a) ** 2 * 0.3
         assert_close(got, expected, rtol=1e-12, atol=0)
-        fresh, A, ratio = covariance.parts(schedule, t, t_next, 1.0)
+        fresh, A, ratio = gap.step_coefficients(schedule, t, t_next, 1.0)
         assert_close(A, a_next * beta / s**2, rtol=1e-12, atol=0)
         if t_next:
             h = schedule.lam(t_next) - schedule.lam(t)
@@ -114,7 +114,7 @@ def test_it_is_the_variance_by_bayes(name, continuous, eta):
     x_next = A x_0 + (a multiple of x_t) + η_σ z."""
     schedule = schedules.make_schedule(name, continuous=continuous)
     for t, t_next in ((999, 998), (999, 300), (300, 299), (80, 1), (7, 0)):
-        (a, s), (a_next, s_next) = schedule.coefficients(t), schedule.coefficients(t_next)
+        (a, s), (a_next, s_next) = schedule.alpha_sigma(t), schedule.alpha_sigma(t_next)
         got = covariance.reverse_variance(
             schedule, t, t_next, var_eps_of_gaussian(schedule, t), eta
         )
@@ -154,7 +154,7 @@ def test_the_variance_of_the_whole_chain(steps):
     noise in the last step."""
     times = torch.tensor([*authors_grid(steps), 0.0], dtype=torch.float64)
     t, t_next = times[:-1], times[1:]
-    (a, s), (a_next, s_next) = LINEAR.coefficients(t), LINEAR.coefficients(t_next)
+    (a, s), (a_next, s_next) = LINEAR.alpha_sigma(t), LINEAR.alpha_sigma(t_next)
     beta, beta_tilde = LINEAR.step_variances(t, t_next)
     here = 0.25 * a**2 + s**2
     factor = (a_next * 0.25 * a + (s_next**2 - beta_tilde).clamp(min=0).sqrt() * s) / here
@@ -175,7 +175,7 @@ def test_the_variance_of_the_whole_chain_by_the_sampler(variance, expected):
     other, and the squares add up to the variance exactly."""
     if variance == "opt":
         exact = var_eps_of_gaussian(LINEAR, torch.arange(1001))
-        var_eps = covariance.of_gamma(1 - exact)
+        var_eps = covariance.variance_from_gamma(1 - exact)
         variance = lambda x, t, to: covariance.reverse_variance(LINEAR, t, to, var_eps(x, t))  # noqa: E731
     unit = iter(torch.eye(10, dtype=torch.float64)[:, :, None])
     denoiser = D.Denoiser(toy.oracle(toy.one_gaussian(), LINEAR), LINEAR)
@@ -191,35 +191,35 @@ def test_the_variance_of_the_whole_chain_by_the_sampler(variance, expected):
 
 def test_the_last_noise_is_kept_below_grey_levels():
     for eta, std in ((0.0, 9.8299e-3), (0.5, 9.8299e-3), (1.0, 1.96598e-2)):
-        var = covariance.bounded(LINEAR, 200, 1, 0.9, eta)
+        var = covariance.clipped_variance(LINEAR, 200, 1, 0.9, eta)
         assert var.sqrt().item() == pytest.approx(std, rel=1e-4)
-        free = covariance.bounded(LINEAR, 200, 1, 0.9, eta, levels=0)
+        free = covariance.clipped_variance(LINEAR, 200, 1, 0.9, eta, max_grey_levels=0)
         assert_close(free, covariance.reverse_variance(LINEAR, 200, 1, 0.9, eta))
         # not one step earlier, and never more than it was
-        assert covariance.bounded(LINEAR, 200, 1.5, 0.9, eta) > 0.01
-        assert covariance.bounded(LINEAR, 200, 1, 0.9, eta, None) == free
-        tiny = covariance.bounded(LINEAR, 1.1, 1, 1e-9, eta)
+        assert covariance.clipped_variance(LINEAR, 200, 1.5, 0.9, eta) > 0.01
+        assert covariance.clipped_variance(LINEAR, 200, 1, 0.9, eta, None) == free
+        tiny = covariance.clipped_variance(LINEAR, 1.1, 1, 1e-9, eta)
         assert_close(tiny, covariance.reverse_variance(LINEAR, 1.1, 1, 1e-9, eta))
-    one = covariance.bounded(LINEAR, 200, 1, 0.9, 1.0, levels=1)
+    one = covariance.clipped_variance(LINEAR, 200, 1, 0.9, 1.0, max_grey_levels=1)
     assert one.item() == pytest.approx(9.6627e-5, rel=1e-4)
     # data in [0, 1] have grey levels half as wide
-    half = covariance.bounded(LINEAR, 200, 1, 0.9, 1.0, (0.0, 1.0)).sqrt()
+    half = covariance.clipped_variance(LINEAR, 200, 1, 0.9, 1.0, (0.0, 1.0)).sqrt()
     assert half.item() == pytest.approx(9.8299e-3, rel=1e-4)
 
 
 def test_cov0_is_clipped_pixel_by_pixel():
-    a, s = LINEAR.coefficients(700)
+    a, s = LINEAR.alpha_sigma(700)
     most = float((a / s) ** 2)  # the Var[ε | x_t] at which Cov0 is 1
     var = torch.tensor([-0.3, 0.0, most / 2, most, 2 * most, 50.0], dtype=torch.float64)
     for eta in (0.0, 0.5, 1.0):
-        got = covariance.bounded(LINEAR, 700, 600, var.reshape(1, 1, 2, 3), eta)
+        got = covariance.clipped_variance(LINEAR, 700, 600, var.reshape(1, 1, 2, 3), eta)
         kept = torch.tensor([0, 0, most / 2, most, most, most], dtype=torch.float64)
         expected = covariance.reverse_variance(LINEAR, 700, 600, kept, eta)
         assert_close(got.flatten(), expected, rtol=1e-12, atol=0)
-        fresh, A, _ = covariance.parts(LINEAR, 700, 600, eta)
+        fresh, A, _ = gap.step_coefficients(LINEAR, 700, 600, eta)
         assert_close(got.flatten()[-1], fresh + A**2, rtol=1e-12, atol=0)
         # latents: their variance is 1, and so is the most that x_t can leave open of it
-        latents = covariance.bounded(LINEAR, 700, 600, var, eta, None)
+        latents = covariance.clipped_variance(LINEAR, 700, 600, var, eta, None)
         assert_close(latents, expected, rtol=1e-12, atol=0)
 
 
@@ -231,9 +231,9 @@ def test_finite_everywhere(name, continuous):
         times = schedules.time_grid(schedule, 8, spacing).tolist() + [0.0]
         for t, t_next in zip(times[:-1], times[1:], strict=True):
             for eta in (0.0, 0.5, 1.0):
-                for bounds in ((-1.0, 1.0), None):
+                for value_range in ((-1.0, 1.0), None):
                     var = torch.tensor([0.0, 1e-9, 0.5, 1.0, 7.0, -0.2])
-                    got = covariance.bounded(schedule, t, t_next, var, eta, bounds)
+                    got = covariance.clipped_variance(schedule, t, t_next, var, eta, value_range)
                     assert torch.isfinite(got).all() and (got >= 0).all()
                     assert (got >= eta**2 * schedule.step_variances(t, t_next)[1]).all() or (
                         t_next <= 1
@@ -242,13 +242,13 @@ def test_finite_everywhere(name, continuous):
 
 def test_without_signal_cov0_is_all_that_it_can_be():
     schedule = schedules.make_schedule("zero-terminal-snr")
-    fresh, A, ratio = covariance.parts(schedule, 1000, 600, 0.0)
-    assert math.isinf(ratio) and A == schedule.coefficients(600)[0]
+    fresh, A, ratio = gap.step_coefficients(schedule, 1000, 600, 0.0)
+    assert math.isinf(ratio) and A == schedule.alpha_sigma(600)[0]
     for var in (0.0, 0.3):
-        for bounds, cov0 in (((-1, 1), 1), ((0, 1), 0.25), (None, 1)):
-            got = covariance.bounded(schedule, 1000, 600, var, 0.0, bounds)
+        for value_range, cov0 in (((-1, 1), 1), ((0, 1), 0.25), (None, 1)):
+            got = covariance.clipped_variance(schedule, 1000, 600, var, 0.0, value_range)
             assert_close(got, cov0 * A**2, rtol=1e-12, atol=0)
-    got = covariance.bounded(schedule, 1000, 600, torch.zeros(2, 3), 0.0)
+    got = covariance.clipped_variance(schedule, 1000, 600, torch.zeros(2, 3), 0.0)
     assert_close(got, (A**2).expand(2, 3), rtol=1e-12, atol=0)
     small = schedule.step_variances(1000, 600)[1]
     assert covariance.reverse_variance(schedule, 1000, 600, 0.0) == small
@@ -292,7 +292,7 @@ def edm_oracle(schedule, var):
 def test_one_minus_gamma_is_the_mean_variance(t):
     """On the two bumps, by quadrature over x_t: 1 − E ε*² = E Var[ε | x_t]; and by gamma()."""
     mixture = toy.two_bumps()
-    a, s = LINEAR.coefficients(t)
+    a, s = LINEAR.alpha_sigma(t)
     x = torch.linspace(-12, 12, 40001, dtype=torch.float64)[:, None]
     v = a**2 * mixture.stds**2 + s**2
     bumps = (
@@ -333,14 +333,14 @@ def test_gamma_is_a_function_of_the_seed_and_not_of_the_batch():
     assert (moved != whole)[1:].all()
     same = torch.cat([x0[:6], x0[:1].expand(5, -1, -1, -1)])
     rest = 11 * covariance.gamma(denoiser, same) - 6 * six
-    g = runtime.generator(0, 9)
+    g = rng.generator(0, 9)
     noise = torch.stack([torch.randn(2, 4, 4, generator=g) for _ in range(11)])[6:]
-    eps = denoiser.predict(schedules.diffuse(denoiser.schedule, same[6:], 9, noise), 9)[1]
+    eps = denoiser.predict(schedules.add_noise(denoiser.schedule, same[6:], 9, noise), 9)[1]
     assert_close(rest[9], eps.double().square().flatten(1).mean(1).sum(), rtol=1e-5, atol=1e-6)
     # written out for one t: one generator for (seed, t), image by image
-    g = runtime.generator(0, 17)
+    g = rng.generator(0, 17)
     noise = torch.stack([torch.randn(2, 4, 4, generator=g) for _ in x0])
-    eps = denoiser.predict(schedules.diffuse(denoiser.schedule, x0, 17, noise), 17)[1]
+    eps = denoiser.predict(schedules.add_noise(denoiser.schedule, x0, 17, noise), 17)[1]
     assert_close(whole[17], eps.double().square().mean(), rtol=1e-6, atol=0)
 
 
@@ -357,10 +357,10 @@ def test_gamma_switches_dropout_off_and_sees_shared_conditions():
             told.extend(c.tolist())
             return self.drop(x)
 
-    denoiser = D.Denoiser(Spy(), LINEAR, condition=etsdm.make_condition(etsdm=True))
+    denoiser = D.Denoiser(Spy(), LINEAR, time_input=etsdm.make_time_input())
     x0 = torch.zeros(3, 1, 2, 2)
     got = covariance.gamma(denoiser, x0, ts=[57])
-    g = runtime.generator(0, 57)
+    g = rng.generator(0, 57)
     noise = torch.stack([torch.randn(1, 2, 2, generator=g) for _ in x0])
     assert_close(got[57], ((1 - LINEAR.alpha_bar(57)) * noise.square().mean()), rtol=1e-6, atol=0)
     assert told == [40.0] * 3
@@ -369,14 +369,14 @@ def test_gamma_switches_dropout_off_and_sees_shared_conditions():
 @pytest.mark.parametrize("batch", [2, 5, 16])
 def test_gamma_of_super_resolution_gives_each_image_its_own(batch):
     """What the network sees beside x_t belongs to the same image, also with several t at a time."""
-    space = spaces.LowRes(1, 4, 2)
+    space = superres.LowRes(1, 4, 2)
     images = torch.linspace(-0.9, 0.9, 5).reshape(5, 1, 1, 1).expand(5, 1, 4, 4).contiguous()
     off = []
 
     def net(seen, c):
         x, given = seen.split(1, 1)
-        a, s = schedule.coefficients(c)
-        noise = (x - toy.like(a, x) * given) / toy.like(s, x)  # flat images: x_0 is what is given
+        a, s = schedule.alpha_sigma(c)
+        noise = (x - schedules.expand(a, x) * given) / schedules.expand(s, x)  # flat images: x_0 is what is given
         off.append(noise.double().square().mean())
         return noise
 
@@ -384,14 +384,14 @@ def test_gamma_of_super_resolution_gives_each_image_its_own(batch):
     denoiser = D.Denoiser(net, schedule, space=space)
     got = covariance.gamma(denoiser, images, batch=batch)
     for t in (3, 10):
-        g = runtime.generator(0, t)
+        g = rng.generator(0, t)
         noise = torch.stack([torch.randn(1, 4, 4, generator=g) for _ in images])
         # to the rounding of what is given, half a grey level
         assert got[t].item() == pytest.approx(noise.square().mean().item(), rel=0.05)
 
 
 def test_gamma_between_the_integers():
-    var_eps = covariance.of_gamma(torch.tensor([0.0, 0.4, 0.8, 1.25], dtype=torch.float64))
+    var_eps = covariance.variance_from_gamma(torch.tensor([0.0, 0.4, 0.8, 1.25], dtype=torch.float64))
     expected = {0.5: 0.8, 1: 0.6, 1.25: 0.5, 2: 0.2, 2.5: 0.0, 3: 0.0}
     assert {t: var_eps(None, t).item() for t in expected} == pytest.approx(expected)
 
@@ -401,7 +401,7 @@ def test_gamma_between_the_integers():
 
 def test_the_fake_head_is_exact():
     """Var[ε | x_t] of the mixture by importance sampling over x_0, independently of exact_var."""
-    mixture, (a, s) = toy.two_bumps(), LINEAR.coefficients(300)
+    mixture, (a, s) = toy.two_bumps(), LINEAR.alpha_sigma(300)
     x0 = mixture.sample(500_000, torch.Generator().manual_seed(0)).flatten()
     for x in (-0.5, 0.1, 0.8):
         eps = (x - a * x0) / s
@@ -438,16 +438,16 @@ def test_exact_heads_sample_the_right_distribution(sampler, eta):
     out = {}
     for kind in ("npr", "sn"):
         denoiser, calls = two_heads(mixture, LINEAR, kind)
-        variance = covariance.from_run(denoiser, kind, sampler == "ddpm", eta, levels=0)
+        variance = covariance.variance_from_run(denoiser, kind, sampler == "ddpm", eta, max_grey_levels=0)
         out[kind] = run(denoiser, variance)
         assert calls == times.tolist()
     plain = D.Denoiser(toy.oracle(mixture, LINEAR), LINEAR)
     x0 = mixture.sample(4000, torch.Generator().manual_seed(1))
-    var_eps = covariance.of_gamma(covariance.gamma(plain, x0, ts=times.long().tolist(), batch=4000))
+    var_eps = covariance.variance_from_gamma(covariance.gamma(plain, x0, ts=times.long().tolist(), batch=4000))
     out["analytic"] = run(
         plain,
-        lambda x, t, to: covariance.bounded(
-            LINEAR, t, to, var_eps(x, t), 1.0 if sampler == "ddpm" else eta, levels=0
+        lambda x, t, to: covariance.clipped_variance(
+            LINEAR, t, to, var_eps(x, t), 1.0 if sampler == "ddpm" else eta, max_grey_levels=0
         ),
     )
     for kind in ("small",) + ("large",) * (sampler == "ddpm"):
@@ -470,19 +470,19 @@ def test_heads_under_every_prediction_and_clip(kind, prediction):
     sampler then clips x̂_0. Several channels; float32."""
     schedule, mixture = schedules.make_schedule("cosine"), toy.two_bumps((3, 2, 2))
     denoiser, calls = two_heads(mixture, schedule, kind, prediction)
-    variance = covariance.from_run(denoiser, kind, ddpm=False, eta=0.3)
+    variance = covariance.variance_from_run(denoiser, kind, ddpm=False, eta=0.3)
     x = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     for clip in (None, (-0.1, 0.1)):
         samplers.predict(denoiser, x, 400.0, clip)
-        exact = exact_var(mixture, x.double(), *schedule.coefficients(400))
-        expected = covariance.bounded(schedule, 400, 300, exact, 0.3)
+        exact = exact_var(mixture, x.double(), *schedule.alpha_sigma(400))
+        expected = covariance.clipped_variance(schedule, 400, 300, exact, 0.3)
         assert_close(variance(x, 400.0, 300.0), expected, rtol=1e-4, atol=1e-5)
     assert len(calls) == 2, "the variance calls nobody"
 
 
 def test_a_remembering_network_is_still_a_module():
     net = torch.nn.Conv2d(1, 2, 3, padding=1)
-    remembering = covariance.Remembering(net)
+    remembering = covariance.CachedOutput(net)
     remembering.double().eval().requires_grad_(False)
     assert net.weight.dtype == torch.float64 and not net.training and not net.weight.requires_grad
 
@@ -492,7 +492,7 @@ QUICK = {"linear", "zero-terminal-snr", "edm"}  # with signal at T, without, and
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in schedules.NAMES],
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in schedules.SCHEDULES],
 )
 @pytest.mark.parametrize(
     "sampler, eta",
@@ -507,10 +507,10 @@ def test_samples_are_right_with_every_schedule(name, sampler, eta):
     clips; in exactly so many calls."""
     schedule, mixture = schedules.make_schedule(name), toy.two_bumps((2,))
     denoiser, calls = two_heads(mixture, schedule, "sn", "v" if name != "edm" else "eps")
-    variance = covariance.from_run(denoiser, "sn", sampler == "ddpm", eta)
+    variance = covariance.variance_from_run(denoiser, "sn", sampler == "ddpm", eta)
     g = torch.Generator().manual_seed(0)
     noise = lambda shape: torch.randn(shape, dtype=torch.float64, generator=g)  # noqa: E731
-    a, s = schedule.coefficients(1000)
+    a, s = schedule.alpha_sigma(1000)
     x = a * mixture.sample(3000, g) + s * noise((3000, 2))
     x = samplers.sample(denoiser, x, sampler, 30, eta=eta, variance=variance, noise=noise)
     assert len(calls) == 30
@@ -561,12 +561,12 @@ def test_the_program(estimated, monkeypatch):
     again = covariance.gamma(denoiser, x0, ts=[1, 500])
     assert_close(again[[1, 500]], gamma[[1, 500]], rtol=1e-4, atol=0)
     # and samples with them take exactly nfe calls
-    variance, calls, net = covariance.from_run(denoiser, "analytic", True), [], denoiser.net
+    variance, calls, net = covariance.variance_from_run(denoiser, "analytic", True), [], denoiser.net
     denoiser.net = lambda x, c: (calls.append(c), net(x, c))[1]
-    x = samplers.from_seeds(denoiser, [0], (3, 8, 8), sampler="ddpm", nfe=5, variance=variance)
+    x = samplers.sample_from_seeds(denoiser, [0], (3, 8, 8), sampler="ddpm", nfe=5, variance=variance)
     assert torch.isfinite(x).all() and len(calls) == 5
     var = 1 - gamma[700].clamp(max=1)
-    expected = covariance.bounded(denoiser.schedule, 700, 600, var)
+    expected = covariance.clipped_variance(denoiser.schedule, 700, 600, var)
     assert_close(variance(x, 700.0, 600.0), expected, rtol=1e-12, atol=0)
 
 
@@ -580,7 +580,7 @@ def test_errors_of_a_run_say_what_to_do(runs, estimated, monkeypatch, tmp_path):
         other.folder = tmp_path if folder is None else folder
         vars(other).update(changes)
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
-            covariance.from_run(other, kind, True)
+            covariance.variance_from_run(other, kind, True)
         return caught.type, str(caught.value)
 
     kind, text = error()
@@ -591,7 +591,7 @@ def test_errors_of_a_run_say_what_to_do(runs, estimated, monkeypatch, tmp_path):
     )
     path = tmp_path / "analytic.npz"
     path.write_bytes(found)
-    covariance.from_run(denoiser.but(folder=tmp_path), "analytic", True)
+    covariance.variance_from_run(denoiser.replace(folder=tmp_path), "analytic", True)
     _, text = error(step=4000)
     assert "is of step 2, ema weights; the run is at 4000" in text and "again" in text
     _, text = error(weights="raw")
@@ -609,7 +609,7 @@ def test_errors_of_a_run_say_what_to_do(runs, estimated, monkeypatch, tmp_path):
     assert "opened by load_run" in error(folder=False or None, kind="best")[1]
     bare = D.Denoiser(lambda x, c: x, LINEAR)
     with pytest.raises(ValueError, match="opened by load_run"):
-        covariance.from_run(bare, "analytic", True)
+        covariance.variance_from_run(bare, "analytic", True)
 
 
 @pytest.mark.parametrize(
@@ -625,6 +625,6 @@ def test_errors_of_a_run_say_what_to_do(runs, estimated, monkeypatch, tmp_path):
 def test_errors_are_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        runtime.run_program(lambda: covariance.main(words))
+        programs.run_main(lambda: covariance.main(words))
     err = capsys.readouterr().err
     assert end.value.code == 2 and message in err.splitlines()[-1] and "Traceback" not in err

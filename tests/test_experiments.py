@@ -313,7 +313,7 @@ from support.programs import run_main
 def main():
     Path("net.pt2").touch()
     experiments.declare = lambda budget, weight=None: dict(small=t.SMALL)
-    made, args = t.numbered(t.SMALL, "small --seeds 2 --features net.pt2 --data " + sys.argv[1])
+    made, args = t.numbered(t.SMALL, "small --seeds 2 --features net.pt2")
     pages.write("small", t.SMALL, made, args)
 
 run_main(main)
@@ -323,18 +323,14 @@ run_main(main)
 @pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_page_is_written_whatever_the_locale(here, encoding):
-    """In another process, whose locale has no "±", and with a data set whose name it cannot print;
-    with cp1252, as on Windows, only the terminal cannot."""
+    """In another process, whose locale has no "±"; with cp1252, as on Windows, its terminal has."""
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     if encoding != "ascii":
         env["PYTHONIOENCODING"] = encoding
-    done = subprocess.run(
-        [sys.executable, "-c", C_LOCALE, "d\u00e9\u03bc"], cwd=here, env=env, capture_output=True
-    )
+    done = subprocess.run([sys.executable, "-c", C_LOCALE], cwd=here, env=env, capture_output=True)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     assert (b" \\xb1 0.0" if encoding == "ascii" else b" \xb1 0.0") in done.stdout
-    text = Path("results/small.md").read_text(encoding="utf-8")
-    assert "d\u00e9\u03bc" in text and " \u00b1 0.0" in text
+    assert " \u00b1 0.0" in Path("results/small.md").read_text(encoding="utf-8")
 
 
 def test_grids_of_samples_lie_side_by_side(small):
@@ -604,8 +600,8 @@ def test_an_interrupted_experiment_goes_on_to_the_same_numbers(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_committed_pages_show_the_numbers_beside_them(name):
-    """papers/results/NAME.md's table is that of NAME.csv in today's declaration; each number's command
-    names a program of ours; and README.md explains it."""
+    """The table of papers/results/NAME.md is that of NAME.csv in today's declaration; each number's
+    command names one of our programs; and README.md explains it."""
     folder, e = ROOT / "papers" / "results", experiments.declare("cpu")[name]
     page = (folder / f"{name}.md").read_text(encoding="utf-8")
     with open(folder / f"{name}.csv", newline="") as f:

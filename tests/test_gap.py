@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-import denoiser as denoisers
+import denoiser as D
 import gap
-import runtime
+from support import programs, rng
 import samplers
 import schedules
 import toy
@@ -36,7 +36,7 @@ def test_weights_are_the_product_of_what_later_steps_let_through():
     assert gap.gap_weights(LINEAR)[2].item() == pytest.approx(0.0080865, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", schedules.NAMES)
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
 @pytest.mark.parametrize("continuous", [False, True])
 def test_weights_of_every_schedule(name, continuous):
     schedule = schedules.make_schedule(name, continuous=continuous)
@@ -52,8 +52,8 @@ def test_ideal_of_images_is_a_mixture_of_points():
     points = toy.Mixture([1 / 30] * 30, images, [0.0] * 30)
     ideal = gap.ideal_of_images(images, LINEAR)
     for t in (1, 30.5, 400, 1000):
-        xt = schedules.diffuse(LINEAR, images[:8], t, torch.randn(images[:8].shape, generator=g))
-        expected, _ = points.posterior(xt, *LINEAR.coefficients(t))
+        xt = schedules.add_noise(LINEAR, images[:8], t, torch.randn(images[:8].shape, generator=g))
+        expected, _ = points.posterior(xt, *LINEAR.alpha_sigma(t))
         assert_close(ideal(xt, t), expected, rtol=0, atol=1e-9)
         assert_close(ideal(xt.float(), t), expected, rtol=0, atol=1e-3)
 
@@ -61,9 +61,9 @@ def test_ideal_of_images_is_a_mixture_of_points():
 def test_summary_is_what_its_words_say():
     g = torch.Generator().manual_seed(0)
     G = torch.randn((40, 3, 2, 2), generator=g, dtype=torch.float64) + 0.5
-    drawn = gap.resamples(40, count=4000)
+    drawn = gap.bootstrap_counts(40, count=4000)
     assert (drawn.sum(1) == 40).all()
-    found = gap.summarize(gap.gram(G), drawn)
+    found = gap.summarize(gap.inner_products(G), drawn)
     flat = G.flatten(1).numpy()
     assert found["mean"] == pytest.approx(np.linalg.norm(flat.mean(0)))
     assert found["norm"] == pytest.approx(np.linalg.norm(flat, axis=1).mean())
@@ -81,10 +81,10 @@ def test_summary_is_what_its_words_say():
 def test_intervals_cover_the_truth(truth):
     """95 % intervals of ‖E G‖ over 200 experiments, with the spread of images: few directions."""
     g = torch.Generator().manual_seed(1)
-    drawn, hits = gap.resamples(50, count=300), 0
+    drawn, hits = gap.bootstrap_counts(50, count=300), 0
     for _ in range(200):
         G = torch.randn((50, 6), generator=g, dtype=torch.float64) + truth
-        found = gap.summarize(gap.gram(G), drawn)
+        found = gap.summarize(gap.inner_products(G), drawn)
         hits += found["low"] <= truth * math.sqrt(6) <= found["high"]
         assert found["mean"] > found["systematic"], "the spread of 50 images adds to the plain norm"
     print(f"\n{hits} of 200 intervals hold the true norm")
@@ -95,11 +95,11 @@ def test_a_coarser_grid_and_ddim_have_gaps_too():
     """The last G is the distance of the two runs for any grid and η: against samplers.sample."""
     schedule, mixture = LINEAR, toy.two_bumps((1, 2, 2))
     x0 = mixture.sample(5, torch.Generator().manual_seed(0))
-    denoiser = denoisers.Denoiser(toy.oracle(toy.one_gaussian((1, 2, 2)), schedule), schedule)
-    knows = denoisers.Denoiser(
+    denoiser = D.Denoiser(toy.oracle(toy.one_gaussian((1, 2, 2)), schedule), schedule)
+    knows = D.Denoiser(
         lambda x, c: (
-            (x - toy.like(schedule.coefficients(c)[0], x) * x0)
-            / toy.like(schedule.coefficients(c)[1], x)
+            (x - schedules.expand(schedule.alpha_sigma(c)[0], x) * x0)
+            / schedules.expand(schedule.alpha_sigma(c)[1], x)
         ),
         schedule,
     )
@@ -111,9 +111,9 @@ def test_a_coarser_grid_and_ddim_have_gaps_too():
 
         def run(model, eta=eta):
             noise = samplers.SeededNoise(range(5))
-            xT = schedules.diffuse(schedule, x0, times[0], noise(x0.shape))
+            xT = schedules.add_noise(schedule, x0, times[0], noise(x0.shape))
             return samplers.sample(
-                model, xT, "ddim", spacing=times, eta=eta, noise=noise, final_denoise=False
+                model, xT, "ddim", spacing=times, eta=eta, noise=noise, denoise_to_zero=False
             )
 
         assert_close(G, run(denoiser) - run(knows), rtol=0, atol=1e-9)
@@ -141,14 +141,14 @@ def test_two_runs_are_compared_image_by_image():
     contains the truth, and is narrower than either part's."""
     g = torch.Generator().manual_seed(0)
     spread = 10 * torch.randn(500, 30, generator=g, dtype=torch.float64)
-    drawn, runs, boots = gap.resamples(500), {}, {}
+    drawn, runs, boots = gap.bootstrap_counts(500), {}, {}
     for name, share in {"all": 1.0, "half": 0.5}.items():
-        row = gap.summarize(gap.gram(spread + share), drawn)
+        row = gap.summarize(gap.inner_products(spread + share), drawn)
         boots[name] = row.pop("boot")
         runs[name] = [dict(row, images="these", n=500)]
     other = dict(runs["half"][0], images="others")
     runs["elsewhere"], boots["elsewhere"] = [other], boots["half"]
-    gap.compare(runs, boots)
+    gap.add_reductions(runs, boots)
     end, truth = runs["half"][0], 0.5 * math.sqrt(30)
     assert end["less"] == pytest.approx(runs["all"][0]["systematic"] - end["systematic"])
     assert end["less_low"] < truth < end["less_high"] and end["less_low"] > 0
@@ -189,7 +189,7 @@ def test_the_weights_are_in_the_table_of_a_whole_run(runs, monkeypatch):
     gap.main(["base", "-n", "2"])
     with open("gap.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    tau = gap.gap_weights(denoisers.load_run("base").schedule)
+    tau = gap.gap_weights(D.load_run("base").schedule)
     assert [float(r["tau"]) for r in rows] == pytest.approx(tau[1:1000].flip(0).tolist())
 
 
@@ -221,7 +221,7 @@ def test_figure_1(tmp_path, monkeypatch, capsys):
 def test_errors_are_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        runtime.run_program(lambda: gap.main(words))
+        programs.run_main(lambda: gap.main(words))
     err = capsys.readouterr().err
     assert end.value.code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
 
@@ -277,9 +277,9 @@ def test_a_run_named_twice_is_measured_twice(runs, monkeypatch, capsys):
 def test_flips_belong_to_the_ideal_of_a_run_that_flips(runs, monkeypatch):
     monkeypatch.chdir(runs)
     args = gap.parse(["base"])
-    d = denoisers.load_run("base")
+    d = D.load_run("base")
     plain, flipped = (
-        gap.ideal_set(d.but(settings={**d.settings, "flip": f}), args, "base") for f in (0, 1)
+        gap.ideal_set(d.replace(settings={**d.settings, "flip": f}), args, "base") for f in (0, 1)
     )
     assert len(plain) == 40 and len(flipped) == 80
     assert_close(flipped[40:], plain.flip(-1), rtol=0, atol=0)

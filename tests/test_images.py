@@ -1,7 +1,8 @@
-"""Every TIFF, BMP and PNG of a sweep has the right pixels or is refused in one line.
+"""images.py: the pixels of one picture. Every TIFF, BMP and PNG of a sweep is read rightly, or
+refused in one line.
 
-odd_images.py writes them, and so their pixels are known without any decoder. Kinds that must be
-read are listed: a reader that refuses all would pass the rest.
+image_writers.py writes the sweep, so its pixels are known without any decoder. The kinds that must
+be read are listed: a reader that refuses everything would pass the rest.
 """
 
 import io
@@ -13,13 +14,27 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from bad_images import PICTURE, chunk, encode, png
-from odd_images import bmp, bmp_rows, png_rows, tiff
+import torch
+from conftest import message_of
+from image_writers import (
+    PICTURE,
+    UPRIGHT,
+    bmp,
+    bmp_rows,
+    chunk,
+    encode,
+    hwc,
+    pixels,
+    png,
+    png_rows,
+    tiff,
+)
 from PIL import Image
 
 import data
-from pictures import bare_png, prepare
-from readers import reason
+from support import image_files
+from support.images import bare_png, prepare
+from support.readers import one_line
 
 SIDE = 19  # no multiple of a tile, of a strip, of a byte, or of 4 bytes
 RNG = np.random.default_rng(17)
@@ -27,12 +42,12 @@ RNG = np.random.default_rng(17)
 
 def read(content, size=SIDE):
     """-> (mode, pixels (H, W, 3)), or the error."""
-    files = data.Files(["x"], size, 3)
+    files = image_files.Files(["x"], size, 3)
     files.content = lambda i: content
     try:
         mode, _, image = files.read(0, check=True)
     except Exception as error:
-        text = reason(error)
+        text = one_line(error)
         assert text and text.isprintable() and "object at" not in text, text
         return text, None
     return mode, image.permute(1, 2, 0).numpy()
@@ -68,6 +83,125 @@ class Tally:
             self.read[kind] += 1
         else:
             self.wrong.append(name)
+
+
+@pytest.mark.parametrize("shape,channels", [((16, 16, 3), 3), ((16, 16), 1)])
+def test_image_of_the_right_size_keeps_every_bit(shape, channels):
+    array = pixels(*shape)
+    out = prepare(Image.fromarray(array), 16, channels)
+    assert out.dtype == torch.uint8 and out.shape == (channels, 16, 16) and out.is_contiguous()
+    assert np.array_equal(hwc(out), array.reshape(16, 16, channels))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])  # Pillow turns a TIFF itself: not twice, then
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation(orientation, kind):
+    array = pixels(8, 8, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.open(io.BytesIO(encode(Image.fromarray(array), kind, exif=exif)))
+    assert np.array_equal(hwc(prepare(image, 8, 3)), UPRIGHT[orientation](array))
+
+
+def sixteen_bit_images():
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    big = levels.astype(">u2").tobytes()
+    yield "I;16", Image.frombytes("I;16", (16, 16), levels.tobytes())
+    yield "I;16L", Image.frombytes("I;16L", (16, 16), levels.tobytes())
+    yield "I;16B", Image.frombytes("I;16B", (16, 16), big)
+    yield "png", Image.open(io.BytesIO(encode(levels, "PNG")))
+    yield "pgm", Image.open(io.BytesIO(b"P5 16 16 65535\n" + big))
+
+
+@pytest.mark.parametrize("name", ["I;16", "I;16L", "I;16B", "png", "pgm"])
+def test_sixteen_bit_gray_is_scaled(name):
+    out = prepare(dict(sixteen_bit_images())[name], 16, 1)
+    assert out.flatten().tolist() == list(range(256))
+
+
+def test_sixteen_bit_gray_rounds():
+    levels = np.array([[0, 128], [129, 65535]], dtype=np.uint16)
+    assert prepare(Image.fromarray(levels), 2, 1).flatten().tolist() == [0, 0, 1, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_modes_without_a_range_are_refused(dtype):
+    with pytest.raises(ValueError, match="convert it") as info:
+        prepare(Image.fromarray(np.zeros((4, 4), dtype)), 4, 3)
+    message_of(info)
+
+
+def test_alpha_is_composited_over_white():
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[..., 3] = [[0, 255], [51, 0]]  # 51/255 of black over white: 204
+    image = Image.fromarray(rgba)
+    expected = np.array([[255, 0], [204, 255]])
+    palette = Image.new("P", (2, 2)).convert("PA")  # its only colour, 0, is black
+    palette.putalpha(image.getchannel("A"))
+    assert palette.mode == "PA"
+    for source in (image, image.convert("LA"), palette):
+        for channels in (1, 3):
+            out = prepare(source, 2, channels).numpy()
+            assert np.array_equal(out, np.stack([expected] * channels)), source.mode
+
+
+def test_palette_with_transparency():
+    image = Image.frombytes("P", (2, 2), bytes([0, 1, 2, 0]))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    content = encode(image, transparency=0)
+    out = hwc(prepare(Image.open(io.BytesIO(content)), 2, 3))
+    assert out.tolist() == [[[255] * 3, [0, 255, 0]], [[0, 0, 255], [255] * 3]]
+    opaque = hwc(prepare(image, 2, 3))
+    assert opaque[0, 0].tolist() == [255, 0, 0]  # without transparency, the entry is a colour
+
+
+def test_gray_with_a_transparent_level():
+    content = encode(Image.fromarray(np.array([[7, 9]] * 2, np.uint8)), transparency=7)
+    assert prepare(Image.open(io.BytesIO(content)), 2, 1).tolist() == [[[255, 9]] * 2]
+
+
+def test_cmyk_one_bit_and_gray():
+    cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))  # no cyan: red
+    assert hwc(prepare(cmyk, 4, 3))[0, 0].tolist() == [255, 0, 0]
+    jpeg = Image.open(io.BytesIO(encode(cmyk, "JPEG", quality=100)))
+    assert np.abs(hwc(prepare(jpeg, 4, 3))[0, 0].astype(int) - [255, 0, 0]).max() <= 3
+    bits = Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).convert("1")
+    assert prepare(bits, 2, 1).flatten().tolist() == [0, 255, 255, 0]
+    gray = Image.fromarray(pixels(4, 4))
+    three = prepare(gray, 4, 3)
+    assert torch.equal(three[0], three[1]) and torch.equal(three[0], three[2])
+    colour = Image.fromarray(pixels(4, 4, 3))
+    assert np.array_equal(prepare(colour, 4, 1)[0].numpy(), np.asarray(colour.convert("L")))
+
+
+def test_of_an_animation_the_first_frame():
+    frames = [Image.new("L", (4, 4), level) for level in (10, 200)]
+    for kind in ("GIF", "PNG"):
+        content = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert (prepare(Image.open(io.BytesIO(content)), 4, 1) == 10).all(), kind
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_centre_crop(transpose):
+    array = pixels(8, 14, 3)
+    middle = array[:, 3:11]
+    if transpose:
+        array, middle = array.transpose(1, 0, 2), middle.transpose(1, 0, 2)
+    assert np.array_equal(hwc(prepare(Image.fromarray(array.copy()), 8, 3)), middle)
+
+
+def test_resize_takes_the_shortest_side_and_does_not_stretch():
+    array = np.zeros((40, 80), np.uint8)
+    array[:, 20:60] = 255  # the central square, which alone should be left
+    assert (prepare(Image.fromarray(array), 20, 1) > 235).all()  # else black bars
+    assert prepare(Image.fromarray(pixels(7, 5)), 16, 1).shape == (1, 16, 16)  # enlarged
+
+
+def test_shrinking_is_antialiased():
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    small = prepare(Image.fromarray(board), 8, 1).float()
+    # every eighth pixel of the chessboard, taken as it is, would be all black
+    assert (small - 127.5).abs().max() < 12
 
 
 # ------------------------------------------------------------------ TIFF

@@ -1,4 +1,4 @@
-"""jobs.py: order, places, failures and signals, with programs of a few lines."""
+"""support/jobs.py: order, places, failures and signals, with programs of a few lines."""
 
 import os
 import signal
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import jobs
-from jobs import Job, Machine
+from support import jobs
+from support.jobs import Job, Machine
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = """
@@ -42,21 +42,21 @@ def run(*made, workers=2):
 
 
 def log():
-    return Path("log").read_text().split()
+    return Path("log").read_text(encoding="utf-8").split()
 
 
 def test_causes_come_first_and_what_is_done_is_not_done_again(make):
-    said = []
+    printed = []
     a = make("a", cost=1)
-    b = make("b", cost=1, after=("a",), finish=said.append)
+    b = make("b", cost=1, after=("a",), finish=printed.append)
     c = make("c", cost=5, after=("b",))
     assert run(a, b, c)
     assert log() == ["+a", "-a", "+b", "-b", "+c", "-c"]
-    assert said == ["first\nb\n"]
+    assert printed == ["first\nb\n"]
     assert not list(Path("logs").glob("*.out"))
     assert run(a, b, c) and len(log()) == 6  # nothing more
     Path("b.done").unlink()
-    assert run(a, b, c) and len(log()) == 6  # c is done: nobody needs b
+    assert run(a, b, c) and len(log()) == 6  # c is done: b is not needed
     Path("c.done").unlink()
     assert run(a, b, c) and log()[6:] == ["+b", "-b", "+c", "-c"]
 
@@ -71,25 +71,25 @@ def test_no_more_at_a_time_than_there_are_places(make):
 
 
 def test_the_longest_chain_goes_first(make):
-    """`short` costs more than `root`, but two hours wait for `root`."""
+    """`short` costs more than `root`, but `leaf` waits for `root`."""
     made = [make("short", cost=10), make("root", cost=1), make("leaf", cost=99, after=("root",))]
-    assert jobs.order(made) == {"short": 10, "root": 100, "leaf": 99}
+    assert jobs.chain_costs(made) == {"short": 10, "root": 100, "leaf": 99}
     assert run(*made, workers=1)
     assert [word for word in log() if word[0] == "+"] == ["+root", "+leaf", "+short"]
 
 
-def test_what_may_refuse_goes_before_what_is_long(make):
+def test_jobs_that_may_reject_their_input_go_before_long_ones(make):
     assert run(make("long", cost=9), make("check", cost=1, early=True), workers=1)
     assert [word for word in log() if word[0] == "+"] == ["+check", "+long"]
 
 
-def test_gpus_are_those_that_this_program_was_given(monkeypatch):
+def test_gpus_are_those_that_the_user_chose(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-8932f937")
-    machine = Machine(gpus=jobs.visible(2))
+    machine = Machine(gpus=jobs.visible_gpus(2))
     places = [machine.environment(place)["CUDA_VISIBLE_DEVICES"] for place in (0, 1)]
     assert machine.workers == 2 and places == ["2", "GPU-8932f937"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert jobs.visible(3) == ["0", "1", "2"] and jobs.visible(0) == []
+    assert jobs.visible_gpus(3) == ["0", "1", "2"] and jobs.visible_gpus(0) == []
 
 
 def test_shares_of_the_machine():
@@ -103,6 +103,35 @@ def test_shares_of_the_machine():
     assert Machine(workers=6, gpus=["0", "1", "2"]).environment(4)["CUDA_VISIBLE_DEVICES"] == "1"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "support.cli"],  # imports little
+        pytest.param(["train.py", "--help"], marks=pytest.mark.slow),
+        pytest.param(["-m", "papers.experiments", "--help"], marks=pytest.mark.slow),
+    ],
+)
+def test_programs_run_in_the_users_folder_with_our_modules(tmp_path, monkeypatch, words):
+    """Top-level programs by name, others by -m. A module of the user's is not imported."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("data.py", "unet.py", "support.py", "papers.py"):
+        Path(name).write_text("raise SystemExit('the wrong module')")
+    printed = []
+    assert run(Job("x", [words], lambda: len(printed) > 0, finish=printed.append))
+    assert not words[-1] == "--help" or "usage: " in printed[0]
+
+
+def test_output_of_any_bytes_is_read(make, tmp_path):
+    """UTF-8 in and out, whatever the locale; other bytes do not end the program."""
+    bad = tmp_path / "bad.py"
+    bad.write_text("import sys; sys.stdout.buffer.write(b'\\xff\\n'); print('Γ')", encoding="utf-8")
+    job = make("a")
+    printed = []
+    job.commands, job.finish = [[bad], *job.commands], printed.append
+    assert run(job) and printed == ["first\na\n"]
+    assert Path("logs/a.log").read_text(encoding="utf-8").startswith("\ufffd\nΓ\n")
+
+
 def test_a_failure_is_one_line_and_ends_the_others(make, tmp_path):
     bad = tmp_path / "bad.py"
     bad.write_text(
@@ -110,11 +139,15 @@ def test_a_failure_is_one_line_and_ends_the_others(make, tmp_path):
     )
     slow = make("slow", 60)
     began = time.monotonic()
-    with pytest.raises(ValueError, match=r"^broken failed \(bad.py: no such thing\); its words"):
+    with pytest.raises(ValueError, match=r"^broken failed \(bad.py: no such thing\). Its output"):
         run(slow, Job("broken", [[bad]], lambda: False), make("late", after=("broken",)))
     assert time.monotonic() - began < 30
     assert log() == ["+slow"] and not Path("slow.done").exists()
-    assert Path("logs/broken.log").read_text().split("\n") == ["bad.py: no such thing", "hello", ""]
+    assert Path("logs/broken.log").read_text(encoding="utf-8").split("\n") == [
+        "bad.py: no such thing",
+        "hello",
+        "",
+    ]
 
 
 def test_the_first_of_two_commands_fails(make, tmp_path):
@@ -135,7 +168,7 @@ def test_a_program_that_the_system_kills(tmp_path):
 
 
 def test_a_program_that_ends_well_before_it_is_done(tmp_path, make):
-    """train.py, asked to stop by somebody else, exits with 0."""
+    """train.py, stopped by a signal from elsewhere, exits with 0."""
     job = make("a")
     job.done = lambda: False
     with pytest.raises(ValueError, match="a ended early: run the same command to go on"):
@@ -144,7 +177,7 @@ def test_a_program_that_ends_well_before_it_is_done(tmp_path, make):
 
 RUNNER = """
 import sys; sys.path.insert(0, {root!r})
-import jobs
+from support import jobs
 from pathlib import Path
 both = [jobs.Job(n, [[Path("child.py").resolve(), n]], Path(n).exists) for n in ("one", "two")]
 print("all" if jobs.run_all(both, jobs.Machine(2, gpus=[], logs=Path("logs"))) else "not all")
@@ -183,8 +216,8 @@ def test_a_signal_reaches_the_programs_as_sigterm(tmp_path, number):
     assert len(list(tmp_path.glob("*.saved"))) == 2
 
 
-def test_a_program_that_does_not_listen_is_killed(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "PATIENCE", 0.5)
+def test_a_program_that_ignores_sigterm_is_killed(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "STOP_TIMEOUT", 0.5)
     (tmp_path / "deaf.py").write_text(
         "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "open('deaf.began', 'w').close()\ntime.sleep(60)"

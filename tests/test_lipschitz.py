@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import etsdm
 import lipschitz
-import runtime
+from support import programs, rng
 import schedules
 import toy
 import train
@@ -30,10 +30,10 @@ CONTINUOUS = schedules.make_schedule("linear", continuous=True)
 
 
 def gaussian_x0(n, dim=DIM):
-    return STD * torch.randn(n, dim, dtype=torch.float64, generator=runtime.generator(7))
+    return STD * torch.randn(n, dim, dtype=torch.float64, generator=rng.generator(7))
 
 
-def oracle(schedule, prediction="eps", condition=None):
+def oracle(schedule, prediction="eps", time_input=None):
     net = toy.oracle(toy.one_gaussian((DIM,), STD), schedule, prediction)
     return Denoiser(net, schedule, prediction, condition)
 
@@ -80,7 +80,7 @@ def test_dt_to_zero_gives_the_derivative(prediction):
     net = d.net
     d.net = lambda x, c: seen.append(x) or net(x, c)
     t = torch.tensor([5.0, 50.0, 400.0, 950.0], dtype=torch.float64, requires_grad=True)
-    K = lipschitz.slopes(d, gaussian_x0(6), t.detach(), dt=1e-4)
+    K = lipschitz.difference_quotients(d, gaussian_x0(6), t.detach(), dt=1e-4)
     ab = torch.exp(-(0.1 * t / 1000 + 19.9 * (t / 1000) ** 2 / 2))
     v = ab * STD**2 + 1 - ab
     g = {"eps": (1 - ab).sqrt() / v, "v": (ab * (1 - ab)).sqrt() * (1 - STD**2) / v}[prediction]
@@ -111,7 +111,7 @@ def test_x_is_drawn_at_t_and_the_net_is_told_t_and_t_plus_dt():
 
     x0 = torch.zeros(5, 4000, dtype=torch.float64)
     d = Denoiser(net, LINEAR)
-    rows = lipschitz.slopes(d, x0, [400, 20], dt=3)
+    rows = lipschitz.difference_quotients(d, x0, [400, 20], dt=3)
     (x, c), (x_same, c_next) = seen[0], seen[1]
     assert torch.equal(x, x_same) and c.tolist() == [400.0] * 5 and c_next.tolist() == [403.0] * 5
     assert_close(x.std().item(), math.sqrt(1 - alpha_bar(LINEAR, 400)), rtol=0.02, atol=0)
@@ -152,11 +152,11 @@ def share(t):
 @pytest.mark.slow
 def test_zero_inside_sub_intervals_and_nowhere_else_discrete():
     ts = torch.tensor([0, 1, 2, 7, 18, 19, 20, 21, 39, 40, 59, 79, 80, 97, 98, 99, 100, 101, 900])
-    d = Denoiser(real_net(), LINEAR, condition=share)
-    rows = lipschitz.slopes(d, X0, ts, batch_size=2)  # and a last batch of one
+    d = Denoiser(real_net(), LINEAR, time_input=share)
+    rows = lipschitz.difference_quotients(d, X0, ts, batch_size=2)  # and a last batch of one
     inside = (ts < 99) & (ts % 20 != 19)
     assert bool((rows[inside] == 0).all()) and bool((rows[~inside] > 0).all())
-    plain = lipschitz.slopes(Denoiser(d.net, LINEAR), X0, ts, batch_size=2)
+    plain = lipschitz.difference_quotients(Denoiser(d.net, LINEAR), X0, ts, batch_size=2)
     assert bool((plain > 0).all())
     assert_close(plain[-3:], rows[-3:], rtol=1e-6, atol=0)  # from 100 on they are told the same
 
@@ -169,7 +169,7 @@ def test_zero_inside_sub_intervals_of_an_edm_run_too():
         lambda x, c: net(x) * c[:, None, None, None],
         schedule,
         "edm",
-        etsdm.make_condition(etsdm=True),
+        etsdm.make_time_input(),
     )
     x0 = torch.randn(3, 1, 4, 4)
     K = lipschitz.lipschitz_constants(d, x0, [1.5, 18.9, 19.5, 60, 90.25], dt=1)
@@ -177,7 +177,7 @@ def test_zero_inside_sub_intervals_of_an_edm_run_too():
 
 
 def test_zero_inside_sub_intervals_and_nowhere_else_continuous():
-    d = Denoiser(real_net(), CONTINUOUS, condition=lambda t: etsdm.share_timesteps(t, 50, 4))
+    d = Denoiser(real_net(), CONTINUOUS, time_input=lambda t: etsdm.share_timesteps(t, 50, 4))
     ts = [0.3, 5.71, 12.24, 12.3, 12.49, 24.9, 37.6, 49.8, 49.99, 50.01, 73.33]
     K = lipschitz.lipschitz_constants(d, X0, ts, dt=0.25)
     across = [t < b <= t + 0.25 for t in ts for b in (12.5, 25, 37.5, 50)]
@@ -191,7 +191,7 @@ def test_eval_mode_is_used_and_given_back():
     net = real_net(dropout=0.5).train()
     net.middle_block.eval()  # a frozen part
     before = [m.training for m in net.modules()]
-    d = Denoiser(net, LINEAR, condition=share)
+    d = Denoiser(net, LINEAR, time_input=share)
     assert lipschitz.lipschitz_constants(d, X0, [3]).item() == 0  # dropout would show
     assert [m.training for m in net.modules()] == before
     d.net.forward = lambda x, c: 1 / 0
@@ -202,11 +202,11 @@ def test_eval_mode_is_used_and_given_back():
 
 def test_the_same_for_any_batch_size_and_any_choice_of_t():
     d, ts = Denoiser(real_net(), LINEAR), [0, 7, 300, 999]
-    whole = lipschitz.slopes(d, X0, ts, seed=1)
-    assert_close(lipschitz.slopes(d, X0, ts, seed=1, batch_size=2), whole, rtol=1e-3, atol=1e-8)
-    assert_close(lipschitz.slopes(d, X0, [300], seed=1)[0], whole[2], rtol=0, atol=0)
-    assert_close(lipschitz.slopes(d, X0[:3], ts, seed=1), whole[:, :3], rtol=1e-3, atol=1e-8)
-    assert not torch.equal(lipschitz.slopes(d, X0, ts, seed=2)[2], whole[2])
+    whole = lipschitz.difference_quotients(d, X0, ts, seed=1)
+    assert_close(lipschitz.difference_quotients(d, X0, ts, seed=1, batch_size=2), whole, rtol=1e-3, atol=1e-8)
+    assert_close(lipschitz.difference_quotients(d, X0, [300], seed=1)[0], whole[2], rtol=0, atol=0)
+    assert_close(lipschitz.difference_quotients(d, X0[:3], ts, seed=1), whole[:, :3], rtol=1e-3, atol=1e-8)
+    assert not torch.equal(lipschitz.difference_quotients(d, X0, ts, seed=2)[2], whole[2])
     assert_close(lipschitz.lipschitz_constants(d, X0, ts, seed=1), whole.mean(1))
 
 
@@ -289,7 +289,7 @@ def test_program_measures_what_the_function_does(trained, tmp_path, monkeypatch)
     lipschitz.main(["base", "-n", "3", "--max-t", "5", "--seed", "4", "--out", f"{tmp_path}/a.png"])
     images = data.load("shapes", 8, 3, seed=4)
     x0 = torch.stack([images[i] for i in range(3)]) / 127.5 - 1
-    rows = lipschitz.slopes(denoiser.load_run("base"), x0, range(1, 6), seed=4)
+    rows = lipschitz.difference_quotients(denoiser.load_run("base"), x0, range(1, 6), seed=4)
     got = [[float(r[k]) for k in ("mean", "p50")] for r in table(tmp_path / "a.csv")[0]]
     want = torch.stack([rows.mean(1), rows.median(1).values], 1)
     assert_close(torch.tensor(got, dtype=torch.float64), want, rtol=1e-4, atol=1e-9)
@@ -375,7 +375,7 @@ def test_wrong_input_is_one_line_and_status_2(words, message, trained, monkeypat
     monkeypatch.chdir(trained)
     before = set(Path(trained).rglob("*"))
     with pytest.raises(SystemExit) as end:
-        runtime.run_program(lambda: lipschitz.main(words))
+        programs.run_main(lambda: lipschitz.main(words))
     text = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and "error: " in text and re.search(message, text), text
     assert set(Path(trained).rglob("*")) == before

@@ -44,7 +44,7 @@ def by_hand(denoiser, x0, t, noises):
         for i in range(k):
             if i and t[b] - i < 1:
                 continue
-            a, s = LINEAR.coefficients((t[b] - i).item())
+            a, s = LINEAR.alpha_sigma((t[b] - i).item())
             xt = a * x0[b] + s * noises[i, b]
             eps_hat = denoiser.predict(xt[None], t[b : b + 1] - i)[1][0]
             residual = noises[i, b] - eps_hat
@@ -56,11 +56,11 @@ def by_hand(denoiser, x0, t, noises):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
-@pytest.mark.parametrize("prediction", D.PREDICTIONS)
+@pytest.mark.parametrize("prediction", config.PREDICTIONS)
 @pytest.mark.parametrize("shared", [False, True])
 def test_one_pass_equals_k_passes_in_value_and_gradient(k, prediction, shared):
     net = small_net().double()
-    denoiser = D.Denoiser(net, LINEAR, prediction, etsdm.make_condition(etsdm=shared))
+    denoiser = D.Denoiser(net, LINEAR, prediction, etsdm.make_time_input(etsdm=shared))
     torch.manual_seed(1)
     x0 = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     noises = torch.randn(k, 4, 3, 8, 8, dtype=torch.float64)
@@ -149,7 +149,7 @@ def test_loss_spaces_are_the_plain_residuals(name):
     denoiser = D.Denoiser(lambda x, c: out, schedule, "v")
     x0, noise = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
     t = torch.tensor([5, 400, 1000])
-    a, s = (c[:, None, None, None] for c in schedule.coefficients(t))
+    a, s = (c[:, None, None, None] for c in schedule.alpha_sigma(t))
     in_v = losses.simple_loss(denoiser, x0, t, noise, "v")
     assert_close(in_v, (a * noise - s * x0 - out).square().mean((1, 2, 3)), rtol=1e-9, atol=1e-12)
     in_eps = losses.simple_loss(denoiser, x0, t, noise, "eps")
@@ -211,19 +211,19 @@ def test_the_slope_is_a_finite_difference_in_value_and_gradient(k, shared):
     """Against two forward passes of their own, differentiated by autograd in float64; and against a
     difference quotient of the loss along a random direction of the weights."""
     net = small_net().double()
-    denoiser = D.Denoiser(net, LINEAR, "v", etsdm.make_condition(etsdm=shared))
+    denoiser = D.Denoiser(net, LINEAR, "v", etsdm.make_time_input(etsdm=shared))
     torch.manual_seed(2)
     x0, t = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([19, 400, 1000])
     noises = torch.randn(k, 3, 3, 8, 8, dtype=torch.float64)
 
     def ours():
-        return losses.terms(denoiser, x0, t, noises, slope=True)["slope"].sum()
+        return losses.sa_loss(denoiser, x0, t, noises, slope=True)["slope"].sum()
 
     def by_hand():
-        xt = schedules.diffuse(LINEAR, x0, t, noises[0])
+        xt = schedules.add_noise(LINEAR, x0, t, noises[0])
         # x_t is held; only what the network is told moves, and at T it moves down
-        other = denoiser.output(xt, torch.tensor([20, 401, 999]))
-        return (denoiser.output(xt, t) - other).square().mean((1, 2, 3)).sum()
+        other = denoiser.prediction_at(xt, torch.tensor([20, 401, 999]))
+        return (denoiser.prediction_at(xt, t) - other).square().mean((1, 2, 3)).sum()
 
     weights = list(net.parameters())
     assert_close(ours(), by_hand(), rtol=1e-10, atol=0)
@@ -253,7 +253,7 @@ def test_the_slope_costs_one_forward_pass_and_leaves_the_other_terms_alone():
 
     d, x0 = D.Denoiser(net, LINEAR), torch.randn(4, 2)
     t, noises = torch.tensor([1, 2, 500, 1000]), torch.randn(2, 4, 2)
-    plain, more = (losses.terms(d, x0, t, noises, slope=on) for on in (False, True))
+    plain, more = (losses.sa_loss(d, x0, t, noises, slope=on) for on in (False, True))
     assert calls == [8, 12] and set(plain) == {"simple", "sa"}
     for key in plain:
         assert_close(more[key], plain[key])
@@ -289,7 +289,7 @@ def test_the_penalty_shrinks_the_lipschitz_constants():
         for _ in range(250):
             x0 = mixture.sample(128, g).float()
             t = losses.draw_timesteps(128, LINEAR, 1, 1000, g)
-            found_terms = losses.terms(
+            found_terms = losses.sa_loss(
                 d, x0, t, torch.randn(1, 128, 1, generator=g), slope=bool(weight)
             )
             loss = found_terms["simple"].mean()
@@ -313,7 +313,7 @@ def test_edms_loss_is_its_weighted_one():
     torch.manual_seed(0)
     x0, noise = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64)
     t = torch.tensor([2.0, 50.3, 300.0, 700.0, 999.0], dtype=torch.float64)
-    sigma = schedule.coefficients(t)[1][:, None, None, None]
+    sigma = schedule.alpha_sigma(t)[1][:, None, None, None]
     weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
     guess = d.predict(x0 + sigma * noise, t)[0]
     expected = (weight * (guess - x0) ** 2).mean((1, 2, 3))
@@ -322,7 +322,7 @@ def test_edms_loss_is_its_weighted_one():
     target = (x0 - 0.25 / (sigma**2 + 0.25) * (x0 + sigma * noise)) / (
         sigma * 0.5 / (sigma**2 + 0.25).sqrt()
     )
-    raw = (d.output(x0 + sigma * noise, t) - target).square().mean((1, 2, 3))
+    raw = (d.prediction_at(x0 + sigma * noise, t) - target).square().mean((1, 2, 3))
     assert_close(expected, raw, rtol=1e-8, atol=0)
 
 
@@ -348,7 +348,7 @@ def test_log_normal_times(name):
         assert_close(total, torch.full_like(total, -2.4), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("remap", etsdm.REMAPS)
+@pytest.mark.parametrize("remap", alternatives.REMAPS)
 @pytest.mark.parametrize("continuous", [False, True])
 def test_times_that_are_uniform_in_what_the_network_is_told(remap, continuous):
     schedule = schedules.make_schedule("linear", continuous=continuous)
@@ -358,8 +358,8 @@ def test_times_that_are_uniform_in_what_the_network_is_told(remap, continuous):
     t = losses.draw_timesteps(50_000, schedule, low, high, g, quantile)
     assert t.dtype == (torch.float64 if continuous else torch.int64)
     assert (t >= low).all() and (t <= high).all()
-    ends = etsdm.remap(torch.tensor([float(low), high]), remap)
-    told = (etsdm.remap(t.double(), remap) - ends[0]) / (ends[1] - ends[0])
+    ends = alternatives.remap(torch.tensor([float(low), high]), remap)
+    told = (alternatives.remap(t.double(), remap) - ends[0]) / (ends[1] - ends[0])
     for q in (0.25, 0.5, 0.75):  # small t come in steps of whole numbers
         assert_close(told.quantile(q).item(), q, rtol=0, atol=0.02)
     assert losses.time_quantile("uniform", schedule, low, high) is None
@@ -410,17 +410,17 @@ def test_a_head_learns_the_exact_variance(kind):
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-2 * (1 - step / steps)
         x0, t = mixture.sample(1024, g).float(), torch.tensor([100, 300]).repeat(512)
-        loss = losses.head_loss(d, x0, t, torch.randn(1024, 1, generator=g), kind).mean()
+        loss = heads.head_loss(d, x0, t, torch.randn(1024, 1, generator=g), kind).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     for t in (100, 300):
-        a, s = LINEAR.coefficients(t)
-        x = schedules.diffuse(
+        a, s = LINEAR.alpha_sigma(t)
+        x = schedules.add_noise(
             LINEAR, mixture.sample(400, g).float(), t, torch.randn(400, 1, generator=g)
         )
         eps, exact = exact_moments(mixture, x.double(), a, s)
-        h = d.outputs(x, t)[:, 1:].double().detach()
+        h = d.network_output(x, t)[:, 1:].double().detach()
         learned = h if kind == "npr" else h - eps**2
         error = (learned - exact).abs().mean() / exact.mean()
         assert error < {"npr": 0.1, "sn": 0.25}[kind], f"t = {t}: {error:.3f}"
@@ -437,7 +437,7 @@ def test_a_head_leaves_the_trunk_alone():
     assert not unknown and all(k.startswith("second_head") for k in missing)
     d = D.Denoiser(heads, LINEAR)
     x0, noise = torch.randn(2, 2, 3, 8, 8)
-    losses.head_loss(d, x0, torch.tensor([5, 900]), noise, "npr").sum().backward()
+    heads.head_loss(d, x0, torch.tensor([5, 900]), noise, "npr").sum().backward()
     # the target is a number: no gradient comes to what the prediction alone is made of
     grads = {n: p.grad.abs().max() for n, p in heads.named_parameters() if p.grad is not None}
     assert grads["out_conv.weight"] == grads["out_norm.weight"] == 0
@@ -447,13 +447,13 @@ def test_a_head_leaves_the_trunk_alone():
     assert_close(heads(x, c)[:, 3:], torch.zeros(2, 3, 8, 8), rtol=0, atol=0)  # starts at 0
 
 
-@pytest.mark.parametrize("space", losses.SPACES)
+@pytest.mark.parametrize("space", config.LOSS_SPACES)
 def test_reuse_is_the_mean_of_the_plain_loss_over_all_levels(space):
     torch.manual_seed(3)
     denoiser = D.Denoiser(small_net(), LINEAR, "v")
     x0, t = torch.randn(3, 3, 8, 8), torch.tensor([900, 2, 1])
     noises = torch.randn(3, 3, 3, 8, 8)
-    found = losses.terms(denoiser, x0, t, noises, space, reuse=True)
+    found = losses.sa_loss(denoiser, x0, t, noises, space, reuse=True)
     for b in range(3):
         levels = [i for i in range(3) if t[b] - i >= 1]  # at t = 2 two exist, at t = 1 one
         alone = [
@@ -461,6 +461,6 @@ def test_reuse_is_the_mean_of_the_plain_loss_over_all_levels(space):
             for i in levels
         ]
         assert_close(found["simple"][b], torch.stack(alone).mean())
-    without = losses.terms(denoiser, x0, t, noises, space)
+    without = losses.sa_loss(denoiser, x0, t, noises, space)
     assert_close(found["sa"], without["sa"], rtol=0, atol=0)
     assert (found["simple"] != without["simple"])[:2].all()

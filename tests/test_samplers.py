@@ -181,7 +181,8 @@ def test_exactly_nfe_calls_and_finite(kwargs, spacing):
     ):
         for nfe, denoise_to_zero in (
             *((n, True) for n in (*range(1, 14), 21, 50)),
-            *((n, True) for n in (*range(14, 26), 1000) if schedule is LINEAR),
+            *((n, True) for n in range(14, 26) if schedule is LINEAR),
+            *[(1000, True)] * (schedule is LINEAR and spacing == "uniform"),
             *((n, False) for n in (1, 2, 3, 5, 9, 10, 13, 50)),
         ):
             denoiser, calls = counted(D.Denoiser(net, schedule, prediction))
@@ -461,14 +462,13 @@ def test_a_given_grid_is_where_the_calls_are(kwargs, denoise_to_zero):
 
 
 @pytest.mark.parametrize("kwargs", ALL, ids=str)
-@pytest.mark.parametrize("nfe", [1000, 1003])
-def test_more_calls_than_steps_where_no_signal_is_left(kwargs, nfe):
+def test_more_calls_than_steps_where_no_signal_is_left(kwargs):
     """Between T - 1 and T a zero-terminal table has no signal: steps of no length, still calls."""
     denoiser, calls = counted(
         toy_denoiser(toy.two_bumps(), schedules.make_schedule("zero-terminal-snr"), "v")
     )
-    out = samplers.sample(denoiser, ONE, nfe=nfe, **kwargs)
-    assert len(calls) == nfe and torch.isfinite(out).all()
+    out = samplers.sample(denoiser, ONE, nfe=1003, **kwargs)
+    assert len(calls) == 1003 and torch.isfinite(out).all()
 
 
 def test_small_is_what_ddim_does_anyway():
@@ -524,7 +524,7 @@ def test_heun_reference_numbers(points, heun, euler):
     "name, prediction, odd", [("edm", "x0", 1), ("cosine", "eps", 1), ("zero-terminal-snr", "v", 0)]
 )
 def test_heun_makes_two_calls_a_step(name, prediction, odd, spacing):
-    """At both ends of each step, and x_0 at the end: an odd number; an even one (odd = 0) where
+    """At both ends of each step, and x_0 at the end: an odd number; an even one (odd = 0) if
     alpha_bar(T) = 0, since the first step is order 1. A call that is left over is not made."""
     schedule = schedules.make_schedule(name)
     for nfe, final in (
@@ -570,7 +570,7 @@ def test_heun_where_several_times_have_no_signal(nfe):
 
 def edm_loop(x0_of, x, levels, churn, low, high, scale, draws):
     """EDM's algorithm 2 over noise levels that end in 0, as its paper writes it; noise is taken
-    where some is added."""
+    only if some is added."""
     n = len(levels) - 1
     for i in range(n):
         sigma, after = levels[i], levels[i + 1]
@@ -591,7 +591,7 @@ def edm_loop(x0_of, x, levels, churn, low, high, scale, draws):
 @pytest.mark.parametrize("churn", [0.0, 4.0, 1000.0])
 def test_heun_is_edms_algorithm(name, churn):
     """Against the loop above, with the same noise; other schedules in x/α over σ/α, on their own
-    noise levels. Where the range reaches T only edm can go higher: the others leave T out."""
+    noise levels. At T only edm can go higher: the range of the others leaves T out."""
     schedule, mixture, points = schedules.make_schedule(name, continuous=True), toy.two_bumps(), 18
     times = schedules.time_grid(schedule, points, "logsnr")
     (alpha, sigma), g = schedule.alpha_sigma(times), torch.Generator().manual_seed(0)

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-import autoencoder
-import covariance
+from papers import autoencoder
+from papers import covariance
 import data
-import denoiser as denoisers
+import denoiser as D
 import files
 import metrics
 import sample
@@ -62,14 +62,14 @@ def images(n, side=8, channels=3):
 
 
 def test_pixels_are_themselves():
-    space, x = spaces.Pixels(3, 8), torch.randn(2, 3, 8, 8)
-    assert space.shape == (3, 8, 8) and space.bounds == (-1.0, 1.0)
+    space, x = D.Pixels(3, 8), torch.randn(2, 3, 8, 8)
+    assert space.shape == (3, 8, 8) and space.value_range == (-1.0, 1.0)
     assert space.encode(x) is x and space.decode(x) is x and space.given(x) is None
 
 
 def test_shrinking_is_the_mean_over_blocks_as_pillow_has_it():
     pixels = images(3, 32)
-    small = spaces.LowRes(3, 32, 4).shrink(data.to_float(pixels))
+    small = superres.LowRes(3, 32, 4).shrink(data.to_float(pixels))
     assert small.shape == (3, 3, 8, 8)
     for image, ours in zip(pixels, data.to_uint8(small), strict=True):
         theirs = Image.fromarray(image.permute(1, 2, 0).numpy()).reduce(4)
@@ -82,7 +82,7 @@ def test_shrinking_is_the_mean_over_blocks_as_pillow_has_it():
 
 
 def test_enlarging_is_bicubic_as_pillow_has_it():
-    space, small = spaces.LowRes(1, 32, 4), data.to_float(images(4, 8, 1))
+    space, small = superres.LowRes(1, 32, 4), data.to_float(images(4, 8, 1))
     for ours, one in zip(space.enlarge(small), small, strict=True):
         theirs = Image.fromarray(one[0].numpy()).resize((32, 32), Image.Resampling.BICUBIC)
         expected = torch.from_numpy(np.array(theirs)).clamp(-1, 1)  # overshoot is cut
@@ -92,7 +92,7 @@ def test_enlarging_is_bicubic_as_pillow_has_it():
 @pytest.mark.parametrize("factor", [1, 3])
 def test_factors_that_cannot_be(factor):
     with pytest.raises(ValueError, match=f"--factor {factor} must be at least 2 and divide the 8"):
-        spaces.LowRes(3, 8, factor)
+        superres.LowRes(3, 8, factor)
 
 
 def first_stage(std=(2.0, 0.5, 1.0, 3.0)):
@@ -109,19 +109,19 @@ def first_stage(std=(2.0, 0.5, 1.0, 3.0)):
 
 def test_latents_are_the_encoders_mean_shifted_and_scaled():
     stage = first_stage()
-    space, net = spaces.Latents(stage), autoencoder.Autoencoder(**stage["autoencoder"])
+    space, net = latents.Latents(stage), autoencoder.Autoencoder(**stage["autoencoder"])
     net.load_state_dict(stage["weights"])
     x = torch.randn(2, 3, 8, 8)
     z = net.encode(x)[0]
     mean, std = (stage[k].float()[None, :, None, None] for k in ("mean", "std"))
-    assert space.shape == z.shape[1:] and space.bounds is None and space.given(x) is None
+    assert space.shape == z.shape[1:] and space.value_range is None and space.given(x) is None
     assert_close(space.encode(x), (z - mean) / std)
     assert_close(space.decode(space.encode(x)), net.decode(z), rtol=1e-4, atol=1e-5)
 
 
 def test_autocast_does_not_reach_what_is_stored():
     with torch.autocast("cpu", torch.bfloat16):
-        assert spaces.Latents(first_stage()).encode(torch.randn(2, 3, 8, 8)).dtype == torch.float32
+        assert latents.Latents(first_stage()).encode(torch.randn(2, 3, 8, 8)).dtype == torch.float32
 
 
 # ------------------------------------------------------------------ super-resolution
@@ -132,7 +132,7 @@ def test_a_super_resolution_run_from_training_to_psnr(runs, capsys):
     assert "next: python sample.py sr --low-res IMAGES" in capsys.readouterr().out
     grid = Image.open("runs/sr/samples/0000003.png")
     assert grid.size[0] % (3 * 16) == 0  # bicubic, sample, original
-    d = denoisers.load_run("sr")
+    d = D.load_run("sr")
     assert d.settings["unet"]["in_channels"] == 6 and d.settings["factor"] == 4
     sample.main(["sr", "--low-res", "shapes", "-n", "3", "--nfe", "2", "--out", "large"])
     out = capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_a_super_resolution_run_from_training_to_psnr(runs, capsys):
     for i, name in enumerate(names):
         theirs = torch.from_numpy(np.array(Image.open(f"large-original/{name}"))).permute(2, 0, 1)
         assert_close(theirs, originals[i], rtol=0, atol=0)
-    given = data.to_uint8(spaces.LowRes(3, 16, 4).given(data.to_float(originals)))
+    given = data.to_uint8(superres.LowRes(3, 16, 4).given(data.to_float(originals)))
     theirs = np.stack([np.array(Image.open(f"large-bicubic/{name}")) for name in names])
     assert_close(torch.from_numpy(theirs).permute(0, 3, 1, 2), given, rtol=0, atol=0)
     metrics.main(["psnr", "large-bicubic", "large-original"])
@@ -191,7 +191,7 @@ def test_what_low_res_takes(runs, capsys):
             Image.new("RGB", size, (40 * i, 90, 20)).save(f"{name}/{i}.png")
         return name
 
-    denoiser = denoisers.load_run("sr")
+    denoiser = D.load_run("sr")
     np.save("square.npy", np.zeros((2, 12, 12, 3), np.uint8))
     np.save("wide.npy", np.zeros((2, 16, 8, 3), np.uint8))
     with zipfile.ZipFile("x.zip", "w") as archive:
@@ -233,7 +233,7 @@ def test_commands_that_are_printed_can_be_pasted(runs, capsys, monkeypatch):
         metrics.main(["fid", "my sr", "shapes", "-n", "4", "--features", __file__])
     Path("runs/code").rename("runs/my code")
     with pytest.raises(ValueError, match="python train.py --latent 'my code'"):
-        denoisers.load_run("my code")
+        D.load_run("my code")
     Path("runs/plain").rename("runs/my plain")
     with pytest.raises(ValueError, match="train.py --head npr --from '.*my plain'"):
         sample.main(["my plain", "--variance", "npr"])
@@ -269,7 +269,7 @@ def test_whom_low_res_is_for(runs):
 
 @pytest.fixture
 def latent_run(runs):
-    return denoisers.load_run("latent")
+    return D.load_run("latent")
 
 
 def test_a_latent_run_needs_nothing_but_its_checkpoint(latent_run, capsys):
@@ -284,14 +284,14 @@ def test_a_latent_run_needs_nothing_but_its_checkpoint(latent_run, capsys):
     args = sample.parse(["--nfe", "2", "--sampler", "ddpm"])
     arguments = sampling.from_flags(args, d)
     assert arguments["clip"] is None
-    z = samplers.from_seeds(d, [0, 1], d.space.shape, **arguments)
+    z = samplers.sample_from_seeds(d, [0, 1], d.space.shape, **arguments)
     assert_close(
         torch.from_numpy(picture).permute(2, 0, 1).int(),
         data.to_uint8(d.space.decode(z))[1].int(),
         rtol=0,
         atol=1,
     )
-    with pytest.raises(ValueError, match="latents have no bounds"):
+    with pytest.raises(ValueError, match="latents have no value_range"):
         sample.main(["latent", "--clip", "on"])
 
 
@@ -309,21 +309,21 @@ def test_the_noise_of_a_latent_step_stays_within_unit_variance(latent_run):
     """A Γ that is off by a hundredth, times (s/a)^2 = 4e8 at T of the cosine schedule."""
     gamma = torch.full((1001,), 0.99, dtype=torch.float64)
     for eta in (0.0, 1.0):
-        variance = covariance.of_step(latent_run, covariance.of_gamma(gamma), eta)
+        variance = covariance.step_variance(latent_run, covariance.variance_from_gamma(gamma), eta)
         assert 0 < float(variance(torch.zeros(1), 1000, 889)) < 1.01
 
 
 def test_edms_unit_variance_holds_for_latents_too(latent_run):
     schedule, x0 = schedules.make_schedule("edm"), torch.randn(2000, 4, 4, 4, dtype=torch.float64)
-    for space, scale in ((latent_run.space, 1.0), (spaces.Pixels(4, 4), 0.5)):
-        d = denoisers.Denoiser(lambda x, c: x, schedule, "edm", space=space)  # says what it sees
+    for space, scale in ((latent_run.space, 1.0), (D.Pixels(4, 4), 0.5)):
+        d = D.Denoiser(lambda x, c: x, schedule, "edm", space=space)  # says what it sees
         for t in (1.0, 300.0, 1000.0):
-            seen = d.output(schedules.diffuse(schedule, scale * x0, t, torch.randn_like(x0)), t)
+            seen = d.prediction_at(schedules.add_noise(schedule, scale * x0, t, torch.randn_like(x0)), t)
             assert_close(seen.std().item(), 1.0, rtol=0, atol=0.02)
 
 
 def test_latents_have_unit_variance_over_the_data(latent_run):
-    x0, d = latent_run.on(data.to_float(images(256, 16)))
+    x0, d = latent_run.encode(data.to_float(images(256, 16)))
     assert d.given is None and x0.shape == (256, 4, 4, 4)
     assert_close(x0.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=0.1)
     assert_close(x0.std((0, 2, 3)), torch.ones(4), rtol=0, atol=0.1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import denoiser as denoisers
+import denoiser as D
 import files
 import losses
 import sample
@@ -252,7 +252,7 @@ def test_runs_of_before_these_flags_still_resume(runs):
     old["settings"] = {k: v for k, v in old["settings"].items() if k not in new}
     del old["extra"]
     files.save_checkpoint("runs/base/checkpoint.pt", old)
-    assert denoisers.load_run("base").space.shape == (3, 8, 8)
+    assert D.load_run("base").space.shape == (3, 8, 8)
     train.main([*SHARED, "--steps", "3"])
     assert checkpoint("base")["step"] == 3
 

@@ -64,7 +64,7 @@ def draw(mixture, schedule, t, n, seed=0):
     g = torch.Generator().manual_seed(seed)
     x0 = mixture.sample(n, g)
     eps = torch.randn(x0.shape, dtype=torch.float64, generator=g)
-    return schedules.diffuse(schedule, x0, torch.as_tensor(t), eps), eps
+    return schedules.add_noise(schedule, x0, torch.as_tensor(t), eps), eps
 
 
 def slope(n, y):
@@ -119,7 +119,7 @@ def derivative(function, t):
     return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
 
 
-everywhere = pytest.mark.parametrize("name", schedules.NAMES)
+everywhere = pytest.mark.parametrize("name", schedules.SCHEDULES)
 both = pytest.mark.parametrize("prediction", ["eps", "v"])
 
 
@@ -137,13 +137,13 @@ def test_derivatives_in_t_are_exact(name, prediction):
             exact = derivative(lambda t, net=net: net(xt, t), t)
             assert_close(exact, difference, rtol=1e-5, atol=1e-9)
             if prediction == "eps":
-                a, s = schedule.coefficients(t)
+                a, s = schedule.alpha_sigma(t)
                 da, ds = (
-                    derivative(lambda t, k=schedule, i=i: k.coefficients(t)[i], t) for i in (0, 1)
+                    derivative(lambda t, k=schedule, i=i: k.alpha_sigma(t)[i], t) for i in (0, 1)
                 )
                 if not schedule.exploding:  # a² + s² = 1
                     assert_close(ds, -a / s * da, rtol=1e-6, atol=1e-12)
-                d_score = derivative(lambda t, k=schedule: score(PAIR, xt, *k.coefficients(t)), t)
+                d_score = derivative(lambda t, k=schedule: score(PAIR, xt, *k.alpha_sigma(t)), t)
                 terms = -ds * score(PAIR, xt, a, s) - s * d_score
                 assert_close(exact, terms, rtol=1e-6, atol=1e-12)
 
@@ -154,8 +154,8 @@ def test_s_leaves_zero_like_a_power_of_t(name):
     for p = 1 (linear-mns, cosine-mns, cosine-shift), 0 for quadratic-mns. p and C from LEADING."""
     p, C = LEADING[name]
     schedule, t = closed_form(name), NEAR_0
-    s = schedule.coefficients(t)[1]
-    ds = torch.stack([derivative(lambda t: schedule.coefficients(t)[1], k) for k in t])
+    s = schedule.alpha_sigma(t)[1]
+    ds = torch.stack([derivative(lambda t: schedule.alpha_sigma(t)[1], k) for k in t])
     print(f"\n{name:18s} ds/dt at 1e-6: {ds[0]:.4e}, p C t^(p-1) = {p * C * t[0] ** (p - 1):.4e}")
     # Beyond the leading term s has a relative correction of order t; digits go at t = 1e-6.
     assert_close(s[:6], C * t[:6] ** p, rtol=1e-4, atol=0)
@@ -207,11 +207,11 @@ def test_cosine_shift_with_its_clip(prediction):
     data_score = score(PAIR, x, 1.0, 0.0) + (x if prediction == "v" else 0)
     for above in slopes[2:]:
         assert_close(above, -C * data_score, rtol=0, atol=2e-3 * C * data_score.norm(dim=1).max())
-    jump = schedule.coefficients(1e-9)[1] - schedule.coefficients(0)[1]
+    jump = schedule.alpha_sigma(1e-9)[1] - schedule.alpha_sigma(0)[1]
     assert_close(jump.item(), math.exp(-7.5), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in schedules.NAMES if name != "edm"])  # no table
+@pytest.mark.parametrize("name", [name for name in schedules.SCHEDULES if name != "edm"])  # no table
 def test_every_table_is_singular_below_its_first_step(name):
     """log ᾱ(t) = t log ᾱ(1) for t < 1, so s = √(−t log ᾱ(1)) + …: theorem 3.1's 1/√t whatever β_1
     is, for Modified-NS too. Training and the default grids ask for nothing below t = 1."""
@@ -235,7 +235,7 @@ def shared(mixture, schedule, n=5, interval=INTERVAL):
     return D.Denoiser(
         toy.oracle(mixture, schedule, "eps", times),
         schedule,
-        condition=lambda t: etsdm.share_timesteps(t, interval, n),
+        time_input=lambda t: etsdm.share_timesteps(t, interval, n),
     )
 
 
@@ -250,9 +250,9 @@ def part(t, n, discrete, interval=INTERVAL):
 
 def bound_terms(mixture, schedule, x, t, others):
     """s_t ‖score_t − score_t′‖ and |s_t − s_t′| ‖score_t′‖, each (times t′, B)."""
-    a, s = schedule.coefficients(t)
+    a, s = schedule.alpha_sigma(t)
     here, first, second = score(mixture, x, a, s), [], []
-    for a_other, s_other in zip(*schedule.coefficients(others), strict=True):
+    for a_other, s_other in zip(*schedule.alpha_sigma(others), strict=True):
         there = score(mixture, x, a_other, s_other)
         first.append(s * (here - there).norm(dim=1))
         second.append((s - s_other).abs() * there.norm(dim=1))
@@ -269,7 +269,7 @@ def test_theorem_4_1_bound(name, discrete):
     times = (1, 2, 5, 19, 20, 33, 59, 60, 99) if discrete else (1e-3, 1, 7.3, 19.9, 20, 55.5, 99.9)
     for t in f64(*times):
         xt, _ = draw(PAIR, schedule, t, 300)
-        error = (told_part.output(xt, t) - plain(xt, t)).norm(dim=1)
+        error = (told_part.prediction_at(xt, t) - plain(xt, t)).norm(dim=1)
         first, second = bound_terms(PAIR, schedule, xt, t, part(t, 5, discrete))
         limit = (first + second).amax(0)
         assert (error <= limit * (1 + 1e-9)).all(), f"t = {t}"
@@ -287,7 +287,7 @@ def test_theorem_4_1_needs_both_terms():
     shares = {"bound": [], "first term": [], "second term": []}
     for t in f64(1e-3, 5, 850, 950):
         xt, _ = draw(PAIR, schedule, t, 1000)
-        error = (told_part.output(xt, t) - plain(xt, t)).norm(dim=1)
+        error = (told_part.prediction_at(xt, t) - plain(xt, t)).norm(dim=1)
         first, second = bound_terms(PAIR, schedule, xt, t, part(t, 5, False, interval=T))
         for words, limit in zip(shares, (first + second, first, second), strict=True):
             shares[words].append((error > limit.amax(0) * (1 + 1e-9)).double().mean().item())
@@ -311,7 +311,7 @@ def error_and_bound(name, n, first_part):
     for t in low + f64(0, 0.5, 1 - 1e-9) * width:
         xt, _ = draw(PAIR, schedule, t, 300)
         assert told_part.condition(t) == low
-        errors.append((told_part.output(xt, t) - plain(xt, t)).norm(dim=1).mean().item())
+        errors.append((told_part.prediction_at(xt, t) - plain(xt, t)).norm(dim=1).mean().item())
         terms = bound_terms(PAIR, schedule, xt, t, others)
         limits.append((terms[0] + terms[1]).amax(0).mean().item())
     return max(errors), max(limits)
@@ -365,7 +365,7 @@ def test_what_training_under_sharing_converges_to(dimensions, n, gain):
     xt, eps = (torch.cat(k) for k in zip(*work, strict=True))
 
     answers, log_q = [], []  # ε*(x, t′) and log q_t′(x) up to a constant, for every t′ of the part
-    for t, a, s in zip(times, *schedule.coefficients(times), strict=True):
+    for t, a, s in zip(times, *schedule.alpha_sigma(times), strict=True):
         v = a**2 * mixture.stds**2 + s**2
         square = (xt[:, None] - a * mixture.means).square().sum(2)  # (B, K)
         log_k = mixture.weights.log() - dimensions / 2 * v.log() - square / (2 * v)
@@ -395,7 +395,7 @@ def test_what_training_under_sharing_converges_to(dimensions, n, gain):
 
 def lipschitz(denoiser, t, t_other, x):
     """K(t, t′) = E ‖net(x_t, f(t)) − net(x_t, f(t′))‖₂ / |t − t′|, x_t the same for both."""
-    difference = denoiser.output(x, t) - denoiser.output(x, t_other)
+    difference = denoiser.prediction_at(x, t) - denoiser.prediction_at(x, t_other)
     return (difference.norm(dim=1).mean() / abs(t - t_other)).item()
 
 
@@ -492,7 +492,7 @@ def knows(schedule, x0):
     """The true reverse process: its ε is the one that really is in x_t, given x_0."""
 
     def net(x, c):
-        a, s = schedule.coefficients(c[0])
+        a, s = schedule.alpha_sigma(c[0])
         return a * (x - a * x0) / s - s * x0  # v, which has a value where a = 0
 
     return D.Denoiser(net, schedule, "v")
@@ -507,10 +507,10 @@ def ddpm_run(denoiser, x0, steps=T, seed=0):
         return denoiser.net(x, c)
 
     noise = float64_noise(seed)
-    xT = schedules.diffuse(schedule, x0, T, noise(x0.shape))
+    xT = schedules.add_noise(schedule, x0, T, noise(x0.shape))
     grid = schedules.time_grid(schedule, steps)
     model = D.Denoiser(net, schedule, denoiser.prediction)
-    x1 = samplers.sample(model, xT, "ddpm", spacing=grid, noise=noise, final_denoise=False)
+    x1 = samplers.sample(model, xT, "ddpm", spacing=grid, noise=noise, denoise_to_zero=False)
     return x1, calls
 
 
@@ -537,7 +537,7 @@ def test_theorem_1(name, prediction):
 
     closed, tau = torch.zeros_like(x0), gap.gap_weights(schedule)
     for time, xt in calls:
-        a, s = schedule.coefficients(time)
+        a, s = schedule.alpha_sigma(time)
         e = (xt - a * x0) / s - denoiser.predict(xt, time)[1]
         if a == 0:  # zero-terminal-snr at T: e_T = (x̂_0 − x_0) a/s is 0, and τ_T = ∞
             e, tau[T] = denoiser.predict(xt, time)[0] - x0, through_zero(schedule)
@@ -555,8 +555,8 @@ def test_theorem_1(name, prediction):
 def through_zero(schedule):
     """τ_T e_T where ᾱ_T = 0 in terms of x̂_0 − x_0: A = √ᾱ_{T−1} β_T/(1 − ᾱ_T) = √ᾱ_{T−1}, and what
     the steps after it let through."""
-    a, s = schedule.coefficients(T - 1.0)
-    a1, s1 = schedule.coefficients(1.0)
+    a, s = schedule.alpha_sigma(T - 1.0)
+    a1, s1 = schedule.alpha_sigma(1.0)
     return a * (a * s1**2) / (a1 * s**2)
 
 
@@ -591,7 +591,7 @@ def test_even_the_ideal_network_has_a_gap():
     x0 = mixture.sample(1500, torch.Generator().manual_seed(0))
     *_, (_, G, reducible) = gap.gap_along_run(
         ideal, x0, float64_noise(), schedules.time_grid(schedule, 100),
-        ideal=lambda x, t: mixture.posterior(x, *schedule.coefficients(t))[0],
+        ideal=lambda x, t: mixture.posterior(x, *schedule.alpha_sigma(t))[0],
     )  # fmt: skip
     error = G.std(0) / math.sqrt(len(G))
     print(
@@ -604,7 +604,7 @@ def test_even_the_ideal_network_has_a_gap():
     wrong = wrong_model(schedule)
     *_, (_, G, reducible) = gap.gap_along_run(
         wrong, x0, float64_noise(), schedules.time_grid(schedule, 100),
-        ideal=lambda x, t: mixture.posterior(x, *schedule.coefficients(t))[0],
+        ideal=lambda x, t: mixture.posterior(x, *schedule.alpha_sigma(t))[0],
     )  # fmt: skip
     print(f"a wrong network: mean G {G.mean(0).tolist()}, reducible {reducible.mean(0).tolist()}")
     assert (G.mean(0).abs() > 10 * G.std(0) / math.sqrt(len(G))).all()
@@ -694,7 +694,7 @@ def test_theorem_2_for_learned_errors(trained_k):
         _, calls = ddpm_run(denoiser, x0)
         e = torch.zeros((T + 1, *x0.shape), dtype=torch.float64)
         for time, xt in calls:
-            a, s = schedule.coefficients(time)
+            a, s = schedule.alpha_sigma(time)
             e[round(time)] = (xt - a * x0) / s - denoiser.predict(xt, time)[1]
     print()
     for k in (1, 2, 3, 4):
@@ -740,7 +740,7 @@ def test_what_the_sequence_aware_loss_converges_to(k, weight):
             simple, sa = exact_losses(schedule, t, variance, V, k)
             return simple + weight * sa
 
-        found = optimize.minimize_scalar(total, bounds=(0.1, 2.0)).x / variance
+        found = optimize.minimize_scalar(total, value_range=(0.1, 2.0)).x / variance
         expected = (1 + weight) / (1 + weight / k)
         print(
             f"\nk = {k}, λ = {weight}, t = {t}: variance times {found:.4f}, theory {expected:.4f}"

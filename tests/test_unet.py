@@ -1,4 +1,5 @@
-"""unet.py against published parameter counts, reference outputs and a plainly written attention."""
+"""unet.py against published parameter counts and a plainly written attention. (Reference outputs:
+test_checkpoints.py.)"""
 
 import pytest
 import torch
@@ -61,68 +62,6 @@ def test_parameter_counts_of_variants(kwargs, count):
     assert sum(p.numel() for p in net.parameters()) == count
 
 
-def test_guided_diffusion_weights_give_its_output(gold):
-    net, numbers = unet.UNet(**gold.size), gold.numbers
-    assert sum(p.numel() for p in net.parameters()) == numbers["params"]
-    net.load_state_dict(unet.from_guided_diffusion(gold.state), strict=True)
-    out = net.eval()(gold.x, torch.tensor(numbers["timesteps"])).detach().flatten()
-    for got, expected in ((out[:8], numbers["first8"]), (out[-8:], numbers["last8"])):
-        assert_close(got, torch.tensor(expected), rtol=1e-4, atol=1e-5)
-    assert_close(out.mean().item(), numbers["mean"], rtol=1e-4, atol=1e-6)
-    assert_close(out.std(correction=0).item(), numbers["std"], rtol=1e-3, atol=0)
-
-
-def to_guided_diffusion(state):
-    """Our keys back into theirs: the inverse of the import, written separately."""
-    pairs = [
-        ("norm1.", "in_layers.0."),
-        ("conv1.", "in_layers.2."),
-        ("norm2.", "out_layers.0."),
-        ("conv2.", "out_layers.3."),
-        (".time.", ".emb_layers.1."),
-        (".skip.", ".skip_connection."),
-        (".proj.", ".proj_out."),
-        ("out_norm.", "out.0."),
-        ("out_conv.", "out.2."),
-    ]
-    theirs = {}
-    for key, value in state.items():
-        for ours, name in pairs:
-            key = key.replace(ours, name)
-        if key.startswith("input_blocks") and key.split(".")[2] == "0" and ".conv." in key:
-            key = key.replace(".conv.", ".op.")  # a strided convolution
-        if key.endswith(("qkv.weight", "proj_out.weight")):
-            value = value[..., 0]
-        theirs["module." + key] = value
-    return theirs
-
-
-@pytest.mark.parametrize("updown", [True, False])
-def test_import_round_trip_is_strict(updown):
-    net = awake(unet.UNet(**SMALL, resblock_updown=updown))
-    again = unet.UNet(**SMALL, resblock_updown=updown).eval()
-    again.load_state_dict(
-        unet.from_guided_diffusion(to_guided_diffusion(net.state_dict())), strict=True
-    )
-    x, c = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 700.0])
-    assert_close(again(x, c), net(x, c), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    "state, words",
-    [
-        ({"conv_in.weight": torch.zeros(1)}, "not a guided-diffusion U-Net.*conv_in.weight"),
-        (
-            {"input_blocks.0.0.weight": torch.zeros(1), "label_emb.weight": torch.zeros(1)},
-            "class-conditional",
-        ),
-    ],
-)
-def test_import_refuses_what_it_is_not(state, words):
-    with pytest.raises(ValueError, match=words):
-        unet.from_guided_diffusion(state)
-
-
 @pytest.mark.parametrize("head_channels", [None, 16])
 def test_attention_is_the_formula(head_channels):
     """softmax(q kT / sqrt d) v with explicit loops over heads, from the [head][q, k, v][d]
@@ -181,8 +120,8 @@ def test_images_do_not_see_their_batch_mates():
         assert_close(net(x[i : i + 1], c[i : i + 1]), whole[i : i + 1], rtol=1e-4, atol=1e-5)
 
 
-def test_bf16_autocast_still_tells_999_from_1000():
-    """Under autocast the conditions stay float32: bf16 rounds 999 and 1001 to 1000."""
+def test_bf16_autocast_distinguishes_999_from_1000():
+    """Under autocast the time embedding stays float32: bf16 rounds 999 and 1001 to 1000."""
     torch.manual_seed(0)
     net = awake(unet.UNet(**SMALL))
     seen = []

@@ -1,12 +1,11 @@
 r"""Bad input produces no wrong number quietly: every file of a corpus is used rightly or named.
 
-bad_images.py writes the image files; zips and arrays are made here. What test_data.py refuses
-already is not repeated.
+bad_images.py writes the image files; zips and arrays are made here. What test_image_files.py and
+test_readers.py refuse already is not repeated.
 """
 
 import builtins
 import gzip
-import io
 import os
 import pickle
 import re
@@ -22,12 +21,12 @@ import bad_images
 import numpy as np
 import pytest
 import torch
-from bad_images import PICTURE, encode
-from odd_images import PASSES
+from image_writers import PASSES, PICTURE, encode, hwc, idx, pixels, png, tar_of
 from PIL import Image
 
 import data
-import readers
+from support import image_files, readers
+from support.images import missing_pixels, prepare
 
 SIDE = bad_images.SIDE
 GOOD = encode(PICTURE, "PNG")
@@ -66,16 +65,8 @@ def refused(path, word="", function=load, **options):
     message = str(info.value)
     assert len(message.splitlines()) == 1 and message.isprintable(), message
     message.encode()  # else print would stop
-    assert readers.shown(str(path)) in message and re.search(word, message), message
+    assert readers.printable(str(path)) in message and re.search(word, message), message
     return message
-
-
-def hwc(tensor):
-    return tensor.permute(1, 2, 0).numpy()
-
-
-def pixels(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 # ------------------------------------------------------------------ files
@@ -96,12 +87,12 @@ def outcomes(corpus):
         if expect.what in ("used", "named", "either"):
             path = os.path.join(folder, name)
             try:
-                single = in_time(data.Files([path], SIDE, 3).read, 0, check=True)
+                single = in_time(image_files.Files([path], SIDE, 3).read, 0, check=True)
                 found[name] = hwc(single[2])
             except AssertionError:
                 raise
             except Exception as error:
-                found[name] = readers.reason(error)
+                found[name] = readers.one_line(error)
     return found
 
 
@@ -142,7 +133,7 @@ def test_none_of_a_folder_is_lost(corpus, outcomes):
     assert f"{len(bad)} of {len(outcomes)} images cannot be read: " in message
     assert f" and {len(bad) - 5} more; --skip-bad-images" in message
     for name in sorted(os.path.join(folder, name) for name in bad)[:5]:
-        assert readers.shown(name) in message
+        assert readers.printable(name) in message
     others = sum(expect.what == "left out" for expect in expected.values())
     assert others == 9
     tail = f", {len(bad)} bad skipped, 9 other files left out (no suffix 3, .heic 2, .\\udcff\\n 1"
@@ -159,7 +150,7 @@ def test_every_name_can_be_printed(corpus, outcomes):
     folder, _ = corpus
     for name, outcome in outcomes.items():
         if isinstance(outcome, str):
-            files = data.Files([os.path.join(folder, name)], SIDE, 3)
+            files = image_files.Files([os.path.join(folder, name)], SIDE, 3)
             if "missing" not in outcome:  # rows are counted once, at the start
                 refused(files.paths[0], function=lambda _, files=files: in_time(lambda: files[0]))
 
@@ -177,7 +168,7 @@ def test_cut_anywhere(tmp_path, kind):
 
 
 def load_bytes(content):
-    files = data.Files(["x"], SIDE, 3)
+    files = image_files.Files(["x"], SIDE, 3)
     files.content = lambda i: content
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -191,7 +182,7 @@ def test_whole_pngs_lack_no_pixels(mode, interlace):
     for width, height in ((1, 1), (5, 3), (8, 9), (33, 17)):
         image = Image.new(mode, (width, height))
         content = encode(image, "PNG")
-        assert data.missing_pixels(content) == 0
+        assert missing_pixels(content) == 0
         bits, kind = content[24], content[25]
         channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
         need = height * (1 + -(-width * bits * channels // 8))
@@ -202,16 +193,14 @@ def test_whole_pngs_lack_no_pixels(mode, interlace):
                 in_rows = (grid == number).sum(1)
                 need += sum(1 + -(-n * bits * channels // 8) for n in in_rows.tolist() if n)
         for lack in (0, 1):
-            made = bad_images.png(
-                width, height, bits, kind, bytes(need - lack), interlace=interlace
-            )
-            assert data.missing_pixels(made) == lack
+            made = png(width, height, bits, kind, bytes(need - lack), interlace=interlace)
+            assert missing_pixels(made) == lack
 
 
 def test_more_pixels_than_declared_are_not_inflated():
-    bomb = bad_images.png(1, 1, 8, 0, bytes(2**25))
+    bomb = png(1, 1, 8, 0, bytes(2**25))
     tracemalloc.start()
-    assert data.missing_pixels(bomb) == 0
+    assert missing_pixels(bomb) == 0
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**23
@@ -241,7 +230,7 @@ def test_long_images_need_little_memory(size):
         patch.setattr(
             Image.Image, "resize", lambda self, s, *a: sizes.append(s) or true_resize(self, s, *a)
         )
-        assert data.prepare(image, 256, 3).shape == (3, 256, 256)
+        assert prepare(image, 256, 3).shape == (3, 256, 256)
     assert sizes and max(map(max, sizes)) <= 8 * 256
 
 
@@ -256,7 +245,7 @@ def test_images_up_to_eight_to_one_keep_their_pixels():
         )
         left, top = (large.width - size) // 2, (large.height - size) // 2
         plain = np.asarray(large.crop((left, top, left + size, top + size)))
-        assert np.array_equal(hwc(data.prepare(image, size, 3)), plain)
+        assert np.array_equal(hwc(prepare(image, size, 3)), plain)
 
 
 def test_side_of_the_first_good_image(tmp_path):
@@ -414,10 +403,6 @@ def test_comments_prefixes_and_a_zip_behind_an_image(tmp_path):
 
 
 # ------------------------------------------------------------------ IDX
-
-
-def idx(array, magic=0x803):
-    return struct.pack(">4I", magic, *array.shape) + array.tobytes()
 
 
 SOME = pixels(3, 8, 8)
@@ -675,19 +660,6 @@ def test_pickles_of_every_protocol_are_read(tmp_path):
         assert readers.read_labels(folder).tolist() == [3, 5] * 5
 
 
-def tar(path, members, mode="w:gz"):
-    """members: (name, content) or a TarInfo."""
-    with tarfile.open(path, mode) as archive:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                archive.addfile(member)
-            else:
-                info = tarfile.TarInfo(member[0])
-                info.size = len(member[1])
-                archive.addfile(info, io.BytesIO(member[1]))
-    return path
-
-
 FIVE = [(f"cifar/data_batch_{i}", FINE) for i in range(1, 6)]
 
 
@@ -698,30 +670,30 @@ FIVE = [(f"cifar/data_batch_{i}", FINE) for i in range(1, 6)]
 def test_tars_with_something_else_of_that_name(tmp_path, kind):
     odd = tarfile.TarInfo("cifar/data_batch_1")
     odd.type, odd.linkname = kind, "/etc/passwd"
-    path = tar(tmp_path / "x.tar.gz", [odd, *FIVE[1:]])
+    path = tar_of(tmp_path / "x.tar.gz", [odd, *FIVE[1:]])
     refused(path, "no CIFAR-10 data_batch_1", size=32)
     refused(path, "no CIFAR-10 data_batch_1", readers.read_labels)
 
 
 def test_tars_that_are_cut_double_or_huge(tmp_path):
-    path = tar(tmp_path / "x.tar.gz", FIVE)
+    path = tar_of(tmp_path / "x.tar.gz", FIVE)
     assert len(load(path, size=32)) == 10
     raw = path.read_bytes()
     for part in (0.05, 0.5, 0.9, 0.999):
         path.write_bytes(raw[: int(len(raw) * part)])
         refused(path, size=32)
         refused(path, function=readers.read_labels)
-    flat = tar(tmp_path / "x.tar", FIVE, "w")
+    flat = tar_of(tmp_path / "x.tar", FIVE, "w")
     raw = flat.read_bytes()
     for at in (100, 600, len(raw) // 2):
         flat.write_bytes(raw[:at])
         refused(flat, size=32)
-    refused(tar(path, [*FIVE, ("other/data_batch_2", FINE)]), "data_batch_2 more than once")
+    refused(tar_of(path, [*FIVE, ("other/data_batch_2", FINE)]), "data_batch_2 more than once")
     info = tarfile.TarInfo("cifar/data_batch_1")
     info.size = 2**40
     flat.write_bytes(info.tobuf() + bytes(2000))
     refused(flat, "declares 1,099,511,627,776 bytes")
-    refused(tar(path, [("../../data_batch_1", FINE), *FIVE[1:4]]), "no CIFAR-10 data_batch_5")
+    refused(tar_of(path, [("../../data_batch_1", FINE), *FIVE[1:4]]), "no CIFAR-10 data_batch_5")
     path.write_bytes(gzip.compress(zlib.compress(b"no tar")))
     refused(path)
 
