@@ -62,8 +62,8 @@ def convert(state_dict):
 
 @dataclass
 class ImportConfig:
-    file: Path | None = flag(None, "weights of OpenAI's guided-diffusion or improved-diffusion",
-                             positional="FILE", group="checkpoint")
+    file: str = flag("", "weights of OpenAI's guided-diffusion or improved-diffusion",
+                     positional="FILE", group="checkpoint")
     preset: str = flag("adm256", "their size", choices=tuple(unet.PRESETS))
     schedule: str = flag("linear", "the noise schedule they were trained with",
                          choices=("linear", "cosine"))
@@ -77,11 +77,11 @@ class ImportConfig:
   python sample.py lsun_bedroom --sampler ddpm --nfe 250"""
 
     def check(self):
-        if self.file is None:
+        if not self.file:
             raise ValueError("FILE is missing: python -m papers.checkpoints FILE --preset adm256")
-        if not self.file.is_file():
+        if not Path(self.file).is_file():
             raise FileNotFoundError(f"FILE {self.file}: there is no such file")
-        self.name = self.name or self.file.stem
+        self.name = self.name or Path(self.file).stem
         if Path(self.name).name != self.name or self.name[0] == "." or not self.name.isprintable():
             raise ValueError(f"--name {self.name!r} must be a plain name: runs go to "
                              f"{checkpoint.RUNS}/NAME")

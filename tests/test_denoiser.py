@@ -60,7 +60,7 @@ def test_the_network_receives_the_time_input_not_t(dtype):
 
 
 def test_coefficients_stay_those_of_t_under_sharing():
-    """E-TSDM changes the time input alone: alpha and sigma of x0 = (x - sigma eps)/alpha are t's."""
+    """E-TSDM changes the time input alone: alpha and sigma in (x - sigma eps)/alpha are t's."""
     x, eps = f64(2, 1), f64(2, 1)
     shared = D.Denoiser(lambda x, c: eps, LINEAR, time_input=etsdm.make_time_input())
     plain = D.Denoiser(lambda x, c: eps, LINEAR)
