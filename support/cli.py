@@ -91,8 +91,8 @@ def add_flag(section, f, hint):
     text = info["help"] + (f" (default: {shown})" if shown else "")
     text = text.replace("%", "%%")
     if info["positional"]:
-        section.add_argument(f.name, type=element_type(hint), nargs=info["nargs"] or "?",
-                             metavar=info["positional"], choices=info["choices"], help=text)
+        section.add_argument(f.name, nargs=info["nargs"] or "?", metavar=info["positional"],
+                             choices=info["choices"], help=text)
         return
     names = ([info["short"]] if info["short"] else []) + [flag_name(f.name)]
     kind = element_type(hint)
