@@ -51,15 +51,6 @@ def to_uint8(x: Tensor) -> Tensor:
     return (x.float().clamp(-1, 1) * 127.5 + 128).floor().clamp(0, 255).to(torch.uint8)
 
 
-def grid(images: Tensor, columns: int) -> Image.Image:
-    """uint8 images (N, C, H, W), row by row -> one PIL image; empty places are white."""
-    n, c, h, w = images.shape
-    sheet = torch.full((-(-n // columns), columns, c, h, w), 255, dtype=torch.uint8)
-    sheet.flatten(0, 1)[:n] = images.cpu()
-    pixels = sheet.permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c)  # (rows H, columns W, C)
-    return Image.fromarray(pixels.squeeze(2).numpy() if c == 1 else pixels.numpy())
-
-
 # ------------------------------------------------------------------ the built-in shapes
 
 SHAPE_COLOURS = ((214, 48, 49), (46, 160, 67), (39, 94, 214), (245, 166, 35))

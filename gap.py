@@ -153,7 +153,7 @@ def ideal_of_images(images, schedule):
     def ideal(x, t):
         alpha, sigma = map(float, schedule.alpha_sigma(t))
         # −‖x − α x_0‖²/(2 σ²) without the ‖x‖² that all of them share: one matrix product
-        log_weights = (alpha * x.double().flatten(1) @ flat.T - alpha**2 * half) / sigma**2  # (B, N)
+        log_weights = (alpha * x.double().flatten(1) @ flat.T - alpha**2 * half) / sigma**2
         return (log_weights.softmax(1) @ flat).reshape(x.shape)
     return ideal
 

@@ -18,21 +18,16 @@ C, H, W as the run was trained; pixels are written as uint8 = round((x + 1) 127.
 import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
 
 import hashlib
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-import torch
-from PIL import Image
-from tqdm import tqdm
-
 import data
 import samplers
 from denoiser import load_run
-from support import distributed, files, precision, rng
+from support import distributed, precision, rng
 from support.cli import flag, flag_name, parse_into
+from support.image_folder import ImageFolder
 from support.programs import run_main
 
 
@@ -123,78 +118,13 @@ def weights_hash(net):
 
 
 def sampling_record(config, denoiser, arguments):
-    """All that the pictures depend on, as plain values: settings.json next to them."""
+    """All that the pictures depend on: settings.json next to them."""
     record = dict(step=denoiser.step, weights=denoiser.weights, weights_hash=denoiser.hash,
                   seed=config.seed, precision=config.precision,
                   **{**arguments, "variance": config.variance})
     if digest := getattr(arguments["variance"], "digest", None):  # Γ, if it is estimated anew
         record["variance_digest"] = digest
-    return json.loads(json.dumps(record, default=torch.Tensor.tolist))  # as it will be read back
-
-
-def open_output_folder(out, record, dist):
-    """Create and lock the folder, or continue in it if its images were made in the same way.
-    ValueError: it holds other images, or other files."""
-    note, grid = out / "settings.json", out.with_name(out.name + ".png")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: give a folder")
-    if not note.exists() and (grid.exists() or out.exists() and any(out.iterdir())):
-        raise ValueError(f"--out {out} (or {grid.name} next to it) was not written by this "
-                         "program: choose a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    dist.lock(out)
-    try:
-        same = not note.exists() or json.loads(note.read_text(encoding="utf-8")) == record
-    except ValueError:  # not JSON
-        same = False
-    if not same:
-        raise ValueError(f"--out {out} holds images made in another way (see settings.json "
-                         "there): choose another folder, or delete that one")
-    files.clean_stale(out)
-    files.write_text(note, json.dumps(record, indent=1) + "\n")
-
-
-def png_path(out, i):
-    return out / f"{i:06d}.png"
-
-
-def write_missing(out, make_images, config, dist):
-    """Write the images that are not there yet, divided among the processes. make_images: a list of
-    indices -> uint8 (b, C, H, W)."""
-    # Rank 0 lists them, once: another process might see what a third has just finished.
-    missing = dist.broadcast([i for i in range(config.num) if not png_path(out, i).exists()])
-    if len(missing) < config.num:
-        dist.print0(f"{config.num - len(missing)} of {config.num} images exist already")
-    mine = missing[dist.rank::dist.world_size]
-    with tqdm(total=len(mine), unit="image", disable=not dist.is_main, dynamic_ncols=True) as bar:
-        for start in range(0, len(mine), config.batch_size):
-            batch = mine[start:start + config.batch_size]
-            for i, image in zip(batch, make_images(batch), strict=True):
-                files.save_png(png_path(out, i), data.grid(image[None], 1), sweep=False)
-            bar.update(len(batch))
-    dist.barrier()
-
-
-def summarize(out, config):
-    """Write the grid next to the folder, and the .npz; print where everything is."""
-    if missing := sum(not png_path(out, i).exists() for i in range(config.num)):
-        raise ValueError(f"--out {out}: {missing} of {config.num} images are missing. Do all "
-                         "machines share that folder? The same command makes them")
-
-    def read(n):  # what is on the disk, whoever made it: (n, H, W, C)
-        images = np.stack([np.asarray(Image.open(png_path(out, i))) for i in range(n)])
-        return images.reshape(*images.shape[:3], -1)
-
-    first = torch.from_numpy(read(min(config.num, 64))).permute(0, 3, 1, 2)
-    grid = out.with_name(out.name + ".png")
-    files.save_png(grid, data.grid(first, max(1, round(len(first) ** 0.5))))
-    # A colour cast over the whole set is the most common silent fault of a sampler.
-    means = ", ".join(f"{m:.1f}" for m in first.double().mean((0, 2, 3)))
-    print(f"{config.num} images; mean of each channel: {means} of 255\n"
-          f"images: {out.resolve()}\ngrid: {grid.resolve()}")
-    if config.npz:  # the key that ADM's evaluator reads
-        files.save_npz(out.with_name(out.name + ".npz"), arr_0=read(config.num))
-        print(f"npz: {out.with_name(out.name + '.npz').resolve()}")
+    return record
 
 
 def main(argv=None):
@@ -206,11 +136,12 @@ def main(argv=None):
             raise ValueError(f"{denoiser.folder.name} enlarges images: python -m papers.superres "
                              f"enlarge {denoiser.folder.name} IMAGES")
         out = config.out or (denoiser.folder / "generated" / tag(config, denoiser.step))
-        dist.on_main(open_output_folder, out, sampling_record(config, denoiser, arguments), dist)
-        write_missing(out, lambda batch: draw(denoiser, batch, config.seed, dist.device, arguments),
-                      config, dist)
+        folder = ImageFolder(out, dist)
+        dist.on_main(folder.open, sampling_record(config, denoiser, arguments))
+        folder.fill(config.num, lambda batch: draw(denoiser, batch, config.seed, dist.device,
+                                                   arguments), config.batch_size)
         if dist.is_main:
-            summarize(out, config)
+            folder.summarize(config.num, config.npz)
 
 
 if __name__ == "__main__":

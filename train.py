@@ -34,6 +34,7 @@ from config import Config
 from denoiser import build_denoiser
 from support import checkpoint, distributed, precision, rng
 from support.cli import parse_into
+from support.images import grid
 from support.programs import StopSignal, ignore_write_errors, run_main
 from support.run import RunFolder
 
@@ -167,10 +168,8 @@ def train_step(state, model, images, config, dist, amp_dtype):
 
 @torch.no_grad()
 def update_ema(ema, net, decay, updates):
-    r"""ema ← d ema + (1 − d) net,  d = min(decay, (1 + n)/(10 + n)) after n updates.
-
-    Without this warm-up an average with decay 0.9999 is still its random start after a thousand
-    steps. net is the bare module: inside DDP or compile its names differ."""
+    """ema ← d ema + (1 − d) net,  d = min(decay, (1 + n)/(10 + n)) after n updates: without this
+    warm-up an average with decay 0.9999 is still its random start after a thousand steps."""
     d = min(decay, (1 + updates) / (10 + updates))
     averages, values = ema.state_dict(), net.state_dict()
     floats = [k for k, v in averages.items() if v.is_floating_point()]
@@ -182,8 +181,7 @@ def train(state, dataset, config, run, dist, stop):
     """Train until config.images images were seen, or a signal asks to stop."""
     total_steps = config.images // config.batch_size
     amp_dtype = precision.autocast_dtype(config.precision, dist.device)
-    # `model` is the network as the loss calls it, perhaps wrapped. state.net stays the bare one,
-    # with the same parameters, for the optimizer, the average and the checkpoint.
+    # state.net stays the bare network, for the optimizer, the average and the checkpoint.
     model = torch.compile(state.net) if config.compile else state.net
     if dist.world_size > 1:
         devices = [dist.device] if dist.device.type == "cuda" else None
@@ -224,7 +222,7 @@ def preview_grid(state, dataset, device):
     side = 8 if dataset[0].shape[-1] <= 64 else 4
     images = torch.stack([dataset[i] for i in range(min(side**2, len(dataset)))]).to(device)
     shown, group = state.objective.preview(state.ema, images)
-    return data.grid(shown, max(1, round(len(shown) ** 0.5 / group)) * group)
+    return grid(shown, max(1, round(len(shown) ** 0.5 / group)) * group)
 
 
 def main(argv=None, make_objective=DiffusionObjective, config_class=Config):

@@ -130,12 +130,11 @@ def lean_ddim(B, nfe):
 
 def peer_sampler(B, nfe, name, arguments):
     """work(): a scheduler of diffusers; its noise is given."""
-    scheduler = peer(name)
-    import diffusers.schedulers.scheduling_ddpm as theirs
     x, net = constant(B)
-    theirs.randn_tensor = lambda *_, **__: net()
-    scheduler = scheduler(
+    scheduler = peer(name)(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, **arguments)
+    import diffusers.schedulers.scheduling_ddpm as theirs
+    theirs.randn_tensor = lambda *_, **__: net()
 
     def work():
         for _ in range(RUNS):

@@ -47,6 +47,7 @@ import train
 from config import Config
 from support import checkpoint, distributed, files
 from support.cli import flag, parse_into
+from support.images import grid
 from support.programs import ignore_write_errors, run_main
 from unet import Attention, zero
 
@@ -328,7 +329,7 @@ def reconstruct(argv=None):
                 decoded = data.to_uint8(net.decode(net.encode(x)[0])).cpu()
                 for i, image, original in zip(indices, decoded, images, strict=True):
                     for folder, picture in ((config.out, image), (config.originals(), original)):
-                        files.save_png(folder / f"{i:06d}.png", data.grid(picture[None], 1), False)
+                        files.save_png(folder / f"{i:06d}.png", grid(picture[None], 1), False)
                 bar.update(len(indices))
         print(f"{n} images of {dataset.summary}\nreconstructions: {config.out.resolve()}\n"
               f"next: python metrics.py psnr {shlex.quote(str(config.out))} "

@@ -31,6 +31,8 @@ from config import Config
 from denoiser import Pixels
 from support import distributed, files
 from support.cli import flag, parse_into
+from support.image_folder import ImageFolder
+from support.images import grid
 from support.programs import ignore_write_errors, run_main
 
 
@@ -171,27 +173,26 @@ class LowResInputs:
         return digest.hexdigest()[:16]
 
 
-def write_comparisons(out, inputs, num):
+def write_comparisons(folder, inputs, num):
     """Fill OUT-bicubic/ and OUT-original/, image by image, with the names of the results."""
     for i in range(num):
         for name, images in inputs.comparisons([i]).items():
-            folder = out.with_name(f"{out.name}-{name}")
-            folder.mkdir(exist_ok=True)
-            files.save_png(sample.png_path(folder, i), data.grid(images, 1), sweep=False)
+            path = folder.beside(f"-{name}") / folder.path(i).name
+            files.save_png(path, grid(images, 1), sweep=False)
 
 
-def check_comparison_folders(out, inputs):
+def open_comparison_folders(folder, inputs):
     """ValueError if a folder for comparisons holds something else. They carry the settings.json of
     the results that they belong to."""
     for name in inputs.comparisons([0]):
-        folder = out.with_name(f"{out.name}-{name}")
-        if folder.exists() and any(folder.iterdir()) and not (folder / "settings.json").exists():
-            raise ValueError(f"--out {out}: its comparisons go to {folder}, which holds something "
-                             "else. Choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        files.clean_stale(folder)
-        files.write_text(folder / "settings.json",
-                         (out / "settings.json").read_text(encoding="utf-8"))
+        other = folder.beside(f"-{name}")
+        if other.exists() and any(other.iterdir()) and not (other / "settings.json").exists():
+            raise ValueError(f"--out {folder.out}: its comparisons go to {other}, which holds "
+                             "something else. Choose another folder")
+        other.mkdir(parents=True, exist_ok=True)
+        files.clean_stale(other)
+        files.write_text(other / "settings.json",
+                         (folder.out / "settings.json").read_text(encoding="utf-8"))
 
 
 def enlarge(argv=None):
@@ -206,39 +207,38 @@ def enlarge(argv=None):
         total = len(inputs.images)
         config.num = min(config.num or (64 if total >= data.INFINITE else total), total)
         dist.print0(f"to be enlarged: {config.num} of {inputs.summary}")
-        out = config.out or denoiser.folder / "generated" / sample.tag(config, denoiser.step)
+        folder = ImageFolder(config.out or denoiser.folder / "generated"
+                             / sample.tag(config, denoiser.step), dist)
         record = {**sample.sampling_record(config, denoiser, arguments),
                   "low_res": dist.on_main(inputs.digest, min(config.num, 4096))}
 
         def prepare():
-            sample.open_output_folder(out, record, dist)
-            check_comparison_folders(out, inputs)
+            folder.open(record)
+            open_comparison_folders(folder, inputs)
 
         def make_images(indices):
             seen = denoiser.replace(conditioning=inputs.conditioning(indices, dist.device))
             return sample.draw(seen, indices, config.seed, dist.device, arguments)
 
         dist.on_main(prepare)
-        sample.write_missing(out, make_images, config, dist)
+        folder.fill(config.num, make_images, config.batch_size)
         if dist.is_main:
-            sample.summarize(out, config)
-            write_comparisons(out, inputs, config.num)
-            write_grid(out, inputs, config.num)
+            folder.summarize(config.num)
+            write_comparisons(folder, inputs, config.num)
+            write_grid(folder, inputs, config.num)
             if inputs.shrunk:
-                print(f"next: python metrics.py psnr {shlex.quote(str(out))} "
-                      f"{shlex.quote(f'{out}-original')}")
+                print(f"next: python metrics.py psnr {shlex.quote(str(folder.out))} "
+                      f"{shlex.quote(str(folder.beside('-original')))}")
 
 
-def write_grid(out, inputs, num):
+def write_grid(folder, inputs, num):
     """The grid next to the folder: bicubic, result and, if known, original, side by side."""
-    first = list(range(min(num, 64)))
-    results = torch.stack([data.load(str(sample.png_path(out, i)), None, inputs.images[0].shape[0])
-                           [0] for i in first])
-    found = inputs.comparisons(first)
+    n = min(num, 64)
+    results = torch.from_numpy(folder.read(n)).permute(0, 3, 1, 2)
+    found = inputs.comparisons(range(n))
     parts = [found["bicubic"], results] + ([found["original"]] if inputs.shrunk else [])
-    columns = len(parts) * -(-max(1, round(len(first) ** 0.5)) // 2)
-    files.save_png(out.with_name(out.name + ".png"),
-                   data.grid(torch.stack(parts, dim=1).flatten(0, 1), columns))
+    columns = len(parts) * -(-max(1, round(n**0.5)) // 2)
+    files.save_png(folder.beside(".png"), grid(torch.stack(parts, dim=1).flatten(0, 1), columns))
 
 
 def main(argv=None):

@@ -134,6 +134,15 @@ def prepare(image, size, channels):
     return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1).contiguous()
 
 
+def grid(images, columns):
+    """uint8 images (N, C, H, W), row by row -> one PIL image; empty places are white."""
+    n, c, h, w = images.shape
+    sheet = torch.full((-(-n // columns), columns, c, h, w), 255, dtype=torch.uint8)
+    sheet.flatten(0, 1)[:n] = images.cpu()
+    pixels = sheet.permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c)  # (rows H, columns W, C)
+    return Image.fromarray(pixels.squeeze(2).numpy() if c == 1 else pixels.numpy())
+
+
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
          (0, 1, 1, 2))  # interlaced PNG: first x, first y and steps of its seven passes
 

@@ -27,7 +27,7 @@ def hwc(tensor):
     return tensor.permute(1, 2, 0).numpy()
 
 
-def encode(image, kind, **options):
+def encode(image, kind="PNG", **options):
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)

@@ -1,4 +1,4 @@
-"""data.py: pixels and numbers, the built-in shapes, and an order that depends on the position alone."""
+"""data.py: pixels and numbers, the built-in shapes, and an order that is a function of positions."""
 
 import gzip
 import shutil
@@ -51,9 +51,7 @@ def test_a_folder_named_like_a_built_in_set_is_mentioned(tmp_path, monkeypatch, 
     monkeypatch.setattr(readers, "cifar_archive", lambda: "c")
     d = data.load(name, 8, 3)
     assert len(d) != 6
-    assert d.summary.endswith(
-        f"; the set of this name is built in: for the folder {name}, give ./{name}"
-    )
+    assert d.summary.endswith(f"; built in: for the folder {name}, give ./{name}")
     own = data.load(f"./{name}", 8, 3)
     assert len(own) == 6 and "built in" not in own.summary
     shutil.rmtree(tmp_path / name)
@@ -232,10 +230,11 @@ def test_an_array_needs_no_workers():
 
 
 def test_impossible_batches_are_refused_at_the_call():
-    with pytest.raises(ValueError, match="25.*24"):
+    with pytest.raises(ValueError, match="^--batch-size 25 is more than the 24 images"):
         data.batches(numbered(24), 25, 0, 0)
     for batch, world in ((8, 3), (0, 1)):
-        with pytest.raises(ValueError, match=f"batch of {batch} cannot be shared"):
+        match = f"^--batch-size {batch} must be divisible by the {world} processes"
+        with pytest.raises(ValueError, match=match):
             data.batches(numbered(24), batch, 0, 0, world_size=world)
 
 

@@ -109,7 +109,7 @@ def sixteen_bit_images():
     yield "I;16", Image.frombytes("I;16", (16, 16), levels.tobytes())
     yield "I;16L", Image.frombytes("I;16L", (16, 16), levels.tobytes())
     yield "I;16B", Image.frombytes("I;16B", (16, 16), big)
-    yield "png", Image.open(io.BytesIO(encode(levels, "PNG")))
+    yield "png", Image.open(io.BytesIO(encode(levels)))
     yield "pgm", Image.open(io.BytesIO(b"P5 16 16 65535\n" + big))
 
 
@@ -518,7 +518,7 @@ def test_every_png_is_right_or_refused(kind, clear, interlace):
 
 def big_pngs():
     """Whole pictures that Pillow refuses for what surrounds them."""
-    good = encode(PICTURE, "PNG")
+    good = encode(PICTURE)
     head, rest, end = good[:33], good[33:-12], good[-12:]
     bomb = zlib.compress(bytes(2**22), 9)
     texts = {
@@ -554,7 +554,7 @@ def test_what_turns_a_picture_survives_the_text():
     code = exif.tobytes()
     raw = f"\nexif\n{len(code):8}\n{code.hex()}\n".encode()
     xmp = b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="3"/>'
-    good = encode(PICTURE, "PNG")
+    good = encode(PICTURE)
     for kind in (
         chunk(b"eXIf", code.removeprefix(b"Exif\0\0")),
         chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw)),
@@ -569,14 +569,14 @@ def test_what_turns_a_picture_survives_the_text():
 def test_only_pngs_are_made_bare():
     content = encode(PICTURE, "JPEG")
     assert bare_png(content) is content
-    whole = encode(PICTURE, "PNG")
+    whole = encode(PICTURE)
     assert bare_png(whole) == whole
     for at in (8, 20, 50, len(whole) - 3):  # cut: the rest is for Pillow to judge
         assert bare_png(whole[:at]) == whole[:at]
 
 
 def test_a_png_that_begins_with_another_chunk_is_named():
-    good = encode(PICTURE, "PNG")
+    good = encode(PICTURE)
     text, found = read(good[:8] + chunk(b"CgBI", bytes(4)) + good[8:], 16)
     assert found is None and "does not begin with its size" in text
 
@@ -612,15 +612,15 @@ def test_12_bits_in_16_are_counted(tmp_path):
     twelve = (np.mgrid[:16, :16][1] * 273).astype(np.uint16)  # 0 .. 4095
     rgb = png_rows(np.repeat(twelve[..., None], 3, 2), 16)
     files = {
-        "gray.png": encode(twelve, "PNG"),
+        "gray.png": encode(twelve),
         "gray.tif": encode(twelve, "TIFF"),
         "gray.pgm": b"P5 16 16 65535\n" + twelve.astype(">u2").tobytes(),
         "colour.png": png(16, 16, 16, 2, rgb),
         "colour.tif": tiff(np.repeat(twelve[..., None], 3, 2)),
-        "bright.png": encode(twelve * 16, "PNG"),
-        "black.png": encode(twelve * 0, "PNG"),
+        "bright.png": encode(twelve * 16),
+        "black.png": encode(twelve * 0),
         "maximum.pgm": b"P5 16 16 4095\n" + twelve.astype(">u2").tobytes(),
-        "dark-8-bit.png": encode((twelve // 300).astype(np.uint8), "PNG"),
+        "dark-8-bit.png": encode((twelve // 300).astype(np.uint8)),
         "565.bmp": bmp(bmp_rows(np.ones((16, 16), int), 16), 16, 16, 16),
     }
     for name, content in files.items():

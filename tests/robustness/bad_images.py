@@ -49,7 +49,7 @@ def cut(files):
     palette = Image.fromarray(PICTURE).quantize(64)
     quantized = np.asarray(palette.convert("RGB"))
     whole = {
-        "png": (encode(PICTURE, "PNG"), PICTURE, 0),
+        "png": (encode(PICTURE), PICTURE, 0),
         "jpg": (encode(PICTURE, "JPEG", quality=100, subsampling=0), PICTURE, 8),
         "gif": (encode(palette, "GIF"), quantized, 0),
         "webp": (encode(PICTURE, "WEBP", lossless=True), PICTURE, 0),
@@ -72,7 +72,7 @@ def cut(files):
 
 def other_contents(files):
     """Contents that are not what the suffix says."""
-    good = encode(PICTURE, "PNG")
+    good = encode(PICTURE)
     files["a-png.jpg"] = good, Expect("used", PICTURE)
     files["UPPER.PNG"] = good, Expect("used", PICTURE)
     for name, content in {
@@ -119,7 +119,7 @@ def depths(files):
     levels = (X * 4096 + Y * 17).astype(np.uint16)
     eight = colour(np.rint(levels / 257))
     wide = np.stack([levels, levels[::-1], levels.T], 2)
-    files["16-gray.png"] = encode(levels, "PNG"), Expect("used", eight)
+    files["16-gray.png"] = encode(levels), Expect("used", eight)
     files["16-gray.tif"] = encode(levels, "TIFF"), Expect("used", eight)
     files["16.pgm"] = b"P5 16 16 65535\n" + levels.astype(">u2").tobytes(), Expect("used", eight)
     # the high byte of each number, as the header of images.py says
@@ -140,7 +140,7 @@ def depths(files):
     files["4-gray.png"] = png(16, 16, 4, 0, packed), Expect("used", colour(Y * 17))
     bits = (X + Y) % 2 * 255
     image = Image.fromarray(bits.astype(np.uint8)).convert("1")
-    files["1-bit.png"] = encode(image, "PNG"), Expect("used", colour(bits))
+    files["1-bit.png"] = encode(image), Expect("used", colour(bits))
     files["1-bit.tif"] = encode(image, "TIFF", compression="group4"), Expect("used", colour(bits))
     files["float.tif"] = encode(levels.astype(np.float32), "TIFF"), NAMED
     files["int32.tif"] = encode(levels.astype(np.int32), "TIFF"), NAMED
@@ -161,11 +161,11 @@ def depths(files):
         files[f"rgba.{kind.lower()}"] = encode(rgba, kind, **options), Expect("used", over)
     la = Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(alpha)])
     clear = np.where(alpha[..., None] == 0, 255, colour(GRAY))
-    files["la.png"] = encode(la, "PNG"), Expect("used", clear)
+    files["la.png"] = encode(la), Expect("used", clear)
     indexed = Image.fromarray((X // 8).astype(np.uint8), "L")
     indexed.putpalette([200, 30, 40, 10, 220, 60])
     two = np.where((X < 8)[..., None], (200, 30, 40), (10, 220, 60))
-    files["palette.png"] = encode(indexed, "PNG"), Expect("used", two)
+    files["palette.png"] = encode(indexed), Expect("used", two)
     clear = np.where((X < 8)[..., None], 255, two)
     for kind in ("png", "gif"):
         content = encode(indexed, kind, transparency=0)
@@ -216,7 +216,7 @@ def shapes(files):
         files["{}x{}.png".format(*size)] = content, Expect("used", full(9, 99, 199))
     strip = Image.new("L", (20001, 1))
     strip.putpixel((10000, 0), 255)  # the centre, which alone is kept: one pixel, spread over 16
-    files["bright-centre.png"] = encode(strip, "PNG"), Expect("used", full(255, 255, 255), 200)
+    files["bright-centre.png"] = encode(strip), Expect("used", full(255, 255, 255), 200)
     first, later = Image.new("RGB", (16, 16), (255, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 255))
     for kind in ("GIF", "PNG", "WEBP", "TIFF"):
         options = {"lossless": True} if kind == "WEBP" else {}
@@ -229,7 +229,7 @@ def make(folder):
     files = {}
     for part in (cut, other_contents, broken_pngs, depths, colours, shapes):
         part(files)
-    good = encode(PICTURE, "PNG")
+    good = encode(PICTURE)
     used = Expect("used", PICTURE)
     odd = ["two  spaces .png", "new\nline.png", "tab\tand \x1b[31mred.png", "é ü 図 🙂.png"]
     odd += [os.fsdecode(b"latin1-\xe9.png"), "n" * 240 + ".png", "percent %s {0}.png"]

@@ -29,7 +29,7 @@ from support import image_files, readers
 from support.images import missing_pixels, prepare
 
 SIDE = bad_images.SIDE
-GOOD = encode(PICTURE, "PNG")
+GOOD = encode(PICTURE)
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, of files as bad as these
 LIMIT = 20  # seconds for one file; the slowest takes a fraction of one
 
@@ -181,7 +181,7 @@ def test_whole_pngs_lack_no_pixels(mode, interlace):
     """The bytes of pixels are counted right, for odd sizes too, against the rows themselves."""
     for width, height in ((1, 1), (5, 3), (8, 9), (33, 17)):
         image = Image.new(mode, (width, height))
-        content = encode(image, "PNG")
+        content = encode(image)
         assert missing_pixels(content) == 0
         bits, kind = content[24], content[25]
         channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]

@@ -1,0 +1,101 @@
+r"""A folder of numbered PNGs that an interrupted program continues, and several processes fill.
+
+    folder = ImageFolder(out, dist)
+    folder.open(record)                            # settings.json: all that the images depend on
+    folder.fill(num, make_images, batch_size)      # writes the images that are missing
+    folder.summarize(num, npz=True)                # a grid, and an .npz for evaluators
+
+It never deletes an image. A folder whose images were made in another way is refused.
+
+Not here: what makes the images (sample.py), or reading sets of images (image_files.py).
+
+    python -c "from support.image_folder import ImageFolder; print(ImageFolder('a', None).path(3))"
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from support import files
+from support.images import grid
+
+
+class ImageFolder:
+    """out: its path; dist: distributed.Distributed. The grid and the .npz go next to it."""
+
+    def __init__(self, out, dist):
+        self.out, self.dist = Path(out), dist
+
+    def path(self, i):
+        return self.out / f"{i:06d}.png"
+
+    def beside(self, suffix):
+        """A path next to the folder: whatever is inside the folder is one image of the set."""
+        return self.out.with_name(self.out.name + suffix)
+
+    def open(self, record):
+        """Create and lock the folder, or continue in it if its images were made in the same way.
+        ValueError: it holds other images, or other files. Rank 0 only."""
+        out, note = self.out, self.out / "settings.json"
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out} is a file: give a folder")
+        if not note.exists() and (self.beside(".png").exists()
+                                  or out.exists() and any(out.iterdir())):
+            raise ValueError(f"--out {out} (or {out.name}.png next to it) was not written by this "
+                             "program: choose a new folder")
+        record = json.loads(json.dumps(record, default=torch.Tensor.tolist))  # as it is read back
+        out.mkdir(parents=True, exist_ok=True)
+        self.dist.lock(out)
+        try:
+            same = not note.exists() or json.loads(note.read_text(encoding="utf-8")) == record
+        except ValueError:  # not JSON
+            same = False
+        if not same:
+            raise ValueError(f"--out {out} holds images made in another way (see settings.json "
+                             "there): choose another folder, or delete that one")
+        files.clean_stale(out)
+        files.write_text(note, json.dumps(record, indent=1) + "\n")
+
+    def fill(self, num, make_images, batch_size):
+        """Write the images below num that are missing, divided among the processes. make_images:
+        a list of indices -> uint8 (b, C, H, W)."""
+        # Rank 0 lists them, once: another process might see what a third has just finished.
+        missing = self.dist.broadcast([i for i in range(num) if not self.path(i).exists()])
+        if len(missing) < num:
+            self.dist.print0(f"{num - len(missing)} of {num} images exist already")
+        mine = missing[self.dist.rank::self.dist.world_size]
+        with tqdm(total=len(mine), unit="image", disable=not self.dist.is_main,
+                  dynamic_ncols=True) as bar:
+            for start in range(0, len(mine), batch_size):
+                batch = mine[start:start + batch_size]
+                for i, image in zip(batch, make_images(batch), strict=True):
+                    files.save_png(self.path(i), grid(image[None], 1), sweep=False)
+                bar.update(len(batch))
+        self.dist.barrier()
+
+    def read(self, n):
+        """Images 0 to n - 1, whoever wrote them: uint8 (n, H, W, C)."""
+        images = np.stack([np.asarray(Image.open(self.path(i))) for i in range(n)])
+        return images.reshape(*images.shape[:3], -1)
+
+    def summarize(self, num, npz=False):
+        """Write the grid, and the .npz; print where everything is. ValueError: images are missing.
+        Rank 0 only."""
+        if missing := sum(not self.path(i).exists() for i in range(num)):
+            raise ValueError(f"--out {self.out}: {missing} of {num} images are missing. Do all "
+                             "machines share that folder? The same command makes them")
+        first = torch.from_numpy(self.read(min(num, 64))).permute(0, 3, 1, 2)
+        files.save_png(self.beside(".png"), grid(first, max(1, round(len(first) ** 0.5))))
+        # A colour cast over the whole set is the most common silent fault of a sampler.
+        means = ", ".join(f"{m:.1f}" for m in first.double().mean((0, 2, 3)))
+        print(f"{num} images; mean of each channel: {means} of 255\n"
+              f"images: {self.out.resolve()}\ngrid: {self.beside('.png').resolve()}")
+        if (more := len(list(self.out.glob("[0-9]*.png"))) - num) > 0:
+            print(f"note: the folder holds {more} more of an earlier call")
+        if npz:  # arr_0: the key that ADM's evaluator reads
+            files.save_npz(self.beside(".npz"), arr_0=self.read(num))
+            print(f"npz: {self.beside('.npz').resolve()}")
