@@ -160,7 +160,8 @@ def test_the_first_of_two_commands_fails(make, tmp_path):
     assert not Path("log").exists()
 
 
-def test_a_program_that_the_system_kills(tmp_path):
+def test_a_program_that_the_system_kills(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     bad = tmp_path / "bad.py"
     bad.write_text("import os; print('50% done', flush=True); os.kill(os.getpid(), 9)")
     with pytest.raises(ValueError, match=r"big failed \(killed by SIGKILL; is there enough memory"):
