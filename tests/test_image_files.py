@@ -1,0 +1,439 @@
+"""image_files.py: folders and zips are found and checked whole, once; threads read ahead."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import struct
+import threading
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import message_of
+from image_writers import encode, folder_of, hwc, pixels, zip_of
+from PIL import Image
+
+import data
+from support import image_files, readers
+from support.programs import StopSignal
+from test_data import readers_alive, take
+
+
+# ------------------------------------------------------------------ data sets from files
+
+
+def test_folder_of_everything(tmp_path):
+    arrays = folder_of(tmp_path / "b deep" / "é ü 図")
+    Image.fromarray(arrays[0]).save(tmp_path / "A.PNG")
+    Image.fromarray(pixels(9, 20)).save(tmp_path / "c.jpg")
+    (tmp_path / "d.png").mkdir()  # a folder, whatever its name
+    (tmp_path / "notes.txt").write_text("not an image")
+    for hidden in (".hidden.png", ".git/x.png", "__MACOSX/x.png"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).write_bytes(b"broken, but never opened")
+    (tmp_path / "b deep" / "loop").symlink_to(tmp_path)
+    d = data.load(tmp_path, 8, 3)
+    assert isinstance(d, image_files.Array) and len(d) == 8
+    assert np.array_equal(hwc(d[0]), arrays[0])
+    assert all(np.array_equal(hwc(d[1 + i]), array) for i, array in enumerate(arrays))
+    assert d.summary == (
+        "8 images (1 L, 7 RGB), 8x8 to 20x9 -> 3x8x8, in memory, 1 other file left out (.txt 1)"
+    )
+
+
+def test_a_linked_folder_is_followed(tmp_path):
+    folder_of(tmp_path / "elsewhere")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
+    assert len(data.load(tmp_path / "set", 8, 3)) == 6
+
+
+def test_a_set_over_the_memory_limit_is_streamed_and_equal(tmp_path):
+    folder_of(tmp_path)
+    kept = data.load(tmp_path, 8, 3, memory_limit=6 * 3 * 8 * 8)
+    streamed = data.load(tmp_path, 8, 3, memory_limit=6 * 3 * 8 * 8 - 1)
+    assert isinstance(kept, image_files.Array) and isinstance(streamed, image_files.Files)
+    assert all(torch.equal(kept[i], streamed[i]) for i in range(6))
+    assert streamed.summary.endswith("streamed")
+
+
+@pytest.mark.parametrize("limit", [0, 2**30])
+def test_zip(tmp_path, limit):
+    arrays = folder_of(tmp_path / "src")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.mkdir("x.png")
+        archive.writestr("__MACOSX/._a.png", b"broken")
+        for i, array in enumerate(arrays):
+            archive.writestr(f"top/sub dir {i}/ö.png", encode(Image.fromarray(array)))
+    d = data.load(tmp_path / "set.zip", 8, 3, memory_limit=limit)
+    assert isinstance(d, image_files.Array) == bool(limit) and len(d) == 6
+    assert all(np.array_equal(hwc(d[i]), array) for i, array in enumerate(arrays))
+
+
+def broken_files(path):
+    """Seven files that all say .png, and a reason that each must be named with."""
+    good = encode(Image.fromarray(pixels(64, 64, 3)))
+    bomb = bytearray(good)
+    bomb[16:24] = struct.pack(">2I", 60000, 60000)
+    broken = {
+        "a-truncated": good[: len(good) // 2],
+        "b-empty": b"",
+        "c-html": b"<html></html>",
+        "d-bomb": bytes(bomb),
+        "e-eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "f-float": encode(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"),
+    }
+    for name, content in broken.items():
+        (path / f"{name}.png").write_bytes(content)
+    (path / "g-dangling.png").symlink_to(path / "nowhere")
+    return 7
+
+
+def test_broken_images_stop_with_a_list(tmp_path):
+    folder_of(tmp_path, 3)
+    count = broken_files(tmp_path)
+    with pytest.raises(ValueError) as info:
+        data.load(tmp_path, 8, 3)
+    message = message_of(info)
+    assert f"{count} of {count + 3} images" in message and "and 2 more" in message
+    assert "--skip-bad-images" in message and "b-empty.png (empty file)" in message
+    assert "c-html.png (not an image of a known format)" in message
+    assert sum(f"/{letter}-" in message for letter in "abcdefg") == 5
+
+
+@pytest.mark.parametrize("limit", [0, 2**30])
+def test_skip_bad_goes_on_and_counts(tmp_path, limit, recwarn):
+    arrays = folder_of(tmp_path, 3)
+    count = broken_files(tmp_path)
+    d = data.load(tmp_path, 8, 3, skip_bad=True, memory_limit=limit)
+    assert len(d) == 3 and d.summary.endswith(f", {count} bad skipped")
+    assert all(np.array_equal(hwc(d[i]), array) for i, array in enumerate(arrays))
+    assert not len(recwarn)
+
+
+def test_contents_beyond_the_listed_formats_are_not_tried(tmp_path):
+    # PCX stands for EPS here, which Pillow would hand to an interpreter of programs
+    (tmp_path / "x.png").write_bytes(encode(Image.new("L", (8, 8)), "PCX"))
+    with pytest.raises(ValueError, match="not an image of a known format"):
+        data.load(tmp_path, 8, 3)
+
+
+def test_nothing_left_is_an_error_even_with_skip_bad(tmp_path):
+    broken_files(tmp_path)
+    with pytest.raises(ValueError, match="none is left") as info:
+        data.load(tmp_path, 8, 3, skip_bad=True)
+    message_of(info)
+
+
+def test_a_file_that_vanishes_later_is_named(tmp_path):
+    folder_of(tmp_path)
+    d = data.load(tmp_path, 8, 3, memory_limit=0)
+    (tmp_path / "002.png").unlink()
+    with pytest.raises(ValueError, match="002.png") as info:
+        d[2]
+    message_of(info)
+
+
+# ------------------------------------------------------------------ what was checked before
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the files that were decoded, in any order; each call forgets the earlier."""
+    names, true_read = [], image_files.Files.read
+
+    def read(self, i, check=False):
+        names.append(os.path.basename(self.paths[i]))
+        return true_read(self, i, check)
+
+    monkeypatch.setattr(image_files.Files, "read", read)
+
+    def since():
+        found = sorted(names)
+        names.clear()
+        return found
+
+    return since
+
+
+def streamed(source, **options):
+    return data.load(source, 8, 3, memory_limit=0, **options)
+
+
+def same_set(one, other):
+    return (one.paths, one.summary, one.digest) == (other.paths, other.summary, other.digest)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_what_was_checked_is_not_decoded_again(tmp_path, decoded, kind):
+    folder_of(tmp_path / "set")
+    Image.new("L", (20, 9)).save(tmp_path / "set" / "gray.png")
+    source = tmp_path / "set" if kind == "folder" else zip_of(tmp_path / "set")
+    first = streamed(source)
+    assert len(decoded()) == 7
+    again = streamed(source)
+    assert decoded() == [] and same_set(first, again)
+    assert "1 L, 6 RGB), 8x8 to 20x9" in again.summary and torch.equal(first[3], again[3])
+
+
+def test_what_has_changed_is_decoded_again(tmp_path, decoded):
+    folder_of(tmp_path / "set")
+    streamed(tmp_path / "set")
+    os.utime(tmp_path / "set" / "001.png", ns=(1, 1))  # touched
+    Image.new("RGB", (8, 8)).save(tmp_path / "set" / "002.png")  # another
+    (tmp_path / "set" / "003.png").rename(tmp_path / "set" / "new.png")
+    (tmp_path / "set" / "004.png").unlink()
+    decoded()
+    assert len(streamed(tmp_path / "set")) == 5
+    assert decoded() == ["001.png", "002.png", "new.png"]
+    (tmp_path / "set" / "000.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="1 of 5 images.*000.png"):
+        streamed(tmp_path / "set")
+    assert decoded() == ["000.png"]
+    # only what is there is kept
+    kept = json.loads(Path(readers.index_path(tmp_path / "set")).read_text(encoding="utf-8"))
+    assert len(kept["checked"]) == 5
+
+
+def test_a_changed_zip_is_decoded_again(tmp_path, decoded):
+    folder_of(tmp_path / "set")
+    path = zip_of(tmp_path / "set")
+    streamed(path)
+    decoded()
+    os.utime(path, ns=(1, 1))
+    assert len(streamed(path)) == len(decoded()) == 6
+
+
+def test_a_bad_file_stays_bad_with_the_same_line(tmp_path, decoded):
+    folder_of(tmp_path, 3)
+    broken_files(tmp_path)
+    with pytest.raises(ValueError) as first:
+        streamed(tmp_path)
+    decoded()
+    with pytest.raises(ValueError) as again:
+        streamed(tmp_path)
+    assert decoded() == ["g-dangling.png"]  # what cannot be asked for its age
+    assert message_of(first) == message_of(again)
+    assert streamed(tmp_path, skip_bad=True).summary.endswith(", 7 bad skipped")
+
+
+def test_an_error_of_the_system_is_not_remembered(tmp_path, monkeypatch):
+    folder_of(tmp_path)
+    for error in (OSError(5, "Input/output error"), MemoryError()):
+
+        def failing(path, limit, error=error):
+            raise error
+
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="6 of 6 images"):
+            patch.setattr(readers, "content", failing)
+            streamed(tmp_path)
+        assert len(streamed(tmp_path)) == 6
+        os.remove(readers.index_path(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\x00",
+        b"[]",
+        b"[" * 10**5,
+        b'{"decoder": 1}',
+        b'{"decoder": "HERE", "checked": []}',
+        b'{"decoder": "HERE", "checked": {"a": ["RGB", 8]}}',
+        b'{"decoder": "HERE", "checked": {"a": "two\\nlines"}}',
+        b'{"decoder": "HERE", "checked": {"a": null}}',
+    ],
+    ids=lambda content: str(content[:50]),
+)
+def test_a_damaged_or_foreign_index_is_written_anew(tmp_path, decoded, content):
+    folder_of(tmp_path)
+    path = Path(readers.index_path(tmp_path))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content.replace(b"HERE", image_files.decoder().encode()))
+    first = streamed(tmp_path)
+    assert len(decoded()) == 6
+    assert same_set(first, streamed(tmp_path)) and decoded() == []
+
+
+def test_other_code_checks_again(tmp_path, decoded, monkeypatch):
+    folder_of(tmp_path)
+    streamed(tmp_path)
+    decoded()
+    monkeypatch.setattr(image_files, "decoder", lambda: "another version of Pillow")
+    streamed(tmp_path)
+    assert len(decoded()) == 6
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_time_alone(tmp_path, decoded, monkeypatch):
+    folder_of(tmp_path / "set")
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(readers, "index_path", lambda source: str(tmp_path / "file" / "x.json"))
+    assert same_set(streamed(tmp_path / "set"), streamed(tmp_path / "set"))
+    assert len(decoded()) == 12
+
+
+def test_a_signal_during_the_check_does_not_wait_for_the_rest(tmp_path, decoded, monkeypatch):
+    """And what was checked until then stays checked."""
+    folder_of(tmp_path, 200)
+    slow_read = image_files.Files.read
+    monkeypatch.setattr(
+        image_files.Files, "read", lambda *a, **k: (time.sleep(0.01), slow_read(*a, **k))[1]
+    )
+
+    def stopped(results, *rest, **options):
+        yield from itertools.islice(results, 5)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(image_files, "tqdm", stopped)
+        streamed(tmp_path)
+    assert 5 <= len(decoded()) < 100
+    assert len(streamed(tmp_path)) == 200 and len(decoded()) == 195
+
+
+# ------------------------------------------------------------------ which images these are
+
+
+def test_the_digest_is_of_the_images_and_not_of_their_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "set" / "deep")
+    zip_of(tmp_path / "set" / "deep").rename("set.zip")
+    np.save("set.npy", pixels(5, 8, 8, 3))
+    Image.new("RGB", (8, 8)).save("one.png")
+    os.mkdir("elsewhere")
+    for name in ("set", "set.zip", "set.npy", "one.png"):
+        before = data.load(name, 8, 3).digest
+        assert len(before) == 16
+        for other in (f"./{name}", f"{name}/" if name == "set" else name, tmp_path / name):
+            assert data.load(other, 8, 3).digest == before
+        assert data.load(name, 8, 3, memory_limit=0).digest == before  # streamed or in memory
+        moved = shutil.move(name, "elsewhere/renamed" + Path(name).suffix)
+        assert data.load(moved, 8, 3).digest == before
+    (tmp_path / "elsewhere/renamed/deep/000.png").touch()
+    set_, deep = "elsewhere/renamed", tmp_path / "elsewhere/renamed/deep"
+    seen = [data.load(set_, 8, 3).digest]
+    (deep / "000.png").rename(deep / "a.png")
+    seen.append(data.load(set_, 8, 3).digest)
+    (deep / "a.png").write_bytes((deep / "a.png").read_bytes() + b" ")
+    seen.append(data.load(set_, 8, 3).digest)
+    (deep / "b.png").write_bytes(b"broken")
+    assert data.load(set_, 8, 3, skip_bad=True).digest == seen[-1]  # it is not read
+    (deep / "a.png").unlink()
+    seen.append(data.load(set_, 8, 3, skip_bad=True).digest)
+    assert len(set(seen)) == 4
+    changed = pixels(5, 8, 8, 3)
+    changed[4, 7, 7, 2] ^= 1
+    np.save("changed.npy", changed)
+    np.save("split.npy", pixels(5, 8, 8, 3).reshape(20, 4, 4, 3))
+    found = [
+        data.load(f"{n}.npy", None, 3).digest for n in ("elsewhere/renamed", "changed", "split")
+    ]
+    assert len(set(found)) == 3
+    assert data.load("shapes", 8, 3).digest == data.load("shapes", 16, 1).digest
+    assert data.load("shapes", 8, 3).digest != data.load("shapes", 8, 3, seed=1).digest
+
+
+def test_a_zip_with_one_other_byte_is_another_set(tmp_path):
+    digests = set()
+    for level in (1, 2):
+        image = np.full((8, 8), level, np.uint8)
+        with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+            archive.writestr("a.bmp", encode(Image.fromarray(image), "BMP"))
+        digests.add(data.load(tmp_path / "set.zip", 8, 3).digest)
+    assert len(digests) == 2
+
+
+# ------------------------------------------------------------------ what is not the set
+
+
+def test_runs_inside_the_folder_are_never_read(tmp_path):
+    folder_of(tmp_path / "photos")
+    for run in ("runs/first", "old"):
+        folder_of(tmp_path / run / "samples")
+        folder_of(tmp_path / run / "generated" / "ddim-50")
+        for name in ("config.json", "checkpoint.pt"):
+            (tmp_path / run / name).write_text("{}")
+    folder_of(tmp_path / "runs", 1)  # next to the runs: a figure
+    d = data.load(tmp_path, 8, 3)
+    assert len(d) == 6 and d.summary.endswith(", 2 folders of runs left out (old, runs)")
+    # one that is named is read
+    assert len(data.load(tmp_path / "runs" / "first" / "samples", 8, 3)) == 6
+    # a class of this name is not a run
+    folder_of(tmp_path / "sports" / "runs", 2)
+    assert len(data.load(tmp_path, 8, 3)) == 8
+    (tmp_path / "only" / "runs").mkdir(parents=True)
+    shutil.move(tmp_path / "runs" / "first", tmp_path / "only" / "runs" / "first")
+    with pytest.raises(ValueError, match=r"no images in .*, 1 folder of runs left out \(runs\)"):
+        data.load(tmp_path / "only", 8, 3)
+
+
+def test_pillow_warnings_do_not_leak(tmp_path, monkeypatch):
+    folder_of(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # 64 pixels: Pillow warns, no more
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(data.load(tmp_path, 8, 3)) == 6
+        assert data.load(tmp_path, 8, 3, memory_limit=0)[0].shape == (3, 8, 8)
+
+
+# ------------------------------------------------------------------ threads
+
+
+def test_four_threads_read_one_zip(tmp_path):
+    """Through one open file: each member is read under a lock, at its place."""
+    arrays = [pixels(40, 40, 3, seed=i) for i in range(30)]
+    for kind in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(tmp_path / "set.zip", "w", kind) as archive:
+            for i, array in enumerate(arrays):
+                archive.writestr(f"{i:02}.bmp", encode(Image.fromarray(array), "BMP"))
+        d = data.load(tmp_path / "set.zip", 40, 3, memory_limit=0)
+        d._zip = None  # the threads open it, all at the same time
+        for i, image in enumerate(
+            image_files.in_threads(d.__getitem__, list(range(30)) * 10, 4, 50)
+        ):
+            assert np.array_equal(hwc(image), arrays[i % 30])
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_were(tmp_path):
+    """catch_warnings swaps them for the whole process: of two threads, the later puts back what it
+    found, which was the other's "ignore"."""
+    folder_of(tmp_path, 10)
+    d = data.load(tmp_path, 8, 3, memory_limit=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        d = image_files.Files(d.paths, 8, 3)
+        before, real = list(warnings.filters), d.read
+
+        def read(i):
+            time.sleep(0.001 * (i % 3))
+            warnings.warn_explicit("odd EXIF", UserWarning, "x.py", 1, "PIL.Image")
+            return real(i)
+
+        d.read = read
+        stream, alive = data.batches(d, 5, 0, 0, workers=4), threading.active_count()
+        take(stream, 20)
+        stream.close()
+        assert readers_alive(alive) == 0 and list(warnings.filters) == before
+
+
+def test_a_signal_ends_the_scan_of_many_images(monkeypatch):
+    seen = []
+
+    def read(self, i, check=False):
+        seen.append(i)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(image_files.Files, "read", read)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.time()
+    with StopSignal() as stop:
+        many = image_files.Files(["x.png"] * 100_000, 2, 1)
+        image_files.load_and_check(many, [("x.png", "", None)] * 100_000, "x", False, 0, False)
+    assert stop.requested == "SIGTERM" and time.time() - began < 5 and len(seen) < 5000
