@@ -108,8 +108,7 @@ class Generated:
 
     def __init__(self, run, config, dist):
         self.seed, self.device = config.seed, dist.device
-        config.run = run
-        self.denoiser, self.arguments = sample.open_run(config, dist)
+        self.denoiser, self.arguments = sample.open_run(run, config, dist.device)
         s = self.denoiser.settings
         if s.get("factor"):
             raise ValueError(f"{run} enlarges images: python -m papers.superres enlarge writes its "
@@ -379,7 +378,6 @@ class MetricsConfig(samplers.SamplerConfig):
     batch_size: int = flag(64, "images at a time, per process")
     seed: int = flag(0, "of a run's images; image i is a function of (seed, i)")
     json: bool = flag(False, "print one JSON object instead")
-    run: str | None = None
 
     prog: ClassVar[str] = "metrics.py"
     usage: ClassVar[str] = "python metrics.py {fid,is,psnr,stats} A [B] [flags]"
@@ -456,7 +454,7 @@ def main(argv=None):
     with distributed.init(tf32=False, deterministic=config.deterministic) as dist:
         if config.metric == "fid" and len(config.sources) == 1:
             config.sources.append(dist.on_main(own_data, config.sources[0]))
-        sides = open_sides(config.sources, config, dist)
+        sides = dist.main_first(lambda: open_sides(config.sources, config, dist))
         work = dict(fid=fid, psnr=compare_pairs, stats=save_statistics) | {"is": score}
         result = work[config.metric](config.sources, sides, config, dist)
         if dist.is_main and config.json:

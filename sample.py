@@ -89,14 +89,18 @@ def tag(config, step):
     return "-".join(parts + [f"seed-{config.seed}"] * bool(config.seed))
 
 
-def open_run(config, dist):
-    """Load the run -> (its denoiser, ready to sample on our device, arguments of sample())."""
-    denoiser = dist.main_first(lambda: load_run(config.run, config.weights))
-    dist.print0(f"run: {denoiser.folder.resolve()}, step {denoiser.step}, {config.weights} weights")
+def open_run(run, config, device):
+    """Load a run -> (its denoiser, ready to sample on the device; the arguments of sample())."""
+    denoiser = load_run(run, config.weights)
     denoiser.hash = weights_hash(denoiser.net)
-    denoiser.net = precision.for_inference(denoiser.net, dist.device, config.precision,
-                                           config.compile)
-    arguments = config.arguments(denoiser)
+    denoiser.net = precision.for_inference(denoiser.net, device, config.precision, config.compile)
+    return denoiser, config.arguments(denoiser)
+
+
+def open_and_print(config, dist):
+    """open_run of config.run on every process; rank 0 prints which run it is, and warnings."""
+    denoiser, arguments = dist.main_first(lambda: open_run(config.run, config, dist.device))
+    dist.print0(f"run: {denoiser.folder.resolve()}, step {denoiser.step}, {config.weights} weights")
     for line in config.warnings(denoiser):
         dist.print0(f"note: {line}")
     return denoiser, arguments
@@ -131,7 +135,7 @@ def main(argv=None):
     config = parse_into(SampleConfig, argv)
     # tf32=False: a picture must not depend on how its batch was rounded
     with distributed.init(tf32=False, deterministic=config.deterministic) as dist:
-        denoiser, arguments = open_run(config, dist)
+        denoiser, arguments = open_and_print(config, dist)
         if denoiser.settings.get("factor"):
             raise ValueError(f"{denoiser.folder.name} enlarges images: python -m papers.superres "
                              f"enlarge {denoiser.folder.name} IMAGES")

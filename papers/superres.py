@@ -199,7 +199,7 @@ def enlarge(argv=None):
     """The program `enlarge`."""
     config = parse_into(EnlargeConfig, argv)
     with distributed.init(tf32=False, deterministic=config.deterministic) as dist:
-        denoiser, arguments = sample.open_run(config, dist)
+        denoiser, arguments = sample.open_and_print(config, dist)
         if not denoiser.settings.get("factor"):
             raise ValueError(f"{denoiser.folder.name} was not trained to enlarge images: give a "
                              "run of python -m papers.superres train")

@@ -1,4 +1,4 @@
-"""data.py: pixels and numbers, the built-in shapes, and an order that is a function of positions."""
+"""data.py: pixels and numbers, the built-in shapes, and an order that depends on positions alone."""
 
 import gzip
 import shutil
