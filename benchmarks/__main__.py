@@ -26,7 +26,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -38,20 +37,27 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import denoiser as denoisers
+import metrics
 import samplers
+import schedules
+import train
 import unet
-from benchmarks import ours, plain
+from benchmarks import plain
 from benchmarks.plain import DEVICE
 from benchmarks.worker import ROOT, Side, compare
-from support import files, precision
+from config import Config
+from denoiser import Denoiser, load_run
+from papers.alternatives import AlternativeConfig, AlternativeObjective
+from support import distributed, files, inception
 from support.cli import flag, flag_name, parse_into
+from support.precision import autocast_dtype, for_inference, set_tf32
 from support.programs import run_main
 
-our_side = partial(Side, "benchmarks.ours")
+our_side = partial(Side, "benchmarks.__main__")
 plain_side = partial(Side, "benchmarks.plain", tuned=False)
 
 
@@ -59,7 +65,7 @@ class Report:
     """Rows of a table, printed as they come, and kept for the JSON file."""
 
     def __init__(self):
-        self.rows = []
+        self.rows, self.machine = [], machine()
 
     def part(self, name, words):
         """Begin a part of the table."""
@@ -79,20 +85,8 @@ class Report:
 
 # ------------------------------------------------------------------ the machine
 
-def rate(work, amount):
-    """GFLOP/s (or GB/s) of work(), which does `amount` operations (or moves so many bytes)."""
-    wait, times = torch.cuda.synchronize if DEVICE.type == "cuda" else int, []
-    for _ in range(8):
-        wait()
-        began = time.perf_counter()
-        work()
-        wait()
-        times.append(time.perf_counter() - began)
-    return amount / min(times) / 1e9
-
-
-def machine(report):
-    """What the hardware gives: no ratio below can be better than these let it."""
+def machine():
+    """What the hardware gives: no ratio below can be better than these GFLOP/s let it."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -100,20 +94,69 @@ def machine(report):
                      if line.startswith("model name")), name)
     if DEVICE.type == "cuda":
         name = torch.cuda.get_device_name()
-    found = dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__,
-                 bf16_units=precision.has_bf16_units(DEVICE))
+    found = dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__)
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2, 2048, 2048, device=DEVICE).to(dtype)
-        found[f"product {str(dtype)[6:]}"] = round(rate(partial(torch.matmul, a, b), 2 * 2048**3))
         # the 3x3 convolution that most of the cifar10 network consists of
         layer = torch.nn.Conv2d(256, 256, 3, padding=1).to(DEVICE, dtype).requires_grad_(False)
         x = torch.randn(16, 256, 16, 16, device=DEVICE).to(dtype)
-        found[f"convolution {str(dtype)[6:]}"] = round(rate(partial(layer, x),
-                                                            2 * x.numel() * 256 * 9))
-    x = torch.randn(2**26, device=DEVICE)
-    found["copy GB/s"] = round(rate(x.clone, 2 * x.nbytes), 1)
-    report.machine = found
-    print(", ".join(f"{k} {v}" for k, v in found.items()) + "  (products and convolutions: GFLOP/s)")
+        for what, work, amount in (("product", partial(torch.mm, a, b), 2 * 2048**3),
+                                   ("convolution", partial(layer, x), 2 * x.numel() * 256 * 9)):
+            timer = Timer("work()", globals=dict(work=work), num_threads=found["threads"])
+            seconds = timer.blocked_autorange(min_run_time=0.5).median
+            found[f"{what} {str(dtype)[6:]}"] = round(amount / seconds / 1e9)
+    print(", ".join(f"{k} {v}" for k, v in found.items()))
+    return found
+
+
+# ------------------------------------------------------------------ the works, by our code
+
+def our_training(preset, batch, flags):
+    """work(): train.py's own step, with these flags."""
+    set_tf32(True)
+    kinds = ((AlternativeConfig, AlternativeObjective) if "--sa-reuse" in flags else
+             (Config, train.DiffusionObjective))
+    config = parse_into(kinds[0], ["--preset", preset, "--batch-size", str(batch), "--images",
+                                   str(batch), *flags])
+    objective = kinds[1](config)
+    objective.net.to(DEVICE).train()
+    state = train.TrainState(objective, config)
+    dist = distributed.Distributed(0, 1, 0, DEVICE)
+    dtype = autocast_dtype(config.precision, DEVICE)
+    images = torch.randint(0, 256, (batch, 3, *[config.image_size] * 2), dtype=torch.uint8)
+    model = torch.compile(state.net) if config.compile else state.net
+    return lambda: train.train_step(state, model, images, config, dist, dtype)
+
+
+def our_sampler(B, nfe, name, arguments):
+    """work(): samplers.sample; DDPM's noise is given, since all programs draw it alike."""
+    x, net = plain.constant(B)
+    noise, denoiser = net(), Denoiser(net, schedules.make_schedule("linear"))
+    return lambda: [samplers.sample(denoiser, x, name, nfe, noise=lambda shape: noise, **arguments)
+                    for _ in range(plain.RUNS)]
+
+
+def our_network(preset, B, precision="fp32", compiled=False, nfe=0):
+    """work(): one call of the network as sample.py makes it; with nfe, DDIM in so many calls."""
+    set_tf32(False)
+    net = for_inference(unet.UNet(**unet.PRESETS[preset]), DEVICE, precision, compiled)
+    x, c = plain.inputs(preset, B)
+    denoiser = Denoiser(net, schedules.make_schedule("linear"))
+    return lambda: samplers.sample(denoiser, x, "ddim", nfe) if nfe else net(x, c)
+
+
+def our_distance(n):
+    """work(): metrics.py's Fréchet distance."""
+    statistics = plain.statistics_of(n)
+    return lambda: metrics.frechet_distance(*statistics)
+
+
+def our_features(n, precision, compiled):
+    """work(): Inception's features as metrics.py has them."""
+    set_tf32(False)
+    net = for_inference(inception.Inception().fold(), DEVICE, precision, compiled)
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
+    return lambda: net(images)
 
 
 # ------------------------------------------------------------------ a training step
@@ -137,12 +180,12 @@ def training(report, config):
             "training", preset, B, 1, "diffusers")
     ways = ["--precision fp32", "--precision bf16"]
     for flags in ways + ["--precision bf16 --compile"] * (DEVICE.type == "cuda"):
-        sides[f"train.py {flags}"] = our_side("training", preset, B, flags.split())
+        sides[f"train.py {flags}"] = our_side("our_training", preset, B, flags.split())
     times, total = compare(sides, config.rounds), flops(preset, B)
     report.part("train", f"a training step of {preset}, batch {B} ({total / 1e9:.0f} GFLOP)")
     for name, seconds in times.items():
         note = f"{B / seconds:.1f} images/s, {total / seconds / 1e9:.0f} GFLOP/s"
-        if "bf16" in name and report.machine:
+        if "bf16" in name:
             best = max(report.machine["product bfloat16"], report.machine["convolution bfloat16"])
             note += f", {total / seconds / 1e7 / best:.0f} % of the machine's bf16 rate"
         report.add(name, seconds, times["plain, float32"], note=note)
@@ -159,9 +202,9 @@ def sequence_aware(report, config):
                 f"train.py --sa-k {k} --microbatch {share}": (B, [*sa, "--microbatch", str(share)]),
                 f"papers.alternatives --sa-k {k} --sa-reuse, batch {share}": (
                     share, [*sa, "--sa-reuse"])}
-        sides = {name: our_side("training", preset, *way) for name, way in ways.items()}
+        sides = {name: our_side("our_training", preset, *way) for name, way in ways.items()}
         times = compare({"plain": plain_side("training", preset, B, k),
-                         "one": our_side("training", preset, B, usual)} | sides, config.rounds)
+                         "one": our_side("our_training", preset, B, usual)} | sides, config.rounds)
         for name in ways:
             same = "reuse" not in name  # a k-th of the images: not the work of k passes over all
             report.add(name, times[name], times["plain"] if same else None,
@@ -187,7 +230,7 @@ def sampling(report, config):
     report.part("sample", f"per step, {B} images of 3x32x32, 1 thread, a network that costs "
                 "nothing; x against diffusers")
     for name, (arguments, theirs, their_arguments) in SHARED.items():
-        sides = {"ours": our_side("sampler", B, nfe, name, arguments, threads=1)}
+        sides = {"ours": our_side("our_sampler", B, nfe, name, arguments, threads=1)}
         if name == "ddim":
             sides["lean"] = plain_side("lean_ddim", B, nfe, threads=1)
         if plain.PEER:
@@ -202,11 +245,11 @@ def sampling(report, config):
 
     preset, B, calls = config.preset or "cifar10", config.batch_size or 16, 3
     report.part("sample", f"per network call of {preset}, batch {B}; x against plain float32")
-    sides = dict(plain=plain_side("one_call", preset, B), bare=our_side("network", preset, B),
-                 ddim=our_side("network", preset, B, "fp32", False, calls),
-                 bf16=our_side("network", preset, B, "bf16"))
+    sides = dict(plain=plain_side("one_call", preset, B), bare=our_side("our_network", preset, B),
+                 ddim=our_side("our_network", preset, B, "fp32", False, calls),
+                 bf16=our_side("our_network", preset, B, "bf16"))
     if config.compile:
-        sides |= {f"{kind} --compile": our_side("network", preset, B, kind, True)
+        sides |= {f"{kind} --compile": our_side("our_network", preset, B, kind, True)
                   for kind in ("fp32", "bf16")}
     times = compare(sides, config.rounds)
     slower = 100 * (times["ddim"] / calls / times["bare"] - 1)
@@ -224,16 +267,16 @@ def measuring(report, config):
     """The Fréchet distance and Inception's features."""
     report.part("fid", "the Fréchet distance in 2048 dimensions, against scipy.linalg.sqrtm")
     for n in (4096, 500):
-        times = compare({"scipy": plain_side("distance", n), "ours": our_side("distance", n)},
+        times = compare({"scipy": plain_side("distance", n), "ours": our_side("our_distance", n)},
                         max(1, config.rounds // 2), warm=1)
-        error = abs(ours.distance(n)() / plain.distance(n)() - 1)
+        error = abs(our_distance(n)() / plain.distance(n)() - 1)
         report.add(f"{n} vectors a side", times["ours"], times["scipy"],
                    note=f"{error:.0e} from scipy's")
     report.part("fid", "Inception's features of 32 images, against float32, NCHW, unfolded")
     kinds = {"metrics.py": ("fp32", False), "--precision bf16": ("bf16", False)}
     if config.compile:
         kinds |= {"--compile": ("fp32", True), "--precision bf16 --compile": ("bf16", True)}
-    sides = {name: our_side("features", 32, *kind) for name, kind in kinds.items()}
+    sides = {name: our_side("our_features", 32, *kind) for name, kind in kinds.items()}
     times = compare({"plain": plain_side("features", 32)} | sides, config.rounds)
     for name in kinds:
         report.add(name, times[name], times["plain"], note=f"{32 / times[name]:.1f} images/s")
@@ -362,10 +405,10 @@ def bf16_quality(report, config):
                 axes.plot(log["step"][9:], smooth, style, lw=1, alpha=1 - seed / 2,
                           label=f"{kind}, seed {seed}")
                 last[f"{kind} {seed}"] = log["loss"][-len(log) // 4:].mean()
-        denoiser = denoisers.load_run(Path(folder, "runs", "fp32-0"))
+        denoiser = load_run(Path(folder, "runs", "fp32-0"))
     pictures = []
     for kind in ("fp32", "bf16"):
-        net = precision.for_inference(copy.deepcopy(denoiser.net), DEVICE, kind)
+        net = for_inference(copy.deepcopy(denoiser.net), DEVICE, kind)
         x = samplers.sample_from_seeds(denoiser.replace(net=net), range(64), DEVICE, nfe=50)
         pictures.append(data.to_uint8(x).double())
     apart = (pictures[0] - pictures[1]).abs().mean().item()
@@ -383,9 +426,9 @@ def bf16_quality(report, config):
 PARTS = {"train": training, "sa": sequence_aware, "sample": sampling, "fid": measuring,
          "memory": memory, "grow": growing, "precision": bf16_quality}
 USED_BY = dict(preset=("train", "sa", "sample", "memory"),
-               batch_size=("train", "sa", "sample", "grow"), rounds=("train", "sa", "sample", "fid"),
-               compile=("sample", "fid"), data=("precision",), steps=("precision",),
-               figure=("precision",))
+               batch_size=("train", "sa", "sample", "grow"),
+               rounds=("train", "sa", "sample", "fid"), compile=("sample", "fid"),
+               data=("precision",), steps=("precision",), figure=("precision",))
 
 
 @dataclass
@@ -432,7 +475,6 @@ An idle machine gives better numbers; OMP_NUM_THREADS chooses the threads."""
 def main(argv=None):
     config = parse_into(BenchmarkConfig, argv)
     report = Report()
-    machine(report)
     for name in config.parts:
         PARTS[name](report, config)
         files.write_text(config.json, json.dumps(dict(machine=report.machine, rows=report.rows),

@@ -1,10 +1,9 @@
-"""benchmark.py measures what it says, and plain.py's forms are the fast ones', written plainly."""
+"""benchmarks/ measures what it promises, and its plain forms give what the fast ones give."""
 
 import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-import benchmark
 import losses
-import plain
 import schedules
 import unet
+from benchmarks import __main__ as benchmark
+from benchmarks import plain, worker
+from denoiser import Denoiser
+from support.cli import parse_into
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,7 +78,7 @@ def test_the_plain_step_has_the_loss_of_sa(k, plainly, monkeypatch):
     monkeypatch.undo()
     t, *noises = drawn
     after, net.w.data = net.w.item(), torch.tensor(before)
-    denoiser = benchmark.denoisers.Denoiser(net, schedules.make_schedule("linear"))
+    denoiser = Denoiser(net, schedules.make_schedule("linear"))
     simple, sa = losses.sa_loss(denoiser, images.float() / 127.5 - 1, t, torch.stack(noises))
     assert loss == pytest.approx((simple + (sa if k > 1 else 0)).mean().item(), rel=1e-4)
     assert after != before
@@ -86,32 +87,61 @@ def test_the_plain_step_has_the_loss_of_sa(k, plainly, monkeypatch):
 def test_sides_take_turns_and_medians_count():
     class Clock:
         def __init__(self, times):
-            self.times, self.process = iter(times), self
+            self.times = iter(times)
 
         def time(self):
             order.append(self)
             return next(self.times)
 
-        def terminate(self):
+        def end(self):
             order.append("end")
 
     order = []
     a, b = Clock([9, 1, 5, 2]), Clock([9, 3, 4, 90])
-    assert benchmark.compare({"a": a, "b": b}, rounds=3, warm=1) == {"a": 2, "b": 4}
+    assert worker.compare({"a": a, "b": b}, rounds=3, warm=1) == {"a": 2, "b": 4}
     assert order == [a, b] * 4 + ["end", "end"]
 
+
+WORKS = """
+import os, sys, time
 
 def nap(seconds):
     return lambda: time.sleep(seconds)
 
+def settings(expected):
+    assert ("GOMP_SPINCOUNT" in os.environ) == expected
+    assert hasattr(sys.modules["support"], "os") == expected  # its __init__.py has run
+    from support import inception  # plain or not, its modules are there
+    print("no answer")
+    return lambda: None
+
+def vanish():
+    os._exit(0)
+"""
+
 
 @pytest.mark.slow
-def test_a_side_is_a_process_that_is_timed_or_says_what_failed():
-    side = benchmark.Side(nap, 0.05, threads=1)
-    assert 0.05 <= side.time() < 5 and side.process.is_alive()
-    side.process.terminate()
+def test_a_side_is_a_process_that_is_timed_or_says_what_failed(tmp_path, monkeypatch):
+    (tmp_path / "works.py").write_text(WORKS, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    side = worker.Side("works", "nap", 0.05, threads=1)
+    assert 0.05 <= side.time() < 5 and side.process.poll() is None
+    side.end()
+    assert side.process.returncode == 0
     with pytest.raises(ValueError, match="one side of the comparison failed: .*nowhere"):
-        benchmark.Side(plain.training, "nowhere", 4)
+        worker.Side("benchmarks.plain", "training", "nowhere", 4)
+    with pytest.raises(ValueError, match="its process ended, perhaps out of memory"):
+        worker.Side("works", "vanish")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuned", [True, False])
+def test_the_plain_side_has_no_settings_of_ours(tuned, tmp_path, monkeypatch):
+    (tmp_path / "works.py").write_text(WORKS, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    side = worker.Side("works", "settings", tuned, tuned=tuned)
+    assert side.time() >= 0
+    side.end()
 
 
 def test_the_peak_is_what_lived_at_once():
@@ -155,12 +185,18 @@ def test_operations_of_a_step():
     assert benchmark.flops("tiny", 2) == pytest.approx(3 * total, rel=0.05)
 
 
-@pytest.mark.slow
-def test_a_part_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder, and no time spent on the machine's rates."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(benchmark, "machine", lambda report, args: setattr(report, "machine", {}))
+    monkeypatch.setattr(benchmark, "machine", lambda: {})
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_part_prints_a_table_and_writes_json(here, capsys):
     benchmark.main(["memory", "--preset", "tiny", "--json", "out.json"])
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    rows = json.loads((here / "out.json").read_text(encoding="utf-8"))["rows"]
     assert [r["microbatch"] for r in rows] == [1, 4, 16]
     assert all(r["GB_recompute"] < r["GB"] for r in rows)
     assert "with --recompute" in capsys.readouterr().out
@@ -169,20 +205,24 @@ def test_a_part_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "words, error",
     [
-        (["train", "--rounds", "0"], "--rounds and --batch-size must be at least 1"),
-        (["train", "--batch-size", "-1"], "--batch-size must be at least 1"),
-        (["train", "--data", "nowhere"], "--data is for precision"),
-        (["memory", "--compile"], "--compile is for sample, fid"),
+        ("train --rounds 0", "--rounds must be at least 1"),
+        ("train --batch-size -1", "--batch-size must be at least 1"),
+        ("precision --steps 1", "--steps must be at least 200"),
+        ("train --data nowhere", "--data is for precision"),
+        ("memory --compile", "--compile is for sample, fid"),
+        ("memory --json nowhere/out.json", "--json: no such folder"),
     ],
 )
 def test_numbers_that_measure_nothing(words, error):
-    with pytest.raises(ValueError, match=error):
-        benchmark.parse(words)
+    with pytest.raises((ValueError, OSError)) as caught:
+        parse_into(benchmark.BenchmarkConfig, words.split())
+    assert str(caught.value).startswith(error)
+
+
+def test_all_means_every_part():
+    assert parse_into(benchmark.BenchmarkConfig, ["all"]).parts == tuple(benchmark.PARTS)
     with pytest.raises(SystemExit):
-        benchmark.parse(["everything"])
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        benchmark.parse(["memory", "--json", "nowhere/out.json"])
-    assert "all" not in benchmark.parse(["all"]).parts
+        parse_into(benchmark.BenchmarkConfig, ["everything"])
 
 
 @pytest.mark.slow
@@ -195,40 +235,37 @@ def test_a_run_of_two_processes_is_measured(tmp_path):
 @pytest.mark.slow
 def test_comparisons_run_at_their_smallest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plain, "RUNS", 1)
-    benchmark.main(["train", "sample", "--preset", "tiny", "--batch-size", "4", "--rounds", "1"])
-    found = json.loads((tmp_path / "benchmark.json").read_text())
-    assert {r["part"] for r in found["rows"]} == {"train", "sample"}
+    flags = ["--preset", "tiny", "--batch-size", "4", "--rounds", "1"]
+    benchmark.main(["train", "sa", "sample", *flags])
+    found = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
+    assert {r["part"] for r in found["rows"]} == {"train", "sa", "sample"}
     assert all(r["ratio"] is None or r["ratio"] > 0 for r in found["rows"])
+    assert found["machine"]["product float32"] > 0
 
 
 @pytest.mark.slow
-def test_bf16_and_float32_runs_are_compared(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bf16_and_float32_runs_are_compared(here, monkeypatch):
     real, small = benchmark.trained, ("--image-size", "8", "--batch-size", "4")
-    monkeypatch.setattr(benchmark, "machine", lambda report, args: setattr(report, "machine", {}))
     monkeypatch.setattr(benchmark, "trained", lambda *words: real(*words, *small))
     benchmark.main(["precision", "--steps", "200", "--data", "shapes"])
-    row = json.loads((tmp_path / "benchmark.json").read_text())["rows"][0]
-    assert row["grey_levels"] < 2 and (tmp_path / "precision.png").exists()
+    row = json.loads((here / "benchmark.json").read_text(encoding="utf-8"))["rows"][0]
+    assert row["grey_levels"] < 2 and (here / "precision.png").exists()
     for seed in (0, 1):
-        assert row["losses"][f"bf16 {seed}"] == pytest.approx(
-            row["losses"][f"fp32 {seed}"], rel=0.1
-        )
+        losses = [row["losses"][f"{kind} {seed}"] for kind in ("bf16", "fp32")]
+        assert losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
-TWO_SIDES = f"""
-import sys; sys.path[:0] = [{str(ROOT)!r}]
-import runtime, benchmark, plain
-from benchmark import Side
+TWO_SIDES = """
+from benchmarks import __main__ as benchmark, plain
+from benchmarks.worker import Side, compare
+from support.programs import run_main
 
 def main():
     assert plain.PEER
-    benchmark.compare(dict(lean=Side(plain.lean_ddim, 1, 2), again=Side(plain.lean_ddim, 1, 2),
-                           theirs=Side(plain.peer_sampler, 1, 2, "DDIMScheduler", dict())))
+    compare(dict(lean=Side("benchmarks.plain", "lean_ddim", 1, 2),
+                 theirs=Side("benchmarks.plain", "peer_sampler", 1, 2, "DDIMScheduler", {})))
 
-if __name__ == "__main__":
-    runtime.run_program(main)
+run_main(main)
 """
 
 
@@ -237,8 +274,9 @@ def test_a_peer_that_fails_to_import_is_one_line(tmp_path):
     """And the processes of the sides before it end without a word."""
     (tmp_path / "diffusers.py").write_text("from numpy import no_such_name", encoding="utf-8")
     (tmp_path / "two.py").write_text(TWO_SIDES, encoding="utf-8")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run([sys.executable, "two.py"], cwd=tmp_path, capture_output=True,
-                          env={**os.environ, "PYTHONPATH": "."}, encoding="utf-8")  # fmt: skip
+                          env={**os.environ, "PYTHONPATH": paths}, encoding="utf-8")  # fmt: skip
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert "diffusers fails to import (ImportError: cannot import name 'no_such_name'" in line

@@ -1,0 +1,1 @@
+"""Speed as ratios: python -m benchmarks. Empty, since a plain worker must import nothing first."""
