@@ -1,5 +1,7 @@
 """papers/alternatives.py: remaps of time, DDPM-r and SA-reuse."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -95,6 +97,47 @@ def test_the_penalty_shrinks_the_lipschitz_constants():
 
 
 # ------------------------------------------------------------------ remaps
+
+
+@pytest.mark.parametrize("name", alternatives.REMAPS)
+def test_remaps_are_invertible_and_stretch_small_t(name):
+    t = torch.linspace(0, 1000, 2001, dtype=torch.float64)
+    c = alternatives.remap(t, name)
+    assert_close(alternatives.unremap(c, name), t, rtol=1e-10, atol=1e-9)
+    assert (c.diff() > 0).all()
+    assert_close(c[[0, -1]], t[[0, -1]], rtol=0, atol=1e-9)
+    assert (c[1] - c[0]) / 0.5 > 20, "a step near 0 must move the time input by much more"
+    # Heun's churn on EDM's schedule goes beyond T
+    assert torch.isfinite(alternatives.remap(torch.tensor([1000.0, 1070.0]), name)).all()
+
+
+def test_remap_values():
+    assert_close(alternatives.remap(250.0, "sqrt").item(), 500.0)
+    assert_close(alternatives.remap(25.0, "sqrt", T=100).item(), 50.0)
+    m = alternatives.MARGIN  # inverse of the logistic function on [m, 1 - m]
+    p = m + (1 - 2 * m) * 0.25
+    logit = math.log(p / (1 - p)) / math.log((1 - m) / m)
+    assert_close(alternatives.remap(250.0, "inverse-sigmoid").item(), 500 * (1 + logit))
+    for f in (alternatives.remap, alternatives.unremap):
+        with pytest.raises(ValueError, match="unknown remap 'cube': choose from sqrt"):
+            f(1.0, "cube")
+
+
+@pytest.mark.parametrize("name", alternatives.REMAPS)
+@pytest.mark.parametrize("low, high", [(0, 1000), (1, 1000), (0.01, 999)])
+def test_quantiles_are_uniform_in_the_remap(name, low, high):
+    u = torch.linspace(0, 1, 501, dtype=torch.float64)
+    t = alternatives.time_at_quantile(u, name, low, high)
+    end = torch.tensor([low, high], dtype=torch.float64)
+    assert_close(t[[0, -1]], end, rtol=1e-9, atol=1e-12)
+    ends = alternatives.remap(end, name)
+    c = ends[0] + u * (ends[1] - ends[0])
+    assert_close(alternatives.remap(t, name), c, rtol=1e-9, atol=1e-9)
+    # as a distribution: the share of t below a time is the share of f(t) below its time input
+    middle = alternatives.time_at_quantile((u[1:] + u[:-1]) / 2, name, low, high)
+    share = (alternatives.remap(250, name) - ends[0]) / (ends[1] - ends[0])
+    assert_close((middle < 250).double().mean(), share, rtol=0, atol=2e-3)
+    assert alternatives.time_at_quantile(0.5, name, low, high).shape == ()
 
 
 @pytest.mark.parametrize("remap", alternatives.REMAPS)

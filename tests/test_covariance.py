@@ -1,5 +1,5 @@
-"""covariance.py: reference numbers, exact answers on Gaussian data and on the toy mixture, Γ,
-second heads, the program."""
+"""papers/covariance.py: reference numbers, exact answers on Gaussian data and on the toy mixture,
+Γ, second heads, the program."""
 
 import copy
 import csv
@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from papers import covariance
 import data
 import denoiser as D
 import etsdm
-from support import programs, rng
+import gap
 import samplers
 import schedules
-import spaces
 import toy
 import train
+from papers import covariance, superres
+from support import programs, rng
 
 LINEAR = schedules.make_schedule("linear")
 EVERY = [(name, continuous) for name in schedules.SCHEDULES for continuous in (False, True)]
@@ -277,7 +277,7 @@ def test_gamma_of_a_gaussian():
 
 
 def edm_oracle(schedule, var):
-    """F of the ideal network of N(0, var), from what it is shown, x/r, and told, ln(sigma)/4."""
+    """F of the ideal network of N(0, var), from its inputs, x/r and ln(sigma)/4."""
 
     def net(seen, c):
         sigma = torch.exp(4 * c.double())[:, None]
@@ -344,9 +344,9 @@ def test_gamma_is_a_function_of_the_seed_and_not_of_the_batch():
     assert_close(whole[17], eps.double().square().mean(), rtol=1e-6, atol=0)
 
 
-def test_gamma_switches_dropout_off_and_sees_shared_conditions():
+def test_gamma_switches_dropout_off_and_uses_shared_times():
     net = torch.nn.Sequential(torch.nn.Dropout(0.9))
-    told = []
+    inputs = []
 
     class Spy(torch.nn.Module):
         def __init__(self):
@@ -354,7 +354,7 @@ def test_gamma_switches_dropout_off_and_sees_shared_conditions():
             self.drop = net
 
         def forward(self, x, c):
-            told.extend(c.tolist())
+            inputs.extend(c.tolist())
             return self.drop(x)
 
     denoiser = D.Denoiser(Spy(), LINEAR, time_input=etsdm.make_time_input())
@@ -363,20 +363,21 @@ def test_gamma_switches_dropout_off_and_sees_shared_conditions():
     g = rng.generator(0, 57)
     noise = torch.stack([torch.randn(1, 2, 2, generator=g) for _ in x0])
     assert_close(got[57], ((1 - LINEAR.alpha_bar(57)) * noise.square().mean()), rtol=1e-6, atol=0)
-    assert told == [40.0] * 3
+    assert inputs == [40.0] * 3
 
 
 @pytest.mark.parametrize("batch", [2, 5, 16])
 def test_gamma_of_super_resolution_gives_each_image_its_own(batch):
-    """What the network sees beside x_t belongs to the same image, also with several t at a time."""
-    space = superres.LowRes(1, 4, 2)
+    """The known image next to x_t belongs to the same image, also with several t at a time."""
+    space = superres.LowRes((1, 4, 4), 2)
     images = torch.linspace(-0.9, 0.9, 5).reshape(5, 1, 1, 1).expand(5, 1, 4, 4).contiguous()
     off = []
 
     def net(seen, c):
-        x, given = seen.split(1, 1)
+        x, known = seen.split(1, 1)
         a, s = schedule.alpha_sigma(c)
-        noise = (x - schedules.expand(a, x) * given) / schedules.expand(s, x)  # flat images: x_0 is what is given
+        # flat images: x_0 is the known image
+        noise = (x - schedules.expand(a, x) * known) / schedules.expand(s, x)
         off.append(noise.double().square().mean())
         return noise
 
@@ -386,12 +387,14 @@ def test_gamma_of_super_resolution_gives_each_image_its_own(batch):
     for t in (3, 10):
         g = rng.generator(0, t)
         noise = torch.stack([torch.randn(1, 4, 4, generator=g) for _ in images])
-        # to the rounding of what is given, half a grey level
+        # to the rounding of the known image, half a grey level
         assert got[t].item() == pytest.approx(noise.square().mean().item(), rel=0.05)
 
 
 def test_gamma_between_the_integers():
-    var_eps = covariance.variance_from_gamma(torch.tensor([0.0, 0.4, 0.8, 1.25], dtype=torch.float64))
+    var_eps = covariance.variance_from_gamma(
+        torch.tensor([0.0, 0.4, 0.8, 1.25], dtype=torch.float64)
+    )
     expected = {0.5: 0.8, 1: 0.6, 1.25: 0.5, 2: 0.2, 2.5: 0.0, 3: 0.0}
     assert {t: var_eps(None, t).item() for t in expected} == pytest.approx(expected)
 
@@ -438,12 +441,16 @@ def test_exact_heads_sample_the_right_distribution(sampler, eta):
     out = {}
     for kind in ("npr", "sn"):
         denoiser, calls = two_heads(mixture, LINEAR, kind)
-        variance = covariance.variance_from_run(denoiser, kind, sampler == "ddpm", eta, max_grey_levels=0)
+        variance = covariance.variance_from_run(
+            denoiser, kind, sampler == "ddpm", eta, max_grey_levels=0
+        )
         out[kind] = run(denoiser, variance)
         assert calls == times.tolist()
     plain = D.Denoiser(toy.oracle(mixture, LINEAR), LINEAR)
     x0 = mixture.sample(4000, torch.Generator().manual_seed(1))
-    var_eps = covariance.variance_from_gamma(covariance.gamma(plain, x0, ts=times.long().tolist(), batch=4000))
+    var_eps = covariance.variance_from_gamma(
+        covariance.gamma(plain, x0, ts=times.long().tolist(), batch=4000)
+    )
     out["analytic"] = run(
         plain,
         lambda x, t, to: covariance.clipped_variance(
@@ -477,13 +484,13 @@ def test_heads_under_every_prediction_and_clip(kind, prediction):
         exact = exact_var(mixture, x.double(), *schedule.alpha_sigma(400))
         expected = covariance.clipped_variance(schedule, 400, 300, exact, 0.3)
         assert_close(variance(x, 400.0, 300.0), expected, rtol=1e-4, atol=1e-5)
-    assert len(calls) == 2, "the variance calls nobody"
+    assert len(calls) == 2, "the variance makes no call of its own"
 
 
-def test_a_remembering_network_is_still_a_module():
+def test_a_network_that_caches_is_still_a_module():
     net = torch.nn.Conv2d(1, 2, 3, padding=1)
-    remembering = covariance.CachedOutput(net)
-    remembering.double().eval().requires_grad_(False)
+    cached = covariance.CachedOutput(net)
+    cached.double().eval().requires_grad_(False)
     assert net.weight.dtype == torch.float64 and not net.training and not net.weight.requires_grad
 
 
@@ -561,9 +568,13 @@ def test_the_program(estimated, monkeypatch):
     again = covariance.gamma(denoiser, x0, ts=[1, 500])
     assert_close(again[[1, 500]], gamma[[1, 500]], rtol=1e-4, atol=0)
     # and samples with them take exactly nfe calls
-    variance, calls, net = covariance.variance_from_run(denoiser, "analytic", True), [], denoiser.net
+    variance, calls, net = (
+        covariance.variance_from_run(denoiser, "analytic", True),
+        [],
+        denoiser.net,
+    )
     denoiser.net = lambda x, c: (calls.append(c), net(x, c))[1]
-    x = samplers.sample_from_seeds(denoiser, [0], (3, 8, 8), sampler="ddpm", nfe=5, variance=variance)
+    x = samplers.sample_from_seeds(denoiser, [0], sampler="ddpm", nfe=5, variance=variance)
     assert torch.isfinite(x).all() and len(calls) == 5
     var = 1 - gamma[700].clamp(max=1)
     expected = covariance.clipped_variance(denoiser.schedule, 700, 600, var)
@@ -586,8 +597,8 @@ def test_errors_of_a_run_say_what_to_do(runs, estimated, monkeypatch, tmp_path):
     kind, text = error()
     assert (
         kind is FileNotFoundError
-        and text.startswith("--variance analytic: no Γ")
-        and "python covariance.py" in text
+        and text.startswith(f"--variance analytic: {tmp_path} has no Γ")
+        and "python -m papers.covariance" in text
     )
     path = tmp_path / "analytic.npz"
     path.write_bytes(found)
@@ -598,14 +609,14 @@ def test_errors_of_a_run_say_what_to_do(runs, estimated, monkeypatch, tmp_path):
     assert "--weights raw" in text
     for broken in (found[:200], b"", b"text"):
         path.write_bytes(broken)
-        assert "is no Γ of this run: run  python covariance.py" in error()[1]
+        assert "is not a Γ of this run: run  python -m papers.covariance" in error()[1]
     for arrays in (dict(mu=np.zeros(3)), dict(gamma=np.zeros(12), step=2, weights="ema")):
         np.savez(path, **arrays)
-        assert "is no Γ of this run" in error()[1]
-    assert "train.py --head npr --from runs/base" in error("npr", denoiser.folder)[1]
-    settings = dict(denoiser.settings, head="npr", **{"from": "first"})
+        assert "is not a Γ of this run" in error()[1]
+    assert "python -m papers.heads npr runs/base" in error("npr", denoiser.folder)[1]
+    settings = dict(denoiser.settings, head="npr", trunk="first")
     _, text = error("sn", denoiser.folder, settings=settings)
-    assert "has an npr head" in text and text.endswith("train.py --head sn --from first")
+    assert "has an npr head" in text and text.endswith("papers.heads sn first")
     assert "opened by load_run" in error(folder=False or None, kind="best")[1]
     bare = D.Denoiser(lambda x, c: x, LINEAR)
     with pytest.raises(ValueError, match="opened by load_run"):
@@ -619,7 +630,7 @@ def test_errors_of_a_run_say_what_to_do(runs, estimated, monkeypatch, tmp_path):
         (["--batch-size", "0"], "at least 1"),
         (["--seed", "-1"], "--seed must be at least 0"),
         ([], "no run under"),
-        (["nobody"], "no run nobody"),
+        (["none"], "no run none"),
     ],
 )
 def test_errors_are_one_line(words, message, tmp_path, monkeypatch, capsys):
