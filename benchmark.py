@@ -452,7 +452,7 @@ def loading(report, args):
             Image.fromarray(noise[i]).save(f"{folder}/{i:06d}.png")
         sets = {"shapes (drawn)": (data.load("shapes", 32, 3), 0),
                 "an array in memory": (data.Array(torch.from_numpy(noise).permute(0, 3, 1, 2)), 0),
-                f"a folder of {n:,} PNGs, streamed by 2 workers": (
+                f"a folder of {n:,} PNGs, streamed by 2 threads": (
                     data.load(folder, 32, 3, memory_limit=0), 2)}
         for name, (dataset, workers) in sets.items():
             stream = data.batches(dataset, B, 0, 0, workers=workers)

@@ -142,6 +142,29 @@ def test_an_error_that_rank_0_finds_is_said_once(tmp_path):
     assert "Connection closed" not in done.stderr
 
 
+WAITING = f"""
+import os, signal, sys, threading, time; sys.path.insert(0, {str(ROOT)!r})
+import runtime
+with runtime.Stop(), runtime.setup() as process:
+    began = time.time()
+    if not process.first:
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        process.first_does(time.sleep, 10)
+    finally:
+        print("rank", process.rank, "after", int(time.time() - began), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_is_heard_while_rank_0_works(tmp_path):
+    """Inside a wait of gloo, Python would act on it only when rank 0 is ready: after hours."""
+    (tmp_path / "waiting.py").write_text(WAITING)
+    done = torchrun(2, "waiting.py", cwd=tmp_path, check=False)
+    after = dict(re.findall(r"rank (\d) after (\d+)", done.stdout))
+    assert int(after["1"]) < 5 <= int(after["0"]), done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_and_resumes(tmp_path):
     """torchrun passes the signal on; both processes stop after the same step, and can go on."""
