@@ -77,7 +77,7 @@ AUTOENCODER = dict(
     mult=(1, 2),
     latent_channels=4,
     res_blocks=1,
-    norm_groups=8,
+    norm_groups=4,  # 2 channels each: alone in its group, a channel's bias has no effect
 )
 
 # {name: settings}
