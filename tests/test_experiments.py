@@ -195,6 +195,12 @@ def test_other_sets_of_the_paper_have_their_own_network_and_weight(here):
     )
 
 
+def test_latents_have_the_images_of_their_autoencoder(here):
+    words = "etsdm-ldm --budget paper --data x/ --preset celeba64"
+    plan = planned(words, ["etsdm-ldm"])[0]["etsdm-ldm"][0]
+    assert plan.config(plan.e.rows[0].run).image_size == 256
+
+
 @pytest.mark.slow
 def test_the_cpu_budget_is_about_half_an_hour(here, capsys):
     """By the estimate that `list` prints, on two cores."""

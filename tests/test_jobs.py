@@ -121,8 +121,10 @@ def test_programs_run_in_the_users_folder_with_our_modules(tmp_path, monkeypatch
     assert not words[-1] == "--help" or "usage: " in printed[0]
 
 
-def test_output_of_any_bytes_is_read(make, tmp_path):
+def test_output_of_any_bytes_is_read(make, tmp_path, monkeypatch):
     """UTF-8 in and out, whatever the locale; other bytes do not end the program."""
+    for name, value in dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0").items():
+        monkeypatch.setenv(name, value)
     bad = tmp_path / "bad.py"
     bad.write_text("import sys; sys.stdout.buffer.write(b'\\xff\\n'); print('Γ')", encoding="utf-8")
     job = make("a")
