@@ -1,4 +1,4 @@
-"""README.md's Python blocks run, and do what it says of them: a schedule, a loss and a sampler."""
+"""README.md's Python blocks run, and do what the text promises: a schedule, a loss, a sampler."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ def names():
     """What the blocks define, all in one namespace."""
     found = {}
     for block in re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
     ):
         exec(compile(block, "README.md", "exec"), found)
     return found
@@ -47,7 +47,7 @@ def test_the_loss(names):
     x0, noise = (torch.randn(5, 3, 4, 4, generator=g) for _ in range(2))
     t = torch.tensor([1, 50, 300, 700, 1000])
     loss = names["huber_loss"](denoiser, x0, t, noise)
-    r = (denoiser.predict(schedules.diffuse(schedule, x0, t, noise), t)[1] - noise).abs()
+    r = (denoiser.predict(schedules.add_noise(schedule, x0, t, noise), t)[1] - noise).abs()
     assert (r > 1).any() and (r < 1).any()
     by_hand = torch.where(r < 1, r**2 / 2, r - 0.5).mean((1, 2, 3))
     assert loss.shape == (5,)
@@ -57,7 +57,7 @@ def test_the_loss(names):
 
 
 def test_the_sampler(names):
-    """Its error falls with the square of the number of steps; DDIM's, beside it, does not."""
+    """Its error falls with the square of the number of steps; DDIM's does not."""
     schedule = schedules.make_schedule("linear", continuous=True)
     denoiser = Denoiser(toy.oracle(toy.two_bumps(), schedule), schedule)
     x = torch.linspace(-1.5, 1.5, 12, dtype=torch.float64)[:, None]

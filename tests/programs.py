@@ -1,0 +1,61 @@
+"""Every program of the project: what one types, and the dataclass of its flags.
+
+from programs import PROGRAMS, find_program, parse
+"""
+
+import config
+import gap
+import lipschitz
+import metrics
+import sample
+from benchmarks.__main__ import BenchmarkConfig
+from papers import (
+    alternatives,
+    autoencoder,
+    checkpoints,
+    classifier,
+    covariance,
+    experiments,
+    figures,
+    heads,
+    latents,
+    superres,
+)
+from support.cli import parse_into
+
+PROGRAMS = {
+    "train.py": config.Config,
+    "sample.py": sample.SampleConfig,
+    "metrics.py": metrics.MetricsConfig,
+    "lipschitz.py": lipschitz.LipschitzConfig,
+    "gap.py": gap.GapConfig,
+    "papers.alternatives": alternatives.AlternativeConfig,
+    "papers.autoencoder train": autoencoder.AutoencoderConfig,
+    "papers.autoencoder reconstruct": autoencoder.ReconstructConfig,
+    "papers.checkpoints": checkpoints.ImportConfig,
+    "papers.classifier": classifier.ClassifierConfig,
+    "papers.covariance": covariance.CovarianceConfig,
+    "papers.experiments": experiments.ExperimentsConfig,
+    "papers.figures": figures.FiguresConfig,
+    "papers.heads": heads.HeadConfig,
+    "papers.latents": latents.LatentConfig,
+    "papers.superres train": superres.SuperResConfig,
+    "papers.superres enlarge": superres.EnlargeConfig,
+    "benchmarks": BenchmarkConfig,
+}
+# Their parsers open the run or the file that they start from: it must exist.
+OPEN_A_RUN = {"papers.heads", "papers.latents", "papers.checkpoints"}
+
+
+def parse(program, words):
+    """The config of a program, from the words behind its name."""
+    return parse_into(PROGRAMS[program], words.split() if isinstance(words, str) else words)
+
+
+def find_program(words):
+    """The words of a command -> (program, the words behind its name), or None."""
+    for i in range(len(words)):
+        for length in (2, 1):  # "papers.superres train" before "papers.superres"
+            if (name := " ".join(words[i : i + length])) in PROGRAMS:
+                return name, words[i + length :]
+    return None
