@@ -306,16 +306,3 @@ def test_what_the_program_refuses(tmp_path, monkeypatch, capsys):
         assert info.value.code == 2 and len(lines) == 1 and said in lines[0]
         assert lines[0].startswith("classifier.py: error: ") and not said_really.out
     assert not list(tmp_path.glob("*.pt2"))
-
-
-@pytest.mark.slow
-def test_fashion_mnist(shared, tmp_path):
-    """Ten real classes: nine of ten clothes are named after two epochs."""
-    source = shared / "data" / "fashion-mnist"
-    if not source.is_dir():
-        pytest.skip(f"no {source}")
-    images, labels, names = classifier.load_labelled(source, 16, 1)
-    assert images.shape == (60_000, 1, 16, 16) and len(names) == 10
-    assert torch.bincount(labels).tolist() == [6000] * 10
-    net = classifier.train(images[:20_000], labels[:20_000], 10, epochs=2)
-    assert classifier.accuracy(net, images[-2000:], labels[-2000:]) > 0.85
