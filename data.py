@@ -124,10 +124,10 @@ def load(source: str, size: int | None, channels: int, seed: int = 0, skip_bad: 
 
     ValueError or OSError, of one line: what is wrong with the source.
     """
-    if channels not in (1, 3) or size is not None and size < 1:
-        raise ValueError(f"channels is 1 or 3 and size at least 1, not {channels} and {size}")
-    if size is not None and size > MAX_SIDE:
-        raise ValueError(f"--image-size {size} is too large: {MAX_SIDE} at most")
+    if channels not in (1, 3):
+        raise ValueError(f"--channels must be 1 or 3, not {channels}")
+    if size is not None and not 1 <= size <= MAX_SIDE:
+        raise ValueError(f"--image-size must be from 1 to {MAX_SIDE}, not {size}")
     if source == "shapes":
         dataset = Shapes(size or 32, channels, seed)
     else:

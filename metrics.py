@@ -22,9 +22,7 @@ uint8 0..255.
 
 import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
 
-import json
 import math
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
@@ -32,7 +30,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import sample
@@ -49,28 +46,30 @@ MIN_IMAGES = 10_000  # with fewer a score depends on N more than on the images; 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     r"""‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of arrays (D,), (D, D); 0 or more.
 
-    With Σ₁ = RᵀR, Σ₁Σ₂ has the eigenvalues of the symmetric R Σ₂ Rᵀ, which stays real and accurate
-    at any rank. ValueError: shapes that do not fit, or a matrix that is not a covariance.
+    With Σ = RᵀR, tr (Σ₁Σ₂)^½ is the sum of the singular values of R₁R₂ᵀ. That stays real and
+    accurate at any rank, unlike a matrix square root of Σ₁Σ₂. ValueError: shapes that do not fit,
+    or a matrix that is not a covariance.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(v, np.float64) for v in (mu1, sigma1, mu2, sigma2))
-    D = len(mu1)
+    D = mu1.size
     if not (mu1.shape == mu2.shape == (D,) and sigma1.shape == sigma2.shape == (D, D)):
         raise ValueError(f"statistics of different sizes: means {mu1.shape} and {mu2.shape}, "
                          f"covariances {sigma1.shape} and {sigma2.shape}")
     if not all(np.isfinite(v).all() for v in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("statistics with values that are not finite")
-    roots = []
-    for sigma in (sigma1, sigma2):
-        w, V = np.linalg.eigh(sigma)
-        if w[0] < -1e-3 * w[-1] or abs(sigma - sigma.T).max() > 1e-3 * abs(sigma).max():
-            raise ValueError("not a covariance: it is not symmetric with eigenvalues of 0 or more")
-        # Rounding turns eigenvalues that are 0 into 1e-16 of the largest, whose root would count.
-        w = np.where(w > D * np.finfo(float).eps * w[-1], w, 0)
-        roots.append(np.sqrt(w)[:, None] * V.T)
-    # tr (Σ₁Σ₂)^½ is the sum of the singular values of R₁R₂ᵀ.
-    overlap = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    overlap = np.linalg.svd(square_root(sigma1) @ square_root(sigma2).T, compute_uv=False).sum()
     value = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap
     return max(float(value), 0.0)  # rounding can give −1e-13
+
+
+def square_root(sigma: np.ndarray) -> np.ndarray:
+    """R (rank, D) with Σ = RᵀR. ValueError: Σ is not a covariance."""
+    w, V = np.linalg.eigh(sigma)
+    if w[0] < -1e-3 * w[-1] or abs(sigma - sigma.T).max() > 1e-3 * abs(sigma).max():
+        raise ValueError("not a covariance: it is not symmetric with eigenvalues of 0 or more")
+    # Rounding turns eigenvalues that are 0 into 1e-16 of the largest, whose root would count.
+    keep = w > len(w) * np.finfo(float).eps * w[-1]
+    return np.sqrt(w[keep])[:, None] * V.T[keep]
 
 
 def inception_score(logits, splits: int = 10) -> tuple[float, float]:
@@ -104,23 +103,23 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 class Generated:
     """Images of a run, made when asked for: image i is sample.py's image i of this seed."""
 
-    names = ()
+    names = None  # they have no partners
 
-    def __init__(self, run, config, dist):
-        self.seed, self.device = config.seed, dist.device
-        self.denoiser, self.arguments = sample.open_run(run, config, dist.device)
-        s = self.denoiser.settings
+    def __init__(self, source: str, path: Path, config, device):
+        self.denoiser, self.arguments = sample.open_run(path, config, device)
+        s, start = self.denoiser.settings, self.arguments["t_start"]
         if s.get("factor"):
-            raise ValueError(f"{run} enlarges images: python -m papers.superres enlarge writes its "
-                             "results, which psnr and fid take as a folder")
+            raise ValueError(f"{source} enlarges images: python -m papers.superres enlarge writes "
+                             "its results, which psnr and fid take as a folder")
+        self.source, self.seed, self.device = source, config.seed, device
         self.n, self.shape = config.num or MIN_IMAGES, (s["channels"], *[s["image_size"]] * 2)
-        self.data, self.notes = s["data"], config.warnings(self.denoiser)
-        self.summary = (f"{self.n:,} images by {self.denoiser.folder.name} at step "
-                        f"{self.denoiser.step}, {config.weights} weights, seed {config.seed}, "
-                        f"{sample.tag(config, self.denoiser.step)}")
+        self.notes = config.warnings(self.denoiser)
+        self.summary = (f"{self.n:,} images by {self.denoiser.folder.name}, {config.weights} "
+                        f"weights, seed {config.seed}, {sample.tag(config, self.denoiser.step)}"
+                        + f", from t = {start}" * (start < s["T"]))  # T − 1 if ᾱ(T) = 0
 
-    def batch(self, indices):
-        """-> uint8 (b, C, H, W): quantized, as files are."""
+    def batch(self, indices: list[int]) -> Tensor:
+        """uint8 (b, C, H, W): quantized, as files are."""
         return sample.draw(self.denoiser, indices, self.seed, self.device, self.arguments)
 
 
@@ -129,232 +128,115 @@ class Stored:
 
     notes = ()
 
-    def __init__(self, source, size, channels, config, progress):
+    def __init__(self, source: str, size, channels, config, progress: bool):
+        self.source = source
         self.images = data.load(source, size, channels or 3, skip_bad=config.skip_bad_images,
                                 progress=progress)
         endless = len(self.images) >= data.INFINITE
         self.n = (config.num or MIN_IMAGES) if endless else len(self.images)
         self.summary, self.shape = self.images.summary, tuple(self.images[0].shape)
-        paths = getattr(self.images, "paths", [])
-        base = source if os.path.isdir(source) else ""
-        self.names = [Path(os.path.relpath(p, base) if base else p).with_suffix("").as_posix()
-                      if p != source else Path(p).stem for p in paths]
+        self.names = [image_files.pair_name(path, source)  # psnr pairs files by these
+                      for path in getattr(self.images, "paths", [])]
 
-    def batch(self, indices):
-        """-> uint8 (b, C, H, W)."""
-        threads = min(8, os.cpu_count() or 1)  # decoding takes time
-        return torch.stack(list(image_files.in_threads(self.images.__getitem__, indices, threads,
-                                                       len(indices))))
+    def batch(self, indices: list[int]) -> Tensor:
+        """uint8 (b, C, H, W)."""
+        return torch.stack(list(image_files.in_threads(self.images.__getitem__, indices, 8, 64)
+                                if self.images.streamed else map(self.images.__getitem__, indices)))
 
 
-def find_run(source):
-    """The checkpoint that `source` names, or None if it names images. FileNotFoundError: neither
-    exists."""
-    if source in data.BUILT_IN or ".npz:" in source:
+def find_run(source: str) -> Path | None:
+    """The checkpoint of a run, or None if `source` names images. FileNotFoundError: neither."""
+    path = Path(source)
+    if (source in data.BUILT_IN or ".npz:" in source or path.is_file() and path.suffix != ".pt"
+            or path.is_dir() and not (path / "checkpoint.pt").is_file()):
         return None
-    if os.path.isfile(source) and not source.endswith(".pt"):
-        return None
-    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "checkpoint.pt")):
-        return None
-    if os.path.exists(source) or (checkpoint.RUNS / source / "checkpoint.pt").is_file():
+    try:
         return checkpoint.find_checkpoint(source)
-    names = sorted(p.parent.name for p in checkpoint.RUNS.glob("*/checkpoint.pt"))
-    raise FileNotFoundError(f"{source} is not a file, folder, data set "
-                            f"({' '.join(data.BUILT_IN)}) or run; under {checkpoint.RUNS}/ there "
-                            f"are: {' '.join(names) or 'none'}")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{source} is not a file, folder or data set "
+                                f"({' '.join(data.BUILT_IN)}), and there is {error}") from error
 
 
-def open_sides(sources, config, dist):
-    """One Generated, Stored or dict of statistics for each source; all images of one shape: the
-    run's if there is one, else --image-size and --channels, else the images' own if they agree. A
-    distance between images that were resized differently measures the resizers."""
-    sides = [features.read_statistics(s) if config.metric == "fid" else None for s in sources]
-    runs = [None if side else find_run(s) for s, side in zip(sources, sides, strict=True)]
-    config.refuse_unused(any(runs), [s for s, side in zip(sources, sides, strict=True)
-                                     if side is None])
-    sides = [Generated(run, config, dist) if run else side
-             for run, side in zip(runs, sides, strict=True)]
-    made = [side.shape for side in sides if isinstance(side, Generated)]
+def open_sets(sources: list[str], config, dist) -> list:
+    """A Generated, Stored or features.Statistics for each source; for a run alone, its data set
+    too. All images have one shape: the run's if there is one, else --image-size and --channels,
+    else the images' own if they agree: images resized differently would measure the resizers."""
+    sets = [features.read_statistics(s) if config.metric == "fid" else None for s in sources]
+    runs = [None if known else find_run(s) for s, known in zip(sources, sets, strict=True)]
+    if config.metric == "fid" and len(sources) == 1:
+        if not runs[0]:
+            raise ValueError(f"{sources[0]} is not a run: name the images to compare it with")
+        settings = checkpoint.load_checkpoint(runs[0])["settings"]
+        sources = [*sources, data.require_local(settings["data"], sources[0])]
+        sets, runs = [None, None], [*runs, None]
+    config.refuse_unused(any(runs), [s for s, known in zip(sources, sets, strict=True)
+                                     if known is None])
     size, channels = config.image_size, config.channels
-    if made:
-        for name, own, k in (("image_size", size, 1), ("channels", channels, 0)):
-            if own not in (None, made[0][k]):
-                raise ValueError(f"{flag_name(name)}: leave it out, the run's images are "
-                                 + "x".join(map(str, made[0])))
-        channels, size, _ = made[0]
-    sides = [Stored(source, size, channels, config, dist.is_main) if side is None else side
-             for source, side in zip(sources, sides, strict=True)]
-    shapes = {side.shape for side in sides if not isinstance(side, dict)}
+    for i, run in enumerate(runs):
+        if run:
+            sets[i] = Generated(sources[i], run, config, dist.device)
+            for name, own in (("image_size", sets[i].shape[1]), ("channels", sets[i].shape[0])):
+                if getattr(config, name) not in (None, own):
+                    raise ValueError(f"{flag_name(name)}: leave it out, the run's images are "
+                                     + "x".join(map(str, sets[i].shape)))
+            channels, size, _ = sets[i].shape
+    for i, source in enumerate(sources):
+        sets[i] = sets[i] or Stored(source, size, channels, config, dist.is_main)
+    shapes = sorted({s.shape for s in sets if s.shape})
     if len(shapes) > 1:
         raise ValueError(f"{' and '.join(sources)}: images of different shapes do not compare ("
-                         + " and ".join("x".join(map(str, s)) for s in sorted(shapes))
+                         + " and ".join("x".join(map(str, s)) for s in shapes)
                          + "): give --image-size, or --channels")
-    return sides
-
-
-def batches(side, config, dist, label):
-    """Yield this process's images: (indices, uint8 (b, 3, H, W)); dealt out like cards."""
-    mine = list(range(dist.rank, side.n, dist.world_size))
-    with tqdm(desc=label, total=len(mine), unit="image", disable=not dist.is_main,
-              dynamic_ncols=True) as bar:
-        for start in range(0, len(mine), config.batch_size):
-            indices = mine[start:start + config.batch_size]
-            yield indices, side.batch(indices).to(dist.device).expand(-1, 3, -1, -1)
-            bar.update(len(indices))
+    return sets
 
 
 # ------------------------------------------------------------------ the four programs
 
-def statistics(side, net, config, dist, source):
-    """dict(mu, sigma, n, ...) of one side, from its images or as a file gave it."""
-    if isinstance(side, dict):
-        if str(side.get("sha256", net.sha256)) != net.sha256:
-            raise ValueError(f"{source} has statistics of {side.get('network')} (SHA-256 "
-                             f"{str(side['sha256'])[:12]}), and this is {net.network} "
-                             f"({net.sha256[:12]}): they do not compare")
-        return side
-    if side.n < 2:
-        raise ValueError(f"{source}: a covariance needs at least 2 images, not {side.n}")
-    found = None
-    for _, images in batches(side, config, dist, source):
-        f = net(images)[0]
-        found = found or features.FeatureStatistics(f.shape[1])
-        found.add(f)
-    # A process without images takes part in the sums too, and must know their length.
-    width = dist.broadcast(found and len(found.sum))
-    mu, sigma = (found or features.FeatureStatistics(width)).result(dist)
-    return dict(mu=mu, sigma=sigma, n=side.n, size=side.shape[1], network=net.network,
-                sha256=net.sha256, precision=net.precision)
+def fid(sets, config, dist) -> dict:
+    """The Fréchet distance of two sets -> a report."""
+    known = all(isinstance(s, features.Statistics) for s in sets)
+    net = features.network_of(sets) if known else features.open_network(config, dist)
+    a, b = both = [features.statistics(s, net, config.batch_size, dist) for s in sets]
+    value = features.on_main(dist, sets, frechet_distance, a.mu, a.sigma, b.mu, b.sigma)
+    warnings = features.warn_network(net, [s.precision for s in both])
+    warnings += features.warn_statistics(both, MIN_IMAGES)
+    return features.report(net.name("FID", "FD"), value, f"{value:.4f}", net, sets, warnings)
 
 
-def fid(sources, sides, config, dist):
-    """The Fréchet distance of two sides -> a report."""
-    if all(isinstance(side, dict) for side in sides):  # no images, so no network
-        known = {str(s["sha256"]): str(s.get("network")) for s in sides if "sha256" in s}
-        digest, network = next(iter(known.items()), (None, None))
-        if len(known) > 1:
-            raise ValueError(f"{' and '.join(sources)}: statistics of two networks do not compare")
-        net = features.FeatureNetwork(None, network, digest, "as in the files")
-    else:
-        net = config.open_network(dist)
-    both = [statistics(side, net, config, dist, source)
-            for side, source in zip(sides, sources, strict=True)]
-    try:
-        value = dist.on_main(lambda: frechet_distance(*(s[k] for s in both
-                                                        for k in ("mu", "sigma"))))
-    except ValueError as error:
-        raise ValueError(f"{' and '.join(sources)}: {error}") from error
-    counts = [int(s["n"]) if "n" in s else None for s in both]
-    warnings = warn_network(net, [str(s.get("precision", "fp32")) for s in both])
-    D = len(both[0]["mu"])
-    for source, n in zip(sources, counts, strict=True):
-        if n is None:
-            warnings.append(f"{source} has no record of its image count or network")
-        elif n < MIN_IMAGES:
-            warnings.append(f"{n:,} images of {source}: under {MIN_IMAGES:,} the value is too "
-                            "high, by an amount that depends on N: compare only with the same N")
-        if n is not None and n <= D:
-            warnings.append(f"{n:,} images of {source} in {D} dimensions: the covariance does not "
-                            "have full rank")
-    sizes = sorted({int(s["size"]) for s in both if "size" in s})
-    if len(sizes) > 1:
-        warnings.append(f"images of {' and '.join(map(str, sizes))} pixels are compared")
-    name = {features.INCEPTION: "FID", None: "FD"}.get(net.network, f"FD({net.network})")
-    return report(name, value, f"{value:.4f}", net, sources, sides, counts, warnings)
+def score(sets, config, dist) -> dict:
+    """The Inception Score of one set -> a report."""
+    images, net = sets[0], features.open_network(config, dist)
+    logits = features.gather_logits(images, net, config.batch_size, dist)  # on rank 0, in order
+    mean, std = features.on_main(dist, sets, inception_score, logits)
+    warnings = features.warn_network(net, [net.precision])
+    if images.n < MIN_IMAGES:
+        warnings.append(f"{images.n:,} images: under {MIN_IMAGES:,} the value is too low")
+    text = f"{mean:.4f} ± {std:.4f}"
+    return features.report(net.name("IS", "IS"), mean, text, net, sets, warnings, std=std)
 
 
-def score(sources, sides, config, dist):
-    """The Inception Score of one side -> a report."""
-    side, net = sides[0], config.open_network(dist)
-    mine = [(indices, net(images)[1].cpu())
-            for indices, images in batches(side, config, dist, sources[0])]
-    parts, value = dist.gather(mine), None
-
-    def calculate():  # back into the order of the images: the split must not depend on processes
-        order = [i for part in parts for indices, _ in part for i in indices]
-        logits = torch.cat([rows for part in parts for _, rows in part])
-        return inception_score(logits[torch.tensor(order).argsort()])
-    try:
-        value = dist.on_main(calculate)
-    except ValueError as error:
-        raise ValueError(f"{sources[0]}: {error}") from error
-    warnings = warn_network(net, [net.precision])
-    if side.n < MIN_IMAGES:
-        warnings.append(f"{side.n:,} images: under {MIN_IMAGES:,} the value is too low")
-    name = "IS" if net.is_inception else f"IS({net.network})"
-    return report(name, value[0], "{:.4f} ± {:.4f}".format(*value), net, sources, sides, [side.n],
-                  warnings, std=value[1])
-
-
-def compare_pairs(sources, sides, config, dist):
+def compare_pairs(sets, config, dist) -> dict:
     """The mean PSNR of pairs -> a report."""
-    a, b = sides
-    for source, side in zip(sources, sides, strict=True):
-        if isinstance(side, Generated):
-            raise ValueError(f"{source} is a run, whose images have no partners: psnr compares two "
-                             "sets")
-    if a.n != b.n:
-        raise ValueError(f"{' and '.join(sources)}: psnr compares pairs, and there are {a.n:,} "
-                         f"images and {b.n:,}")
-    for one, two in zip(a.names, b.names, strict=False):
-        if one != two:
-            raise ValueError(f"{sources[0]} and {sources[1]}: {one} and {two} are not a pair. psnr "
-                             "pairs files by folder and name")
-    total, equal = 0.0, 0
-    for indices, images in batches(a, config, dist, "psnr"):
-        decibels = psnr(images[:, :a.shape[0]].cpu(), b.batch(indices))  # gray as gray
-        total, equal = total + decibels.sum().item(), equal + int(decibels.isinf().sum())
-    total, equal = dist.all_reduce(torch.tensor([total, equal], dtype=torch.float64)).tolist()
-    warnings = [f"{int(equal):,} pairs are equal: infinitely many decibels"] * (equal > 0)
-    net = features.FeatureNetwork(None, None, None, "none")
-    return report("PSNR", total / a.n, f"{total / a.n:.4f} dB", net, sources, sides, [a.n, b.n],
-                  warnings)
+    a, b = sets
+    features.check_pairs(a, b)
+    total = torch.zeros(2, dtype=torch.float64)
+    for indices, batch in features.batches(a, config.batch_size, dist, "psnr"):
+        decibels = psnr(batch[:, :a.shape[0]].cpu(), b.batch(indices))  # gray as gray
+        total += torch.stack([decibels.sum(), decibels.isinf().sum()])
+    mean, equal = (dist.all_reduce(total) / torch.tensor([a.n, 1])).tolist()
+    warnings = [f"{equal:,.0f} pairs are equal: infinitely many decibels"] * (equal > 0)
+    return features.report("PSNR", mean, f"{mean:.4f} dB", None, sets, warnings)
 
 
-def save_statistics(sources, sides, config, dist):
-    """stats A OUT.npz: μ and Σ in pytorch-fid's form, and where they come from -> a report."""
-    net = config.open_network(dist)
-    found = statistics(sides[0], net, config, dist, sources[0])
-    dist.on_main(lambda: files.save_npz(config.out, **found))
-    return report("statistics", None, f"in {config.out.resolve()}", net, sources, sides,
-                  [found["n"]], [])
+def save_statistics(sets, config, dist) -> dict:
+    """stats A OUT.npz: μ and Σ in pytorch-fid's form, and what they depend on -> a report."""
+    net = features.open_network(config, dist)
+    found = features.statistics(sets[0], net, config.batch_size, dist)
+    dist.on_main(lambda: files.save_npz(config.out, **found.arrays()))
+    return features.report("statistics", None, f"in {config.out.resolve()}", net, sets, [])
 
 
-def warn_network(net, precisions):
-    """Warnings about other weights than Inception's published file, and about bf16."""
-    found = []
-    if net.is_inception and net.sha256 != inception.SHA256:
-        found.append(f"these weights are not the published file ({inception.SHA256[:12]}...): "
-                     "compare only with scores by the same ones")
-    if any(kind != "fp32" for kind in precisions):
-        found.append("features in bf16" + " on one side only" * (len(set(precisions)) > 1)
-                     + ": compare only with scores of the same precision")
-    return found
-
-
-def report(name, value, text, net, sources, sides, counts, warnings, **more):
-    """One dict, for --json and for print_report."""
-    rows = [dict(source=str(source), n=n, shape=None if isinstance(side, dict) else
-                 list(side.shape), what="statistics from a file" if isinstance(side, dict) else
-                 side.summary) for source, side, n in zip(sources, sides, counts, strict=True)]
-    notes = [note for side in sides if not isinstance(side, dict) for note in side.notes]
-    return dict(metric=name, value=value, text=text, network=net.network, sha256=net.sha256,
-                resize=net.resize, sides=rows, warnings=warnings + notes, **more)
-
-
-def print_report(r):
-    """The score with everything it depends on in one line; then the sides, and warnings."""
-    counts = " against ".join("?" if s["n"] is None else f"{s['n']:,}" for s in r["sides"])
-    shape = next((s["shape"] for s in r["sides"] if s["shape"]), None)
-    parts = [f"{r['metric']} {r['text']}", f"{counts} images"]
-    parts += [f"{shape[1]}x{shape[2]}, resize: {r['resize']}"] if shape else []
-    parts += [f"{r['network']}, SHA-256 {r['sha256'][:12]}"] if r["network"] else []
-    print(" | ".join(parts))
-    for letter, s in zip("AB", r["sides"], strict=False):
-        print(f"  {letter}: {s['source']}: {s['what']}")
-    for warning in r["warnings"]:
-        print(f"  warning: {warning}")
-
+# ------------------------------------------------------------------ flags
 
 @dataclass
 class MetricsConfig(samplers.SamplerConfig):
@@ -370,10 +252,9 @@ class MetricsConfig(samplers.SamplerConfig):
                                  "programs: give only one that you trust")
     num: int | None = flag(None, "images of a run or of shapes; a set on disk is used whole",
                            short="-n", shown=f"{MIN_IMAGES}", group="images")
-    image_size: int | None = flag(None, "resize and crop sets to this side",
-                                  shown="the run's, else their own")
-    channels: int | None = flag(None, "1: sets turned gray", choices=(1, 3), shown="the run's, "
-                                "else 3")
+    image_size: int | None = flag(None, "resize and crop sets to this side", shown="the run's, "
+                                  "else their own")
+    channels: int | None = flag(None, "1: turn sets gray", (1, 3), shown="the run's, else 3")
     skip_bad_images: bool = flag(False, "continue without files that cannot be read")
     batch_size: int = flag(64, "images at a time, per process")
     seed: int = flag(0, "of a run's images; image i is a function of (seed, i)")
@@ -401,27 +282,15 @@ an .npz of statistics (mu, sigma; fid only), or a run, which is sampled on the f
     def check(self):
         super().check()
         sample.check_images(self)
-        wanted, words = {"fid": ((1, 2), "A or A B"), "is": ((1,), "A alone"),
-                         "psnr": ((2,), "A B"), "stats": ((2,), "A OUT.npz")}[self.metric]
-        if len(self.images) not in wanted:
-            raise ValueError(f"{self.metric} takes {words}, not {len(self.images)} names: "
+        wanted = {"fid": "A or A B", "is": "A", "psnr": "A B", "stats": "A OUT.npz"}[self.metric]
+        if len(self.images) not in {len(way.split()) for way in wanted.split(" or ")}:
+            raise ValueError(f"{self.metric} takes {wanted}, not {len(self.images)} names: "
                              + " ".join(self.images))
-        for name in ("features", "inception"):
-            if self.metric == "psnr" and getattr(self, name):
-                raise ValueError(f"--{name} has no effect: psnr compares pixels")
-            if (path := getattr(self, name)) and not path.is_file():
-                raise FileNotFoundError(f"--{name}: no such file: {path}")
-        if self.features and self.inception:
-            raise ValueError("--features replaces Inception: give it or --inception, not both")
+        features.check_network_flags(self)
         self.sources, self.out = list(self.images), None
         if self.metric == "stats":
             self.out = Path(self.sources.pop())
-            if self.out.suffix != ".npz":
-                raise ValueError(f"{self.out}: statistics go to a file named .npz")
-            if not self.out.resolve().parent.is_dir():
-                raise FileNotFoundError(f"{self.out}: no such folder: {self.out.resolve().parent}")
-            if self.out.exists() and features.read_statistics(self.out) is None:
-                raise ValueError(f"{self.out} exists and holds no statistics: give another name")
+            features.check_output(self.out)
 
     def refuse_unused(self, sampled, stored):
         """ValueError for sampling flags if nothing is sampled, and flags of sets without a set."""
@@ -435,33 +304,16 @@ an .npz of statistics (mu, sigma; fid only), or a run, which is sampled on the f
         if self.num and not sampled and "shapes" not in stored:
             raise ValueError("--num is for a run or for shapes: sets on disk are used whole")
 
-    def open_network(self, dist):
-        return features.open_network(self.features, self.inception, dist, self.precision,
-                                     self.compile)
-
-
-def own_data(source):
-    """The data set that the run `source` was trained on. ValueError: it is not a run."""
-    path = find_run(source)
-    if path is None:
-        raise ValueError(f"{source} is not a run: name the images to compare it with")
-    return data.require_local(checkpoint.load_checkpoint(path)["settings"]["data"], source)
-
 
 def main(argv=None):
     config = parse_into(MetricsConfig, argv)
     # tf32=False: rounding to 10 bits moves FID by hundredths
     with distributed.init(tf32=False, deterministic=config.deterministic) as dist:
-        if config.metric == "fid" and len(config.sources) == 1:
-            config.sources.append(dist.on_main(own_data, config.sources[0]))
-        sides = dist.main_first(lambda: open_sides(config.sources, config, dist))
-        work = dict(fid=fid, psnr=compare_pairs, stats=save_statistics) | {"is": score}
-        result = work[config.metric](config.sources, sides, config, dist)
-        if dist.is_main and config.json:
-            print(json.dumps({k: None if v in (math.inf, -math.inf) else v
-                              for k, v in result.items()}))
-        elif dist.is_main:
-            print_report(result)
+        sets = dist.main_first(lambda: open_sets(config.sources, config, dist))
+        score_of = {"fid": fid, "is": score, "psnr": compare_pairs, "stats": save_statistics}
+        report = score_of[config.metric](sets, config, dist)
+        if dist.is_main:
+            features.print_report(report, config.json)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def add_flag(section, f, hint):
     text = info["help"] + (f" (default: {shown})" if shown else "")
     text = text.replace("%", "%%")
     if info["positional"]:
-        section.add_argument(f.name, nargs=info["nargs"] or "?", metavar=info["positional"],
+        nargs = info["nargs"] or (None if info["choices"] else "?")  # a choice must be made
+        section.add_argument(f.name, nargs=nargs, metavar=info["positional"],
                              choices=info["choices"], help=text)
         return
     names = ([info["short"]] if info["short"] else []) + [flag_name(f.name)]

@@ -1,8 +1,9 @@
-r"""What images are compared by: feature networks, and files of feature statistics.
+r"""What images are compared by: feature networks, statistics of features, and reports of scores.
 
     open_network(...)            Inception, or a network saved by torch.export.save
-    FeatureStatistics            mean and covariance of features, over batches and processes
+    FeatureSums                  mean and covariance of features, over batches and processes
     read_statistics(path)        an .npz of mu and sigma, in pytorch-fid's form
+    report(...), print_report    a score with everything that it depends on
 
 Not here: the scores (metrics.py), or Inception's layers (inception.py).
 
@@ -12,19 +13,26 @@ N images, D features of each, μ (D,) their mean, Σ (D, D) their covariance (di
 """
 
 import hashlib
+import json
 import logging
+import math
 import os
 import shlex
 import zipfile
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch.export.passes import move_to_device_pass
+from tqdm import tqdm
 
 from support import checkpoint, inception, precision
 
 INCEPTION = "Inception 2015-12-05"
 
+
+# ------------------------------------------------------------------ networks
 
 class FeatureNetwork:
     """net(uint8 images (N, 3, H, W)) -> (features (N, D), logits); and what to print with a score:
@@ -37,31 +45,34 @@ class FeatureNetwork:
     def __call__(self, images):
         return self.call(images)
 
-    @property
-    def is_inception(self):
-        return self.network == INCEPTION
+    def name(self, published, other):
+        """A score's name: only Inception's is called FID or IS."""
+        if self.network == INCEPTION:
+            return published
+        return f"{other}({self.network})" if self.network else other
 
 
-def open_network(features, weights, dist, precision_name="fp32", compiled=False):
-    """-> FeatureNetwork. features: a file of an exported network, or None for Inception with the
-    file `weights` (None: from the cache folder, else downloaded)."""
-    if features is None:
-        net, digest = dist.main_first(lambda: inception.load(weights, dist.device))
-        net = precision.for_inference(net.fold(), dist.device, precision_name, compiled)
+def open_network(config, dist):
+    """The network that the flags --features, --inception, --precision and --compile choose: that
+    of the file --features, else Inception -> FeatureNetwork."""
+    path = config.features
+    if path is None:
+        net, digest = dist.main_first(lambda: inception.load(config.inception, dist.device))
+        net = precision.for_inference(net.fold(), dist.device, config.precision, config.compile)
         return FeatureNetwork(net, INCEPTION, digest, "bilinear to 299x299 without antialiasing",
-                              precision_name)
-    digest = dist.on_main(lambda: hashlib.sha256(features.read_bytes()).hexdigest())
-    net = dist.main_first(lambda: open_exported(features, dist.device))
+                              config.precision)
+    digest = dist.on_main(lambda: hashlib.sha256(path.read_bytes()).hexdigest())
+    net = dist.main_first(lambda: open_exported(path, dist.device))
 
     def call(images):
         out = net(images.float() / 127.5 - 1)
         if not isinstance(out, torch.Tensor) or out.dim() < 2 or len(out) != len(images):
             what = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-            raise ValueError(f"--features {features} must give one tensor (N, features) for N "
-                             f"images; for {len(images)} it gave {what}")
+            raise ValueError(f"--features {path} must give one tensor (N, features) for N images; "
+                             f"for {len(images)} it gave {what}")
         return out.flatten(1), out.flatten(1)  # for the Inception Score they are logits
 
-    return FeatureNetwork(call, features.name, digest, "none")
+    return FeatureNetwork(call, path.name, digest, "none")
 
 
 def open_exported(path, device):
@@ -97,7 +108,9 @@ def open_exported(path, device):
     return call
 
 
-class FeatureStatistics:
+# ------------------------------------------------------------------ statistics
+
+class FeatureSums:
     """n, Σ f and Σ f fᵀ of feature vectors in float64: sums do not depend on batches or order."""
 
     def __init__(self, width):
@@ -111,12 +124,12 @@ class FeatureStatistics:
         self.sum += f.sum(0)
         self.outer += f.T @ f
 
-    def result(self, dist):
+    def moments(self, dist):
         """(μ, Σ) over all processes, NumPy float64. ValueError: fewer than two images."""
-        n = dist.all_reduce(torch.tensor(float(self.n))).item()
+        n = dist.all_reduce(torch.tensor(self.n)).item()
         total, outer = dist.all_reduce(self.sum), dist.all_reduce(self.outer)
         if n < 2:
-            raise ValueError("a covariance needs at least 2 images")
+            raise ValueError(f"a covariance needs at least 2 images, not {n}")
         mean = total / n
         sigma = (outer - n * mean.outer(mean)) / (n - 1)
         # Of a feature that never changes, rounding leaves a "variance" of either sign. float32
@@ -126,9 +139,76 @@ class FeatureStatistics:
         return mean.numpy(), sigma.numpy()
 
 
+@dataclass
+class Statistics:
+    """μ and Σ of the features of n images, and what they depend on; None: the file has no record.
+    Next to sets of images in a report: source, shape, summary and notes."""
+
+    source: str
+    mu: np.ndarray
+    sigma: np.ndarray
+    n: int | None = None
+    size: int | None = None
+    network: str | None = None
+    sha256: str | None = None
+    precision: str = "fp32"
+    shape: ClassVar = None
+    summary: ClassVar[str] = "statistics from a file"
+    notes: ClassVar[tuple] = ()
+
+    def arrays(self):
+        """What goes into the .npz: all that is known."""
+        return {f.name: getattr(self, f.name) for f in fields(self)[1:]
+                if getattr(self, f.name) is not None}
+
+
+def batches(images, batch_size, dist, label):
+    """This process's images of a set, dealt out like cards: (indices, uint8 (b, 3, H, W))."""
+    mine = list(range(dist.rank, images.n, dist.world_size))
+    with tqdm(desc=label, total=len(mine), unit="image", disable=not dist.is_main,
+              dynamic_ncols=True) as bar:
+        for start in range(0, len(mine), batch_size):
+            indices = mine[start:start + batch_size]
+            yield indices, images.batch(indices).to(dist.device).expand(-1, 3, -1, -1)
+            bar.update(len(indices))
+
+
+def statistics(images, net, batch_size, dist):
+    """Statistics of a set of images over all processes, or of a file, as they are. ValueError:
+    fewer than two images, or a file of another network."""
+    if isinstance(images, Statistics):
+        if images.sha256 and images.sha256 != net.sha256:
+            raise ValueError(f"{images.source} has statistics of {images.network} (SHA-256 "
+                             f"{images.sha256[:12]}), and this is {net.network} "
+                             f"({net.sha256[:12]}): they do not compare")
+        return images
+    if images.n < 2:
+        raise ValueError(f"{images.source}: a covariance needs at least 2 images, not {images.n}")
+    sums = None
+    for _, batch in batches(images, batch_size, dist, images.source):
+        f = net(batch)[0]
+        sums = sums or FeatureSums(f.shape[1])
+        sums.add(f)
+    # A process without images takes part in the sums too, and must know their length.
+    width = dist.broadcast(sums and len(sums.sum))
+    mu, sigma = (sums or FeatureSums(width)).moments(dist)
+    return Statistics(images.source, mu, sigma, images.n, images.shape[1], net.network, net.sha256,
+                      net.precision)
+
+
+def gather_logits(images, net, batch_size, dist):
+    """The logits of all images in their order, on rank 0; None elsewhere."""
+    parts = dist.gather([(indices, net(batch)[1].cpu()) for indices, batch in
+                         batches(images, batch_size, dist, images.source)])
+    if parts is None:
+        return None
+    order = [i for part in parts for indices, _ in part for i in indices]
+    return torch.cat([rows for part in parts for _, rows in part])[torch.tensor(order).argsort()]
+
+
 def read_statistics(source):
-    """An .npz of statistics as a dict: mu, sigma and, if metrics.py wrote it, n, network, sha256,
-    size, precision. None for anything else. ValueError: damaged, or inside a pickle."""
+    """An .npz of statistics -> Statistics, or None for anything else. ValueError: damaged, or
+    inside a pickle."""
     refuse_pickle(str(source))
     if not str(source).endswith(".npz") or not os.path.isfile(source):
         return None
@@ -136,16 +216,73 @@ def read_statistics(source):
         with np.load(source, allow_pickle=False) as archive:
             if not {"mu", "sigma"} <= set(archive.files):
                 return None
-            wanted = ("mu", "sigma", "n", "network", "sha256", "size", "precision")
-            found = {k: archive[k] for k in archive.files if k in wanted}
+            known = {f.name for f in fields(Statistics)[1:]}
+            found = {k: archive[k] for k in archive.files if k in known}
+            mu, sigma = found.pop("mu"), found.pop("sigma")
+            found = {k: v.item() for k, v in found.items()}
     except Exception as error:  # of zip, zlib, NumPy
         raise ValueError(f"{source} is not a readable .npz file "
                          f"({checkpoint.guess_file_type(source)})") from error
-    mu, sigma = found["mu"], found["sigma"]
     if not mu.dtype.kind == sigma.dtype.kind == "f" or sigma.shape != (*mu.shape, *mu.shape):
         raise ValueError(f"{source}: mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} "
                          f"{sigma.shape} are not a mean (D,) and a covariance (D, D)")
-    return found
+    return Statistics(source, mu, sigma, **found)
+
+
+def network_of(files):
+    """The network of two files of statistics, by name: without images it need not run. ValueError:
+    there are two."""
+    known = {f.sha256: f.network for f in files if f.sha256}
+    if len(known) > 1:
+        raise ValueError(f"{' and '.join(f.source for f in files)}: statistics of two networks do "
+                         "not compare")
+    digest, network = next(iter(known.items()), (None, None))
+    return FeatureNetwork(None, network, digest, "as in the files")
+
+
+def check_output(path):
+    """ValueError, FileNotFoundError: this is not a file that statistics may be written to."""
+    if path.suffix != ".npz":
+        raise ValueError(f"{path}: statistics go to a file named .npz")
+    if not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder: {path.resolve().parent}")
+    if path.exists() and read_statistics(path) is None:
+        raise ValueError(f"{path} exists and holds no statistics: give another name")
+
+
+def check_network_flags(config):
+    """ValueError, FileNotFoundError: --features and --inception do not fit the score, or each
+    other."""
+    for name, path in (("--features", config.features), ("--inception", config.inception)):
+        if path and config.metric == "psnr":
+            raise ValueError(f"{name} has no effect: psnr compares pixels")
+        if path and not path.is_file():
+            raise FileNotFoundError(f"{name}: no such file: {path}")
+    if config.features and config.inception:
+        raise ValueError("--features replaces Inception: give it or --inception, not both")
+
+
+def check_pairs(a, b):
+    """ValueError: the images of two sets are not pairs, by number or by name."""
+    for s in (a, b):
+        if s.names is None:
+            raise ValueError(f"{s.source} is a run, whose images have no partners: psnr compares "
+                             "two sets")
+    where = f"{a.source} and {b.source}"
+    if a.n != b.n:
+        raise ValueError(f"{where}: psnr compares pairs, and there are {a.n:,} images and {b.n:,}")
+    for one, other in zip(a.names, b.names, strict=False):
+        if one != other:
+            raise ValueError(f"{where}: {one} and {other} are not a pair. psnr pairs files by "
+                             "folder and name")
+
+
+def on_main(dist, sets, work, *inputs):
+    """dist.on_main; an error names the sources."""
+    try:
+        return dist.on_main(work, *inputs)
+    except ValueError as error:
+        raise ValueError(f"{' and '.join(s.source for s in sets)}: {error}") from error
 
 
 def refuse_pickle(source):
@@ -162,3 +299,63 @@ def refuse_pickle(source):
     command = shlex.join(["python", "-c", program, source, source[:-4] + ".npz"])
     raise ValueError(f"{source} is a pickle, and opening one can run a program. If you trust it, "
                      f"convert it to an .npz of mu and sigma:  {command}")
+
+
+# ------------------------------------------------------------------ reports
+
+def warn_statistics(both, few):
+    """Warnings about a distance of these Statistics; few: images below which N counts."""
+    found = []
+    for s in both:
+        if s.n is None:
+            found.append(f"{s.source} has no record of its image count or network")
+        elif s.n < few:
+            found.append(f"{s.n:,} images of {s.source}: under {few:,} the value is too high, by "
+                         "an amount that depends on N: compare only with the same N")
+        if s.n is not None and s.n <= len(s.mu):
+            found.append(f"{s.n:,} images of {s.source} in {len(s.mu)} dimensions: the covariance "
+                         "does not have full rank")
+    sizes = sorted({s.size for s in both if s.size is not None})
+    if len(sizes) > 1:
+        found.append(f"images of {' and '.join(map(str, sizes))} pixels are compared")
+    return found
+
+
+def warn_network(net, precisions):
+    """Warnings about other weights than Inception's published file, and about bf16."""
+    found = []
+    if net.network == INCEPTION and net.sha256 != inception.SHA256:
+        found.append(f"these weights are not the published file ({inception.SHA256[:12]}...): "
+                     "compare only with scores by the same ones")
+    if any(kind != "fp32" for kind in precisions):
+        found.append("features in bf16" + " on one side only" * (len(set(precisions)) > 1)
+                     + ": compare only with scores of the same precision")
+    return found
+
+
+def report(name, value, text, net, sets, warnings, **more):
+    """A score as one dict. sets: what has source, n, shape, summary and notes; net: None if no
+    network was used."""
+    net = net or FeatureNetwork(None, None, None, "none")
+    sides = [dict(source=str(s.source), n=s.n, shape=s.shape and list(s.shape), what=s.summary)
+             for s in sets]
+    return dict(metric=name, value=value, text=text, network=net.network, sha256=net.sha256,
+                resize=net.resize, sides=sides,
+                warnings=warnings + [note for s in sets for note in s.notes], **more)
+
+
+def print_report(r, as_json=False):
+    """The score with everything it depends on in one line; then the sides, and warnings."""
+    if as_json:
+        print(json.dumps({k: None if v in (math.inf, -math.inf) else v for k, v in r.items()}))
+        return
+    counts = " against ".join("?" if s["n"] is None else f"{s['n']:,}" for s in r["sides"])
+    shape = next((s["shape"] for s in r["sides"] if s["shape"]), None)
+    parts = [f"{r['metric']} {r['text']}", f"{counts} images"]
+    parts += [f"{shape[1]}x{shape[2]}, resize: {r['resize']}"] if shape else []
+    parts += [f"{r['network']}, SHA-256 {r['sha256'][:12]}"] if r["network"] else []
+    print(" | ".join(parts))
+    for letter, s in zip("AB", r["sides"], strict=False):
+        print(f"  {letter}: {s['source']}: {s['what']}")
+    for warning in r["warnings"]:
+        print(f"  warning: {warning}")

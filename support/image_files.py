@@ -307,6 +307,15 @@ def skipped_note(names):
             f"({', '.join(listing[:3] + ['...'] * (len(listing) > 3))})")
 
 
+def pair_name(path, source):
+    """What a file of `source`, a folder, zip or image, is paired by: cat/1.png -> cat/1."""
+    if os.path.isdir(source):
+        path = os.path.relpath(path, source)
+    elif path == source:  # an image by itself
+        path = os.path.basename(path)
+    return Path(path).with_suffix("").as_posix()
+
+
 def runs_note(runs):
     """What walk passes over, for the summary: ", 2 folders of runs left out (runs, old/first)"."""
     some = ", ".join(map(printable, runs[:3])) + ", ..." * (len(runs) > 3)
