@@ -110,8 +110,10 @@ class RunFolder:
 
     def make_folder(self, settings, state):
         # The next checkpoint is written next to the last: there must be room for both.
-        copies = 1 if self.path.exists() else 2
-        files.check_space(self.folder, checkpoint.size_of(state) * copies)
+        size, copies = checkpoint.size_of(state), 1 if self.path.exists() else 2
+        if not state["step"]:  # Adam's two moments come with the first step
+            size += 2 * checkpoint.size_of(state["net"])
+        files.check_space(self.folder, size * copies)
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         self.claim()
         if state["step"] == 0 and self.path.exists():

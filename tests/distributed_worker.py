@@ -1,5 +1,5 @@
-"""Run under torchrun by test_distributed.py: one training step's gradient and batch, written to a
-folder.
+"""Run under torchrun by test_distributed.py: the batch, the gradient and the losses of one training
+step, written to FOLDER/WORLD_SIZE.pt.
 
     torchrun --nproc_per_node 2 tests/distributed_worker.py FOLDER
 """
@@ -7,62 +7,40 @@ folder.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import runtime  # isort: skip
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import data
 import train
+from config import Config
+from support import distributed
+from support.cli import parse_into
+
+FLAGS = "--image-size 8 --batch-size 8 --sa-k 2 --etsdm --microbatch 3 --flip --grad-clip 0"
 
 
 def main():
-    out = Path(sys.argv[1])
-    with runtime.setup() as process:
-        s = train.resolve(
-            train.parse(
-                [
-                    "--image-size",
-                    "8",
-                    "--batch-size",
-                    "8",
-                    "--sa-k",
-                    "2",
-                    "--etsdm",
-                    "--microbatch",
-                    "3",
-                    "--flip",
-                ]
-            )
-        )
-        model = train.Model(s, process.device)
-        torch.nn.init.normal_(
-            model.net.out_conv.weight, std=0.1, generator=torch.Generator().manual_seed(0)
-        )
-        trained = DistributedDataParallel(model.net) if process.world > 1 else model.net
+    with distributed.init() as dist:
+        config = parse_into(Config, FLAGS.split())
+        torch.manual_seed(0)
+        state = train.TrainState(train.DiffusionObjective(config), config)
+        torch.nn.init.normal_(state.net.out_conv.weight, std=0.1)
+        model = DistributedDataParallel(state.net) if dist.world_size > 1 else state.net
         dataset = data.load("shapes", 8, 3)
-        images = next(data.batches(dataset, 8, 16, 0, process.rank, process.world))
-        seen = {}
-        model.optimizer.step = lambda: seen.update(
-            gradient=torch.cat([p.grad.flatten() for p in model.net.parameters()])
+        images = next(data.batches(dataset, 8, 16, 0, dist.rank, dist.world_size))
+        found = {}
+        state.optimizer.step = lambda: found.update(
+            gradient=torch.cat([p.grad.flatten() for p in state.net.parameters()])
         )
-        values = train.one_step(model, trained, s, process, images, None)
-        sums = process.sum(*values[:3])
-        gathered = process.gather(images)
-        picture = torch.cat(gathered) if process.first else None
-        shared = process.share(f"from rank {process.rank}")
-        assert shared == "from rank 0"
-        process.barrier()
-        if process.first:
-            torch.save(
-                dict(
-                    images=picture,
-                    gradient=seen["gradient"],
-                    losses=[v / process.world for v in sums],
-                ),
-                out / f"{process.world}.pt",
-            )
+        found["values"] = train.train_step(state, model, images, config, dist, None)
+        gathered = dist.gather(images)
+        assert dist.broadcast(f"from rank {dist.rank}") == "from rank 0"
+        assert dist.any(dist.rank == dist.world_size - 1) and not dist.any(False)
+        assert dist.on_main(lambda: dist.rank) == 0
+        assert dist.main_first(lambda: dist.rank) == dist.rank
+        if dist.is_main:
+            found["images"] = torch.cat(gathered)
+            torch.save(found, Path(sys.argv[1]) / f"{dist.world_size}.pt")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import pickle
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import threading
 
 import pytest
 import torch
-from conftest import run_program
+from conftest import ROOT, run_program
 from torch.testing import assert_close
 
 from support import checkpoint, distributed, files, precision, programs, rng
@@ -143,6 +144,14 @@ def test_support_comes_before_torch(tmp_path):
         "print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
     )
     assert run_program("-c", code, cwd=tmp_path).stdout == "10000 False\n"
+
+
+def test_no_port_is_written_down():
+    """torchrun's --standalone finds a free one; two jobs on a machine must not meet."""
+    for path in ROOT.glob("**/*.py"):
+        if "tests" not in path.relative_to(ROOT).parts:
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"master_port[ =]+[0-9]|MASTER_PORT|localhost:[0-9]|29500", text)
 
 
 # ------------------------------------------------------------------ how programs start and end
