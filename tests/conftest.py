@@ -1,10 +1,12 @@
 """What several tests use: the environment of the programs, and reference numbers.
 
-from conftest import ROOT, DATA, ENV, SMALL, run_program, torchrun     # in tests/robustness/ too
+from conftest import ROOT, DATA, ENV, TINY, run_program, torchrun     # in tests/robustness/ too
 """
 
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 # For programs that run in a temporary folder: `python -m papers...` finds the project.
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 # The flags of the smallest run that goes through everything.
-SMALL = "--image-size 8 --batch-size 4 --precision fp32 --sample-every 1000".split()
+TINY = "--image-size 8 --batch-size 4 --precision fp32 --sample-every 1000".split()
 
 
 def run_program(*words, cwd, status=0):
@@ -86,3 +88,32 @@ def gold():
     state = {k: torch.tensor(v).float() for k, v in fill.state(numbers["keys"]).items()}
     x = torch.tensor(4 * fill.fill("unet-dev", (2, 3, 16, 16)) - 2).float()
     return SimpleNamespace(numbers=numbers, size=size, state=state, x=x)
+
+
+SMALL = ["--batch-size", "4", "--precision", "fp32", "--steps", "2"]  # a training of a second
+SYSTEMS = dict(  # finished runs of 2 steps, by the programs that make them; data: shapes
+    plain=("train", "--image-size 8"),
+    base=("train", "--image-size 8 --etsdm --schedule linear --dropout 0.3"),
+    sr=("papers.superres", "train --image-size 16 --etsdm --sa-k 2"),
+    code=("papers.autoencoder", "train --image-size 16"),
+    latent=("papers.latents", "code --etsdm --sa-k 2"),
+    remap=("papers.alternatives", "--image-size 8 --remap sqrt"),
+)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with the runs of SYSTEMS. Tests that change one use `runs`."""
+    folder = tmp_path_factory.mktemp("systems")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, (program, words) in SYSTEMS.items():
+            importlib.import_module(program).main([*words.split(), *SMALL, "--name", name])
+    return folder
+
+
+@pytest.fixture
+def runs(trained, tmp_path, monkeypatch):
+    """In a folder with copies of those runs, to be changed at will."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)

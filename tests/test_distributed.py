@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, ROOT, SMALL, run_program, torchrun
+from conftest import ENV, ROOT, TINY, run_program, torchrun
 from PIL import Image
 from torch.testing import assert_close
 
@@ -64,10 +64,10 @@ def runs(tmp_path_factory):
     """The same run by one process, by two, and by two that stopped after 4 steps."""
     folder = tmp_path_factory.mktemp("distributed")
     with contextlib.chdir(folder):
-        train.main([*SMALL, "--steps", "10", "--name", "by1"])
-    torchrun(2, TRAIN, *SMALL, "--steps", "10", "--name", "by2", cwd=folder)
-    torchrun(2, TRAIN, *SMALL, "--steps", "4", "--name", "resumed", cwd=folder)
-    done = torchrun(2, TRAIN, *SMALL, "--steps", "10", "--name", "resumed", cwd=folder)
+        train.main([*TINY, "--steps", "10", "--name", "by1"])
+    torchrun(2, TRAIN, *TINY, "--steps", "10", "--name", "by2", cwd=folder)
+    torchrun(2, TRAIN, *TINY, "--steps", "4", "--name", "resumed", cwd=folder)
+    done = torchrun(2, TRAIN, *TINY, "--steps", "10", "--name", "resumed", cwd=folder)
     assert "from step 4" in done.stdout
     assert done.stdout.count("done:") == 1, "only rank 0 prints"
     return folder
@@ -91,7 +91,7 @@ def test_resuming_with_two_processes_changes_nothing(runs):
 
 
 def test_a_run_resumes_with_another_number_of_processes(runs):
-    done = torchrun(1, TRAIN, *SMALL, "--steps", "12", "--name", "resumed", cwd=runs)
+    done = torchrun(1, TRAIN, *TINY, "--steps", "12", "--name", "resumed", cwd=runs)
     assert "from step 10" in done.stdout
     assert checkpoint_of(runs, "resumed")["step"] == 12
 
@@ -149,7 +149,7 @@ def test_a_job_of_two_prints_an_error_once(program, flags, words, tmp_path):
 
 def test_sigterm_to_torchrun_saves_and_resumes(tmp_path):
     """torchrun passes the signal on; both processes stop after the same step, and can resume."""
-    words = [*SMALL, "--save-every", "2", "--name", "stopped"]
+    words = [*TINY, "--save-every", "2", "--name", "stopped"]
     process = start(
         "--standalone", "--nproc_per_node", 2, TRAIN, *words, "--steps", 300, cwd=tmp_path
     )
@@ -203,7 +203,7 @@ def test_every_objective_under_two_processes(runs):
 
 def test_one_two_and_four_processes_train_the_same(tmp_path):
     """Losses step by step."""
-    words = [*SMALL, "--batch-size", "8", "--sa-k", "2", "--etsdm", "--save-every", "100"]
+    words = [*TINY, "--batch-size", "8", "--sa-k", "2", "--etsdm", "--save-every", "100"]
     for n in (1, 2, 4):
         out = [tmp_path / f"{n}.json", *words, "--steps", "6", "--name", f"by{n}"]
         torchrun(n, WORKER, "log", *out, cwd=tmp_path)
@@ -220,7 +220,7 @@ def test_one_two_and_four_processes_train_the_same(tmp_path):
 def test_a_process_that_fails_ends_the_others_with_one_line(how, rank, tmp_path):
     """Killed, stopped for longer than the timeout, or with an error that the others do not see."""
     began = time.time()
-    words = [*SMALL, "--steps", "12", "--save-every", "3", "--name", "lost"]
+    words = [*TINY, "--steps", "12", "--save-every", "3", "--name", "lost"]
     done = torchrun(2, WORKER, how, rank, 7, *words, cwd=tmp_path, check=False)
     assert done.returncode != 0 and time.time() - began < 100
     lines = error_lines(done, "train.py")
@@ -233,7 +233,7 @@ def test_a_process_that_fails_ends_the_others_with_one_line(how, rank, tmp_path)
 
 def test_torchrun_restarts_a_dead_process(tmp_path):
     """--max-restarts: from the last checkpoint, to the weights of a run in which none died."""
-    words = [*SMALL, "--steps", "10", "--save-every", "3", "--name"]
+    words = [*TINY, "--steps", "10", "--save-every", "3", "--name"]
     options = ["--max-restarts", "3"]
     done = torchrun(2, WORKER, "die", 1, 7, *words, "back", cwd=tmp_path, options=options)
     assert "from step 6" in done.stdout and done.stdout.count("done:") == 1
@@ -248,7 +248,7 @@ def test_two_machines(runs):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = ["--master_addr", "127.0.0.1", "--master_port", port]
-    words = [*address, TRAIN, *SMALL, "--steps", "10", "--name", "machines"]
+    words = [*address, TRAIN, *TINY, "--steps", "10", "--name", "machines"]
     agents = [start("--nnodes", 2, "--node_rank", n, *words, cwd=runs) for n in (0, 1)]
     outs = [agent.communicate(timeout=150) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outs

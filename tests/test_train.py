@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, SMALL, run_program
+from conftest import DATA, TINY, run_program
 from PIL import Image
 from torch.testing import assert_close
 
@@ -41,7 +41,7 @@ def no_grids(monkeypatch):
 
 def small(*flags, name="small"):
     """Train the smallest run -> its checkpoint."""
-    train.main([*SMALL, "--name", name, *flags])
+    train.main([*TINY, "--name", name, *flags])
     return checkpoint.load_checkpoint(f"runs/{name}/checkpoint.pt")
 
 
@@ -51,7 +51,7 @@ def rows(name="small"):
 
 
 def new_state(*flags):
-    config = parse_into(Config, [*SMALL, *flags])
+    config = parse_into(Config, [*TINY, *flags])
     return config, train.TrainState(train.DiffusionObjective(config), config)
 
 
@@ -371,6 +371,6 @@ assert not loaded, loaded
 @pytest.mark.slow
 def test_training_and_sampling_import_nothing_of_papers(tmp_path):
     """After `torchrun train.py --sa-k 2` and `python sample.py`."""
-    for program, words in (("train", [*SMALL, "--sa-k", "2", "--steps", "2"]),
+    for program, words in (("train", [*TINY, "--sa-k", "2", "--steps", "2"]),
                            ("sample", ["-n", "2", "--nfe", "2"])):  # fmt: skip
         run_program("-c", NO_PAPERS.format(program=program), *words, cwd=tmp_path)
