@@ -286,23 +286,23 @@ def test_from_the_program_to_a_distance(tmp_path, monkeypatch, capsys):
     assert 20 * distance["same.npy"] < distance["noise.npy"]
 
 
-def test_what_the_program_refuses(tmp_path, monkeypatch, capsys):
+def test_what_the_program_rejects(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRACEBACK", raising=False)
     monkeypatch.setattr(sys, "argv", ["classifier.py"])
     idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 1, 0, 1])
-    for words, said in {
+    for words, text in {
         "nothing": "no such file",
         "set --out x.pt": "--out x.pt must be a .pt2",
         "set --out none/x.pt2": "in a folder that exists",
         "set --epochs 0": "--epochs must be at least 1",
-        "set --image-size 0": "at least 1",
+        "set --image-size 0": "--image-size must be",
     }.items():
         capsys.readouterr()
         with pytest.raises(SystemExit) as info:
             run_main(lambda words=words: classifier.main(words.split()))
-        said_really = capsys.readouterr()
-        lines = [line for line in said_really.err.splitlines() if "it/s]" not in line and line]
-        assert info.value.code == 2 and len(lines) == 1 and said in lines[0]
-        assert lines[0].startswith("classifier.py: error: ") and not said_really.out
+        printed = capsys.readouterr()
+        lines = [line for line in printed.err.splitlines() if "it/s]" not in line and line]
+        assert info.value.code == 2 and len(lines) == 1 and text in lines[0]
+        assert lines[0].startswith("classifier.py: error: ") and not printed.out
     assert not list(tmp_path.glob("*.pt2"))
