@@ -13,6 +13,7 @@ Not here: parsing (support/cli.py), building networks (unet.py), reading images 
 """
 
 import math
+import shlex
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -232,7 +233,7 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
 
     def next_command(self):
         """What to type after training."""
-        return f"python sample.py {self.name}"
+        return f"python sample.py {shlex.quote(self.name)}"
 
     def warnings(self, dataset, world_size):
         """Lines about settings that are valid but probably unintended."""

@@ -28,6 +28,7 @@ x (B, C, H, W), data in [-1, 1]; t in [0, T], a number or (B,); net(x, c) the ra
 
 import copy
 import importlib
+import shlex
 from pathlib import Path
 
 import torch
@@ -204,8 +205,9 @@ def load_run(run: str | Path | None, weights: str = "ema") -> Denoiser:
     path = checkpoint.find_checkpoint(run)
     saved = checkpoint.load_checkpoint(path)
     if "unet" not in saved["settings"]:
+        name = shlex.quote(path.parent.name)
         raise ValueError(f"{path.parent} is an autoencoder, which draws nothing by itself: train a "
-                         f"model of its latents, python -m papers.latents {path.parent.name}")
+                         f"model of its latents, python -m papers.latents {name}")
     try:
         denoiser = build_denoiser(saved["settings"], saved.get("extra", {}))
     except (KeyError, TypeError) as error:

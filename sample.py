@@ -18,6 +18,7 @@ C, H, W as the run was trained; pixels are written as uint8 = round((x + 1) 127.
 import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
 
 import hashlib
+import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
@@ -137,8 +138,9 @@ def main(argv=None):
     with distributed.init(tf32=False, deterministic=config.deterministic) as dist:
         denoiser, arguments = open_and_print(config, dist)
         if denoiser.settings.get("factor"):
-            raise ValueError(f"{denoiser.folder.name} enlarges images: python -m papers.superres "
-                             f"enlarge {denoiser.folder.name} IMAGES")
+            name = denoiser.folder.name
+            raise ValueError(f"{name} enlarges images: python -m papers.superres enlarge "
+                             f"{shlex.quote(name)} IMAGES")
         out = config.out or (denoiser.folder / "generated" / tag(config, denoiser.step))
         folder = ImageFolder(out, dist)
         dist.on_main(folder.open, sampling_record(config, denoiser, arguments))

@@ -184,15 +184,17 @@ def write_comparisons(folder, inputs, num):
 def open_comparison_folders(folder, inputs):
     """ValueError if a folder for comparisons holds something else. They carry the settings.json of
     the results that they belong to."""
+    settings = (folder.out / "settings.json").read_text(encoding="utf-8")
     for name in inputs.comparisons([0]):
         other = folder.beside(f"-{name}")
-        if other.exists() and any(other.iterdir()) and not (other / "settings.json").exists():
+        note = other / "settings.json"
+        if other.exists() and (not other.is_dir() or any(other.iterdir())) and (
+                not note.is_file() or note.read_text(encoding="utf-8") != settings):
             raise ValueError(f"--out {folder.out}: its comparisons go to {other}, which holds "
                              "something else. Choose another folder")
         other.mkdir(parents=True, exist_ok=True)
         files.clean_stale(other)
-        files.write_text(other / "settings.json",
-                         (folder.out / "settings.json").read_text(encoding="utf-8"))
+        files.write_text(note, settings)
 
 
 def enlarge(argv=None):
