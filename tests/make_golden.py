@@ -1,8 +1,6 @@
-"""Make tests/data/golden.json, flags.json and first-version/: what the first version computed.
+"""Make tests/data/golden.json: what the first version computed.
 
-    python tests/make_golden.py            # writes golden.json and nothing else
-    python tests/make_golden.py flags      # writes flags.json
-    python tests/make_golden.py run        # writes first-version/
+    python tests/make_golden.py            # writes golden.json
 
 tests/test_golden.py demands these numbers, so a new file is a new promise: write one only if the
 numbers are meant to change, and say why in the commit.
@@ -11,9 +9,7 @@ numbers are meant to change, and say why in the commit.
 import functools
 import json
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -30,23 +26,6 @@ from fill import fill  # noqa: E402
 
 PIXELS = 16  # of each sample
 FIRST_VERSION = HERE / "data" / "first-version"
-RUN_FLAGS = (
-    "--image-size 16 --steps 20 --batch-size 4 --schedule cosine --prediction v --loss-space v "
-    "--sa-k 2 --sa-weight 1 --etsdm --etsdm-interval 100 --etsdm-n 5 --lr 0.01 --warmup 5 "
-    "--ema 0.9 --grad-clip 1 --precision fp32 --seed 0 --name first-version"
-).split()
-RUN_NETWORK = dict(  # a single level: most of the file is the list of tensors
-    image_size=16,
-    channels=4,
-    channel_mult=(1,),
-    res_blocks=1,
-    attention_resolutions=(),
-    head_channels=None,
-    time_channels=8,
-    resblock_updown=False,
-    norm_groups=2,
-    patch=1,
-)
 
 
 @functools.cache
@@ -162,34 +141,5 @@ def write_numbers():
     print(f"{path}: {path.stat().st_size:,} bytes")
 
 
-def write_flags():
-    text = ",\n".join(
-        f' "{program}": [\n'
-        + ",\n".join(f"  {json.dumps(f)}" for f in adapter.flags(program))
-        + "\n ]"
-        for program in adapter.PROGRAMS
-    )
-    path = HERE / "data" / "flags.json"
-    path.write_text("{\n" + text + "\n}\n")
-    print(f"{path}: {path.stat().st_size:,} bytes")
-
-
-def write_run():
-    FIRST_VERSION.mkdir(exist_ok=True)
-    here = os.getcwd()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            adapter.make_run(RUN_FLAGS, RUN_NETWORK)
-            for name in ("checkpoint.pt", "config.json"):
-                shutil.copy(Path("runs/first-version") / name, FIRST_VERSION / name)
-        finally:
-            os.chdir(here)
-    x = adapter.samples_of(FIRST_VERSION, 2)
-    (FIRST_VERSION / "samples.json").write_text(json.dumps(rounded(x.flatten(1).tolist())) + "\n")
-    print(*(f"{p}: {p.stat().st_size:,} bytes" for p in FIRST_VERSION.iterdir()), sep="\n")
-
-
 if __name__ == "__main__":
-    what = {"flags": write_flags, "run": write_run, "numbers": write_numbers}
-    what[sys.argv[1] if len(sys.argv) > 1 else "numbers"]()
+    write_numbers()

@@ -1,17 +1,21 @@
 """The first version's numbers, demanded of today's code: see golden_cases.py for what is computed,
 make_golden.py for how the file is made, golden_adapter.py for the functions behind it."""
 
+import argparse
 import json
 
 import pytest
 import torch
 
+import first_flags as moved
 import golden_adapter as adapter
 import golden_cases as cases
 import make_golden
+from programs import PROGRAMS, parse
+from support.cli import make_parser
 
 DATA = make_golden.HERE / "data"
-GOLDEN = json.loads((DATA / "golden.json").read_text())
+GOLDEN = json.loads((DATA / "golden.json").read_text(encoding="utf-8"))
 # The rest is slow: pytest -q -m slow tests/test_golden.py
 QUICK = {"plain", "sa2-v"}
 
@@ -82,12 +86,44 @@ def test_measurements():
 
 def test_a_run_of_the_first_version_gives_its_samples():
     """data/first-version holds a checkpoint as the first version wrote it."""
-    expected = json.loads((make_golden.FIRST_VERSION / "samples.json").read_text())
+    expected = json.loads((make_golden.FIRST_VERSION / "samples.json").read_text(encoding="utf-8"))
     check(adapter.samples_of(make_golden.FIRST_VERSION, 2).flatten(1).tolist(), expected, "samples")
 
 
-def test_no_flag_of_the_first_version_is_lost():
-    for program, flags in json.loads((DATA / "flags.json").read_text()).items():
-        now = {f["flags"][0]: f for f in adapter.flags(program)}
+def first_flags():
+    for program, flags in json.loads((DATA / "flags.json").read_text(encoding="utf-8")).items():
         for flag in flags:
-            assert now.get(flag["flags"][0]) == flag, f"{program}.py {flag['flags'][0]}"
+            yield pytest.param(program, flag, id=f"{program} {flag['flags'][0]}")
+
+
+@pytest.mark.parametrize("program, flag", list(first_flags()))
+def test_no_flag_of_the_first_version_is_lost(program, flag):
+    """It is where first_flags.py says, takes values of the same type, and all choices it had."""
+    name = flag["flags"][0]
+    place = moved.today(program, flag["flags"][-1])
+    if place is None:
+        assert moved.LOST[program, name]
+        return
+    actions = make_parser(PROGRAMS[place[0]])._actions
+    found = [a for a in actions if place[1] in (*a.option_strings, a.dest)]
+    assert len(found) == 1, f"{place[0]} has no {place[1]}"
+    (action,) = found
+    if place[1] == flag["flags"][-1] and action.option_strings:  # with its short form, or --no-
+        assert set(flag["flags"]) <= set(action.option_strings)
+    switch = flag["type"] in ("flag", "BooleanOptional")
+    assert switch == isinstance(action, argparse.BooleanOptionalAction)
+    if flag["type"] in ("int", "float", "Path") and action.option_strings:
+        assert action.type.__name__ == flag["type"]
+    for choice in flag["choices"] or ():
+        lost = (program, name, choice) in moved.LOST_VALUES
+        if action.choices is None and not lost:  # the program checks it: this raises no error
+            parse(place[0], [choice])
+        assert action.choices is None or (choice in action.choices) != lost
+
+
+def test_the_table_of_flags_names_flags():
+    """Its keys are flags of the first version, and nothing is both moved and lost."""
+    known = {(program, flag["flags"][0]) for program, flag in (p.values for p in first_flags())}
+    assert known >= set(moved.MOVED) | set(moved.LOST)
+    assert known >= {key[:2] for key in moved.LOST_VALUES}
+    assert not set(moved.MOVED) & set(moved.LOST)
