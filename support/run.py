@@ -213,6 +213,7 @@ class RunFolder:
 
 def refuse_other_settings(folder, old, new, may_change):
     """ValueError if a run's settings differ from those asked for, except where they may."""
+    old, new = (json.loads(checkpoint.to_json(settings)) for settings in (old, new))  # no tuples
     changed = [k for k in new if k not in may_change and old.get(k) != new[k]]
     if changed:
         text = ", ".join(f"{k} was {str(old.get(k))[:60]} and is now {str(new[k])[:60]}"
