@@ -104,9 +104,12 @@ SYSTEMS = dict(  # finished runs of 2 steps, by the programs that make them; dat
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder with the runs of SYSTEMS. Tests that change one use `runs`."""
+    from support.run import RunFolder
+
     folder = tmp_path_factory.mktemp("systems")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(RunFolder, "save_preview", lambda *inputs: None)  # seconds each
         for name, (program, words) in SYSTEMS.items():
             importlib.import_module(program).main([*words.split(), *SMALL, "--name", name])
     return folder

@@ -1,6 +1,7 @@
 """autoencoder.py against torch.distributions, against its own pieces, and on images to learn."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from papers import autoencoder
+from support import checkpoint
 import data
+import metrics
+from conftest import SMALL as FLAGS
 
 SMALL = dict(image_size=8, width=8, mult=(1, 2), latent_channels=2, norm_groups=4)
 
@@ -326,3 +330,66 @@ def test_on_shapes_it_has_not_seen_noise_costs_what_the_header_says():
     assert learnt > blur + 3
     assert_close(noisy - without, expected, rtol=0.3, atol=0)
     assert all(0.1 < s < 1.5 for s in std)
+
+
+# ---- the programs
+
+
+def test_it_trains_in_two_parts_as_in_one(runs):
+    words = ["train", "--image-size", "16", *FLAGS]
+    autoencoder.main([*words, "--steps", "5", "--name", "whole"])
+    autoencoder.main([*words, "--steps", "3", "--name", "parts"])
+    autoencoder.main([*words, "--steps", "5", "--name", "parts"])
+    whole, parts = (
+        checkpoint.load_checkpoint(f"runs/{name}/checkpoint.pt") for name in ("whole", "parts")
+    )
+    for key in ("net", "ema", "optimizer"):
+        assert_close(parts[key], whole[key], rtol=0, atol=0)
+    assert Path("runs/whole/samples/0000005.png").exists()
+
+
+def test_reconstructions_and_their_psnr(runs, capsys):
+    """Against encoding and decoding by hand."""
+    autoencoder.main("reconstruct code shapes -n 5 --batch-size 2".split())
+    command = capsys.readouterr().out.split("next: python metrics.py ")[1].split()
+    assert command == ["psnr", "reconstructed", "reconstructed-original"]
+    state = checkpoint.load_checkpoint("runs/code/checkpoint.pt")
+    net = autoencoder.Autoencoder(**state["settings"]["autoencoder"])
+    net.load_state_dict(state["ema"])
+    shapes = data.load("shapes", 16, 3)
+    originals = torch.stack([shapes[i] for i in range(5)])
+    back = data.to_uint8(net.eval().decode(net.encode(data.to_float(originals))[0]).detach())
+    for name, images, off in (("reconstructed", back, 1), ("reconstructed-original", originals, 0)):
+        written = data.load(name, None, 3)
+        written = torch.stack([written[i] for i in range(5)])
+        assert_close(written.int(), images.int(), rtol=0, atol=off)
+    metrics.main(command)
+    expected = metrics.psnr(back, originals).mean()
+    assert float(capsys.readouterr().out.split("PSNR ")[1].split(" dB")[0]) == pytest.approx(
+        expected.item(), abs=0.01
+    )
+
+
+def test_what_the_programs_refuse(runs):
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("kept")
+    for words, message in (
+        ("reconstruct code", "RUN and IMAGES are both needed"),
+        ("reconstruct code shapes -n 0", "--num must be at least 1, not 0"),
+        ("reconstruct code shapes --out full", "--out full: full exists already"),
+        ("reconstruct plain shapes", "plain is not an autoencoder"),
+        ("reconstruct none shapes", "no run none"),
+        ("reconstruct latent shapes", "latent is not an autoencoder"),
+        ("train --downsamplings 9", "--downsamplings must be 1 to 5, not 9"),
+        ("train --image-size 30", "--image-size must be a multiple of 4 for --downsamplings 2"),
+        ("train --kl-weight -1", "--kl-weight must be 0 or more"),
+        ("train --latent-channels 0", "--latent-channels must be at least 1"),
+        ("paint", "paint: the programs are train and reconstruct"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=f"^{message}") as caught:
+            autoencoder.main(words.split())
+        assert "\n" not in str(caught.value)
+    for words in ("train --schedule linear", "train --sa-k 2", "train --etsdm"):
+        with pytest.raises(SystemExit):  # they are not flags of this program
+            autoencoder.main(words.split())
+    assert Path("full/mine.txt").read_text() == "kept"
