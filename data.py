@@ -163,7 +163,7 @@ def permutation(n: int, epoch: int, seed: int) -> np.ndarray:
 def batch_indices(n: int, start: int, batch: int, seed: int) -> np.ndarray:
     """Image indices at stream positions start .. start + batch - 1: int64 (batch,).
 
-    Position p is in epoch e = p // n, which visits every image once in an order of its own; an
+    Position p is in epoch e = p // n. Each epoch visits every image once, in another order; an
     endless set (n >= 2^31) is simply counted through. A function of the position and of no hidden
     state. (For one version of NumPy: it keeps default_rng's streams stable, but does not promise.)
     """

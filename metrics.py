@@ -154,7 +154,7 @@ def find_run(source: str) -> Path | None:
         return checkpoint.find_checkpoint(source)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{source} is not a file, folder or data set "
-                                f"({' '.join(data.BUILT_IN)}), and there is {error}") from error
+                                f"({' '.join(data.BUILT_IN)}): {error}") from error
 
 
 def open_sets(sources: list[str], config, dist) -> list:

@@ -101,8 +101,10 @@ def open_exported(path, device):
             raise
         except (RuntimeError, AssertionError) as error:
             why = str(error).strip().split("\n")[0]
-            if why.startswith("Guard failed"):
+            if "size()[0]" in why:
                 why += " (exported without a dynamic batch axis?)"
+            elif why.startswith("Guard failed"):
+                why += " (exported for other images: --image-size, --channels?)"
             raise ValueError(f"--features {path} does not take a batch of shape "
                              f"{tuple(images.shape)}: {why}") from error
     return call
@@ -230,14 +232,9 @@ def read_statistics(source):
 
 
 def network_of(files):
-    """The network of two files of statistics, by name: without images it need not run. ValueError:
-    there are two."""
-    known = {f.sha256: f.network for f in files if f.sha256}
-    if len(known) > 1:
-        raise ValueError(f"{' and '.join(f.source for f in files)}: statistics of two networks do "
-                         "not compare")
-    digest, network = next(iter(known.items()), (None, None))
-    return FeatureNetwork(None, network, digest, "as in the files")
+    """The network of files of statistics, by name: without images it need not run."""
+    known = [(f.network, f.sha256) for f in files if f.sha256] or [(None, None)]
+    return FeatureNetwork(None, *known[0], "as in the files")
 
 
 def check_output(path):

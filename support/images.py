@@ -9,8 +9,8 @@ data end early becomes black rows, a transparent level is compared with pixels o
 wrong number would be learnt; so such files are read as they were meant, or refused.
 
 Not here: colour management (ICC profiles and gamma are ignored), 16-bit *colour*
-(Pillow keeps the high byte; 16-bit gray is exact), or prove that pixels are right: JPEG, GIF and
-BMP have no checksum, and only a cut is seen in them.
+(Pillow keeps the high byte; 16-bit gray is exact), and damage without a trace: JPEG, GIF and BMP
+have no checksum, and only a cut is seen in them.
 
 C channels, H height, W width.
 
@@ -31,7 +31,7 @@ TiffImagePlugin.READ_LIBTIFF = True
 
 
 def refuse(image):
-    """ValueError: what Pillow reads without a word, but not as it is meant. Before loading only."""
+    """ValueError: what Pillow reads silently, but not as it is meant. Before loading only."""
     if image.format == "TIFF":
         bits, white, kind = (image.tag_v2.get(tag, 1) for tag in (258, 262, 339))
         if (image.mode.startswith("I;16") and (white == 0 or set(bits) != {16})

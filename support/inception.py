@@ -199,7 +199,7 @@ class Inception(nn.Module):
 def preprocess(images, dtype=torch.float32):
     r"""uint8 (N, 3, H, W) -> (N, 3, 299, 299) in [−1, 1], of `dtype`.
 
-    Bilinear without antialiasing, also where it shrinks: smoother images would get other scores.
+    Bilinear without antialiasing, also if it shrinks: smoother images would get other scores.
     ValueError: floats, which may mean [0, 1] or [−1, 1], and images that are not RGB.
     """
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
@@ -215,7 +215,7 @@ def load(path=None, device="cpu"):
     """The network with its weights -> (net, SHA-256 of the file in hex).
 
     path None: the file in the cache folder, downloaded (96 MB) if it is not there; it must have the
-    right SHA-256. One that was given need not, since it may be saved anew: print its hash beside
+    right SHA-256. A file that was given need not, since it may be saved anew: print its hash with
     the score. OSError, ValueError: no such file, no network, a file that holds something else.
     """
     where = cached_weights() if path is None else path
@@ -242,7 +242,7 @@ def cached_weights():
 
 
 def what_is(raw):
-    """A few words on bytes that are no weights."""
+    """Describe bytes that are not weights, in a few words."""
     if raw.lstrip()[:1] == b"<":
         return "it is a web page: the download went wrong"
     if raw[:2] == b"PK":
@@ -251,7 +251,7 @@ def what_is(raw):
 
 
 def misfit(weights, ours):
-    """A few words on how loaded weights differ from our state dict; None where they fit."""
+    """Describe how loaded weights differ from our state dict, in a few words; None if they fit."""
     if not isinstance(weights, dict):
         return f"it holds a {type(weights).__name__}"
     shapes = {key: getattr(value, "shape", None) for key, value in weights.items()}

@@ -50,7 +50,7 @@ def one_line(error):
 
 def printable(name):
     """A file's name as one line that can be printed: line breaks, control characters and bytes that
-    are no UTF-8 (surrogates in Python, at which print stops) as escapes."""
+    are not UTF-8 (surrogates in Python, at which print stops) as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
@@ -96,9 +96,9 @@ def read_cifar(path):
 def cifar_batches(path):
     """The five training batches as pairs: images uint8 (N, 3072), labels int64 (N,).
 
-    Both official forms, told apart by the names inside: data_batch_1 ... 5 (Python pickles) and
-    data_batch_1.bin ... 5.bin. Four batches out of five would train without a murmur on 40,000
-    images, so a missing one is an error; how many rows each has is left open.
+    Both official forms, known by the names inside: data_batch_1 ... 5 (Python pickles) and
+    data_batch_1.bin ... 5.bin. Four batches out of five would train silently on 40,000 images, so a
+    missing one is an error; each may have any number of rows.
     """
     parts = {}
 
@@ -153,8 +153,8 @@ def cifar_batches(path):
 
 
 def find_idx(folder):
-    """The IDX file of training images in a folder, or None. It may lie in a folder of its own name,
-    as Kaggle's archives have it, and next to one."""
+    """The IDX file of training images in a folder, or None. It may lie in a folder of the same
+    name, as Kaggle's archives have it, and next to one."""
     def named(place):
         return [os.path.join(place, name) for name in sorted(os.listdir(place))
                 if IDX_TRAIN.search(name)]
@@ -173,12 +173,12 @@ def labels_of(path):
 
     folder, name = os.path.split(path)
     deep = os.path.join(os.path.dirname(folder), renamed(os.path.basename(folder)), renamed(name))
-    beside = os.path.join(folder, renamed(name))
-    return deep if not os.path.isfile(beside) and os.path.isfile(deep) else beside
+    near = os.path.join(folder, renamed(name))
+    return deep if not os.path.isfile(near) and os.path.isfile(deep) else near
 
 
 def read_labels(path):
-    """Labels of a training set: an IDX images file or folder, with labels beside it, or CIFAR-10's
+    """Labels of a training set: an IDX images file or folder, with labels next to it, or CIFAR-10's
     archive or folder of pickles -> int64 (N,). ValueError: there are none."""
     if os.path.isdir(path) and not any(map(CIFAR_BATCH.search, os.listdir(path))):
         path = find_idx(path) or path
@@ -190,14 +190,14 @@ def read_labels(path):
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{where}: {one_line(error)}") from error
         if raw[:4] != b"\0\0\x08\x01" or len(raw) - 8 != int.from_bytes(raw[4:8], "big"):
-            raise ValueError(f"{where} is no IDX file of labels, or cut")
+            raise ValueError(f"{where} is not an IDX file of labels, or is cut")
         return np.frombuffer(raw, np.uint8, offset=8).astype(np.int64)
     if os.path.isdir(path) or os.path.isfile(path) and tarfile.is_tarfile(path):
         try:
             return np.concatenate([labels for _, labels in cifar_batches(path)])
         except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as error:
             raise ValueError(f"{path}: {one_line(error)}") from error
-    raise ValueError(f"no labels beside {path} (known are IDX files and CIFAR-10's archives)")
+    raise ValueError(f"{path} has no labels next to it: give an IDX file or CIFAR-10's archive")
 
 
 def read_idx(raw, path, size=0):
@@ -219,9 +219,9 @@ def read_idx(raw, path, size=0):
 
 
 def read_npy(file):
-    """The array of an open .npy file, or of a member of .npz, which is to end where it ends."""
+    """The array of an open .npy file, or of a member of .npz, which must end with it."""
     array = np.lib.format.read_array(file, allow_pickle=False)  # a pickle could run any program
-    if file.read(1):  # np.load would leave the rest of the images out without a word
+    if file.read(1):  # np.load would silently leave the rest of the images out
         raise ValueError(f"there is more in it than the array {array.shape} of its header")
     return array
 
@@ -272,7 +272,7 @@ def read_numpy(path, key):
 
 
 def read_array(path, key=None, size=0):
-    """A file or folder that is one array of images, told by its first bytes -> (N, H, W, C)."""
+    """A file or folder that is one array of images, known by its first bytes -> (N, H, W, C)."""
     if os.path.isdir(path):
         return read_cifar(path)
     if not os.path.isfile(path):  # opening a named pipe would wait for ever
@@ -290,15 +290,15 @@ def read_array(path, key=None, size=0):
         return read_numpy(path, key)
     if tarfile.is_tarfile(path):
         return read_cifar(path)
-    raise ValueError(f"{path} is no data set of a known kind (it begins with {raw}); known are a "
-                     "folder or .zip of images, .npy, .npz, IDX, and the CIFAR-10 archives")
+    raise ValueError(f"{path} is not a data set of a known kind (it begins with {raw}): give a "
+                     "folder or .zip of images, .npy, .npz, IDX, or a CIFAR-10 archive")
 
 
 def download(url, path, sha256, instead="give the path of a copy"):
     """Fetch `url` to `path`: all of it and with the right SHA-256 (hex), or nothing and OSError.
 
     The error says where to put the file by hand, since clusters often have no network. Several
-    processes may do this at once: each writes a file of its own, and the last to finish wins.
+    processes may do this at once: each writes another file, and the last to finish wins.
     """
     digest = hashlib.sha256()
     try:

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import inception  # noqa: E402
 import metrics  # noqa: E402
-import runtime  # noqa: E402
+from support import distributed, inception  # noqa: E402
 
 
 class Small(torch.nn.Module):
@@ -34,9 +33,40 @@ def load(path=None, device="cpu"):
     return Small().to(device), "5" * 64
 
 
+class Means(torch.nn.Module):
+    """The mean of each channel: (N, 3)."""
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+class Maps(torch.nn.Module):
+    """Means of the four quarters: (N, 3, 2, 2), to be flattened."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 4, stride=4, bias=False)
+        self.conv.weight.data[:] = torch.eye(3)[:, :, None, None] / 16
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def export(path, net, size=8, channels=3, dynamic="NHW"):
+    """Save a network for images of this size; the axes in `dynamic` may have any length."""
+    axes = {
+        axis: torch.export.Dim(name)
+        for axis, name in zip((0, 2, 3), "NHW", strict=True)
+        if name in dynamic
+    }
+    x = torch.zeros(4, channels, size, size)
+    program = torch.export.export(net.eval(), (x,), dynamic_shapes=(axes,))
+    torch.export.save(program, path)
+
+
 if __name__ == "__main__":
     inception.load, inception.SHA256 = load, "5" * 64
-    with runtime.setup(tf32=False) as process:  # once: a group cannot be left and joined again
-        runtime.setup = lambda **how: contextlib.nullcontext(process)
+    with distributed.init(tf32=False) as dist:  # once: a group cannot be left and joined again
+        distributed.init = lambda **how: contextlib.nullcontext(dist)
         for words in json.loads(sys.argv[1]):
             metrics.main(words)

@@ -136,10 +136,10 @@ def test_sets_without_labels(tmp_path):
         Image.fromarray(image).save(tmp_path / "flat" / f"{i}.png")
     assert "3 labels of 1 classes cannot be learnt" in refused(tmp_path / "flat")
     np.save(tmp_path / "x.npy", pixels(3, 8, 8, 3))
-    assert "no labels beside" in refused(tmp_path / "x.npy")
+    assert "no labels next to" in refused(tmp_path / "x.npy")
     np.savez(tmp_path / "x.npz", images=pixels(3, 8, 8, 3))
-    assert "no labels beside" in refused(tmp_path / "x.npz")
-    assert "no labels beside" in refused(f"{tmp_path / 'x.npz'}:images")
+    assert "no labels next to" in refused(tmp_path / "x.npz")
+    assert "no labels next to" in refused(f"{tmp_path / 'x.npz'}:images")
     assert "no such file" in refused(tmp_path / "none")
 
 
@@ -180,7 +180,7 @@ def test_broken_labels(tmp_path):
     idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 0, 0, 0])
     assert "1 classes cannot be learnt" in refused(path)
     labels.unlink()
-    assert "no labels beside" in refused(path.parent)
+    assert "no labels next to" in refused(path.parent)
 
 
 def test_cifar_without_labels(tmp_path):

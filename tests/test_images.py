@@ -586,7 +586,7 @@ def test_a_png_that_begins_with_another_chunk_is_named():
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_alpha_that_hides_everything(kind):
-    """A white picture, without a word, would be learnt; only one that hides nothing is white."""
+    """A white picture would silently be learnt; only one that hides nothing becomes white."""
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
     nothing = np.zeros((16, 16, 1), np.uint8)
     text, found = read(encode(np.dstack([PICTURE, nothing]), kind, **options), 16)

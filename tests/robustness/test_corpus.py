@@ -1,4 +1,4 @@
-r"""Bad input produces no wrong number quietly: every file of a corpus is used rightly or named.
+r"""Bad input never produces a wrong number: every file of a corpus is used rightly, or named.
 
 bad_images.py writes the image files; zips and arrays are made here. What test_image_files.py and
 test_readers.py refuse already is not repeated.
@@ -249,7 +249,7 @@ def test_images_up_to_eight_to_one_keep_their_pixels():
 
 
 def test_side_of_the_first_good_image(tmp_path):
-    """The size in the header of a broken file is no size for the others."""
+    """The size in the header of a broken file does not count for the others."""
     (tmp_path / "a.png").write_bytes(encode(pixels(64, 64, 3), "PNG")[:2000])
     (tmp_path / "b.png").write_bytes(GOOD)
     d = load(tmp_path, size=None, skip_bad=True)
@@ -352,7 +352,7 @@ def test_a_member_smaller_than_it_declares_or_empty(tmp_path):
         (6, 8, "<H", 1, "encrypted"),
         (8, 10, "<H", 97, "compression"),
         (14, 16, "<I", 12345, "CRC"),
-        (0, 42, "<I", 2**31, "x.png"),  # the member is said to be beyond the end
+        (0, 42, "<I", 2**31, "x.png"),  # the member would begin beyond the end
         (0, 4, "<I", 0, "x.png"),  # no header of a member
     ],
 )
