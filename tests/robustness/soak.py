@@ -1,6 +1,6 @@
-"""Train for an hour beside a watch: is memory flat, are file descriptors, does it stay as fast?
+"""Watch an hour of training: are memory and open files flat, does it stay as fast?
 
-    python tests/soak.py --minutes 60
+    python tests/robustness/soak.py --minutes 60
 
 One training process on the built-in shapes, with a checkpoint every 20 steps. Every few seconds its
 memory (resident, without what it shares with others) and its open files are read from /proc, at
@@ -8,7 +8,7 @@ the end its throughput from its own count of processor time, since a machine tha
 no steady clock. Memory is compared between the medians of two quarters, the second and the last:
 the first has the growth of a start in it (allocator, caches, the plot).
 
-What this file does not do: judge a machine without /proc (macOS).
+Not here: machines without /proc (macOS).
 """
 
 import argparse
@@ -19,9 +19,9 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-TRAIN = ["--image-size", "16", "--batch-size", "16", "--steps", "10000000", "--name", "soak"]
-TRAIN += ["--save-every", "20", "--sample-every", "500"]
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = "--image-size 16 --batch-size 16 --steps 10000000 --name soak".split()
+TRAIN += "--save-every 20 --sample-every 500".split()
 
 
 def look(pid):
