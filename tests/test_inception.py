@@ -1,5 +1,4 @@
-"""The network of FID: reference numbers, every pool, and what is said about files that are not its
-weights."""
+"""inception.py: reference numbers, every pool, and the errors about files of other contents."""
 
 import copy
 import functools
@@ -14,8 +13,8 @@ import torch
 from torch.testing import assert_close
 
 import fill
-import inception
-from conftest import DATA
+from conftest import DATA, message_of
+from support import inception
 
 MIXED = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
 
@@ -49,12 +48,6 @@ def images(n, height=32, width=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (n, 3, height, width or height)
     return torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
-
-
-def one_line(info):
-    message = str(info.value)
-    assert "\n" not in message and len(message) < 500
-    return message
 
 
 # ------------------------------------------------------------------ the graph
@@ -126,7 +119,7 @@ def neighbours(x):
 
 @pytest.mark.parametrize("name", MIXED)
 def test_the_pool_of_every_block(name):
-    """What branch_pool's convolution is given (or, where it has none, the block's last channels)
+    """What branch_pool's convolution is given (or, if it has none, the block's last channels)
     against sums and counts in NumPy."""
     block = copy.deepcopy(lively().get_submodule(f"Mixed_{name}")).double()
     c_in = next(block.parameters()).shape[1]
@@ -225,7 +218,7 @@ def test_preprocess_keeps_black_and_white():
 def test_images_of_another_kind_are_refused(x):
     with pytest.raises(ValueError, match="takes uint8 images") as info:
         inception.preprocess(x)
-    assert str(tuple(x.shape)) in one_line(info)
+    assert str(tuple(x.shape)) in message_of(info)
 
 
 # ------------------------------------------------------------------ the weights
@@ -299,7 +292,7 @@ def test_no_network(cache, monkeypatch, url):
     monkeypatch.setattr(inception, "URL", url)
     with pytest.raises(OSError) as info:
         inception.load()
-    message = one_line(info)
+    message = message_of(info)
     assert f"cannot download {url} (" in message and inception.SHA256 in message
     assert str(cache) in message and "--inception" in message and "--data" not in message
     assert "()" not in message and "None" not in message  # it says why
@@ -323,7 +316,7 @@ def test_a_cached_file_of_another_hash(weights, cache):
     cache.symlink_to(path)
     with pytest.raises(ValueError, match="delete it") as info:
         inception.load()
-    message = one_line(info)
+    message = message_of(info)
     assert str(cache) in message and sha256 in message and inception.SHA256 in message
     assert cache.exists()  # it is the user's to delete
 
@@ -390,7 +383,7 @@ def test_a_given_file_that_is_something_else(name, weights, cache, monkeypatch, 
     wrong = put(tmp_path / "wrong.pth", make())
     with pytest.raises(ValueError) as info:
         inception.load(wrong)
-    message = one_line(info)
+    message = message_of(info)
     assert str(wrong) in message and words in message
     assert "ported from TensorFlow" in message and "mseitzer/pytorch-fid" in message
 
