@@ -43,8 +43,8 @@ class ImageFolder:
         out, note = self.out, self.out / "settings.json"
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out} is a file: give a folder")
-        if not note.exists() and (self.beside(".png").exists()
-                                  or out.exists() and any(out.iterdir())):
+        # Hidden files do not count: a process that was killed here leaves one.
+        if not note.exists() and (self.beside(".png").exists() or any(out.glob("[!.]*"))):
             raise ValueError(f"--out {out} (or {out.name}.png next to it) was not written by this "
                              "program: choose a new folder")
         record = json.loads(json.dumps(record, default=torch.Tensor.tolist))  # as it is read back

@@ -533,6 +533,19 @@ def test_pictures_of_a_run_made_anew_are_not_mixed_with_those_of_the_old(run):
     assert Path("o/000000.png").read_bytes() == old
 
 
+def test_a_kill_before_the_first_picture_does_not_block_the_folder(run):
+    """What it leaves is hidden; a folder with other files stays refused."""
+    os.mkdir("o")
+    Path("o/.settings.json.here.1.tmp").write_text("half")
+    sample.main("small -n 1 --nfe 1 --out o".split())
+    assert sorted(os.listdir("o")) == ["000000.png", "settings.json"]
+    os.mkdir("mine")
+    Path("mine/photo.jpg").write_text("mine")
+    with pytest.raises(ValueError, match="^--out mine .*was not written by this program"):
+        sample.main("small -n 1 --nfe 1 --out mine".split())
+    assert os.listdir("mine") == ["photo.jpg"]
+
+
 # ------------------------------------------------------------------ runs that start from runs
 
 BASES = [
