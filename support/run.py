@@ -319,7 +319,7 @@ def settings_of(run, key):
             with contextlib.suppress(OSError, ValueError):
                 settings = json.loads(path.read_text(encoding="utf-8"))
                 if settings.get(key) == run:
-                    return settings
+                    return {k: v for k, v in settings.items() if k != "ran_on"}
         raise
 
 
