@@ -191,8 +191,10 @@ class LipschitzConfig:
             if not getattr(self, name) >= least:
                 raise ValueError(f"{flag_name(name)} must be at least {least}, not "
                                  f"{getattr(self, name)}")
-        if not self.dt > 0:
-            raise ValueError(f"--dt must be above 0, not {self.dt:g}")
+        if not 0 < self.dt < np.inf:
+            raise ValueError(f"--dt must be above 0 and finite, not {self.dt:g}")
+        if not all(0 <= scale < np.inf for scale in self.scales):
+            raise ValueError("--scales must not be negative, and finite")
         self.out = self.out or Path("perturb.png" if self.perturb else "lipschitz.png")
         check_figure(self.out)
 

@@ -23,6 +23,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
+from torch import Tensor
+
 import data
 import samplers
 from denoiser import load_run
@@ -68,19 +70,16 @@ class SampleConfig(samplers.SamplerConfig):  # --sampler, --nfe, --spacing, --et
             raise ValueError("RUN is empty: leave it out for the newest run")
 
 
-def check_images(config):
-    """ValueError for --num, --batch-size or --seed out of range. metrics.py calls this too."""
-    for name in ("num", "batch_size"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise ValueError(f"{flag_name(name)} must be at least 1, not {getattr(config, name)}")
-        if (getattr(config, name) or 0) > rng.MAX_IMAGES:
-            raise ValueError(f"{flag_name(name)} must be at most {rng.MAX_IMAGES:,}: a seed has no "
-                             "more images. Another --seed has others")
-    if not 0 <= config.seed < rng.MAX_SEEDS:
-        raise ValueError(f"--seed must be from 0 to {rng.MAX_SEEDS - 1}, not {config.seed}")
+def check_images(config) -> None:
+    """ValueError for --num, --batch-size, --seed, --image-size out of range (of metrics.py too)."""
+    for name, low, high in (("num", 1, rng.MAX_IMAGES), ("batch_size", 1, rng.MAX_IMAGES),
+                            ("image_size", 1, data.MAX_SIDE), ("seed", 0, rng.MAX_SEEDS - 1)):
+        value = getattr(config, name, None)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{flag_name(name)} must be from {low} to {high}, not {value}")
 
 
-def tag(config, step):
+def tag(config, step: int) -> str:
     """A folder's name for these flags: sampler, calls, step, and every flag that is not usual."""
     parts = [config.sampler, str(config.nfe), f"step{step}"]
     for f in fields(samplers.SamplerConfig):
@@ -90,7 +89,7 @@ def tag(config, step):
     return "-".join(parts + [f"seed-{config.seed}"] * bool(config.seed))
 
 
-def open_run(run, config, device):
+def open_run(run, config, device) -> tuple:
     """Load a run -> (its denoiser, ready to sample on the device; the arguments of sample())."""
     denoiser = load_run(run, config.weights)
     denoiser.hash = weights_hash(denoiser.net)
@@ -98,7 +97,7 @@ def open_run(run, config, device):
     return denoiser, config.arguments(denoiser)
 
 
-def open_and_print(config, dist):
+def open_and_print(config, dist) -> tuple:
     """open_run of config.run on every process; rank 0 prints which run it is, and warnings."""
     denoiser, arguments = dist.main_first(lambda: open_run(config.run, config, dist.device))
     dist.print0(f"run: {denoiser.folder.resolve()}, step {denoiser.step}, {config.weights} weights")
@@ -107,14 +106,14 @@ def open_and_print(config, dist):
     return denoiser, arguments
 
 
-def draw(denoiser, indices, seed, device, arguments):
+def draw(denoiser, indices, seed: int, device, arguments: dict) -> Tensor:
     """Images `indices` of a sampling run: uint8 (b, C, H, W). metrics.py calls this too."""
     seeds = [rng.image_seed(seed, i) for i in indices]
     x0 = samplers.sample_from_seeds(denoiser, seeds, device, **arguments)
     return data.to_uint8(denoiser.decode(x0)).cpu()
 
 
-def weights_hash(net):
+def weights_hash(net) -> str:
     """A short hash of a network's weights: a run made anew, of the same name, has another."""
     digest = hashlib.sha256()
     for tensor in net.state_dict().values():
@@ -122,7 +121,7 @@ def weights_hash(net):
     return digest.hexdigest()[:16]
 
 
-def sampling_record(config, denoiser, arguments):
+def sampling_record(config, denoiser, arguments: dict) -> dict:
     """All that the pictures depend on: settings.json next to them."""
     record = dict(step=denoiser.step, weights=denoiser.weights, weights_hash=denoiser.hash,
                   seed=config.seed, precision=config.precision,

@@ -114,7 +114,7 @@ class TrainState:
         self.step, self.skipped = saved["step"], saved["skipped"]
 
 
-def train_step(state, model, images, config, dist, amp_dtype):
+def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ...]:
     """One update on this process's images, uint8 (b, C, H, W) -> (loss, *terms, gradient norm),
     means over all processes. `model` is state.net, perhaps inside DDP or torch.compile."""
     objective, b = state.objective, len(images)

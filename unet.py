@@ -171,7 +171,7 @@ class UNet(nn.Module):
                           use_reentrant=False)
 
 
-def lay_out(h):
+def lay_out(h: torch.Tensor) -> torch.Tensor:
     """Channels last in memory, if that is faster: it is for a CPU's float32 convolutions, and the
     layers keep the layout. The normalisation of bf16 gets slower."""
     if h.is_cuda or torch.is_autocast_enabled("cpu"):
@@ -274,7 +274,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def zero(layer):
+def zero(layer: nn.Module) -> nn.Module:
     """Start a layer at zero, so that the block it ends contributes nothing at first."""
     for p in layer.parameters():
         nn.init.zeros_(p)

@@ -21,6 +21,7 @@ over a default.
 """
 
 import argparse
+import textwrap
 import types
 import typing
 from dataclasses import MISSING, field, fields
@@ -64,7 +65,8 @@ def make_parser(cls):
     """The argparse parser of a config class. A flag that is not typed is absent from the result."""
     examples = getattr(cls, "examples", "")
     parser = argparse.ArgumentParser(
-        prog=cls.prog, usage=getattr(cls, "usage", None), description=cls.description,
+        prog=cls.prog, usage=getattr(cls, "usage", None),
+        description="\n".join(textwrap.fill(line, 79) for line in cls.description.splitlines()),
         epilog=f"examples\n{examples}" if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     hints, section, sections = typing.get_type_hints(cls), parser, {}

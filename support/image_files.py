@@ -379,7 +379,7 @@ def open_path(path, key, size, channels, skip_bad=False, memory_limit=2 * 2**30,
     """Open a folder, zip, image or array -> Array or Files. The arguments are data.load's; key: of
     an .npz. The folders of training runs inside a folder are not part of it."""
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no such file or folder: {printable(path)}")
+        raise FileNotFoundError(f"{printable(path)}: no such file or folder")
     options = dict(skip_bad=skip_bad, memory_limit=memory_limit, progress=progress)
     try:
         if os.path.isdir(path):

@@ -355,7 +355,7 @@ def test_help_teaches(monkeypatch, capsys):
     "words, message",
     [
         (["nobody"], "no run nobody"),
-        (["base", "--data", "nowhere"], "--data: no such file or folder"),
+        (["base", "--data", "nowhere"], "--data: nowhere: no such file or folder"),
         (["base", "--t", "50"], "error: --t goes with --perturb"),
         (["base", "--perturb", "--dt", "2"], "error: --dt goes without --perturb"),
         (["base", "--perturb", "--t", "1000"], "error: --t must be above 0 and below 1000"),

@@ -145,7 +145,7 @@ def test_which_images_can_be_enlarged(runs, capsys):
             f"IMAGES: {source} has images of {size}. Give 4x4, this run's small size, or "
             "originals of at least 16x16"
         )
-    with pytest.raises(ValueError, match="^IMAGES: no such file or folder: nowhere"):
+    with pytest.raises(ValueError, match="^IMAGES: nowhere: no such file or folder"):
         enlarge("sr", "nowhere")
     Path("broken").mkdir()
     Path("broken/x.png").write_bytes(b"not an image")
