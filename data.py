@@ -1,17 +1,16 @@
 r"""Images in: pixels in [-1, 1], the built-in shapes, and batches in a fixed order.
 
-Every picture ends as a uint8 tensor (C, H, W), 0..255, with H = W = size, C = 1 or 3, and stays
-uint8 until the trainer calls to_float. The order of training is a pure function of the position in
-the stream (batch_indices), so that a resumed run continues with the right image.
+Every picture is a uint8 tensor (C, H, W), 0..255, with H = W = size and C = 1 or 3, until the
+trainer calls to_float. The order of training is a pure function of the position in the stream
+(batch_indices), so that a resumed run continues with the right image.
 
-Not here: labels, or augmentation (the trainer flips); files, zips and arrays
-(support/image_files.py), and what their pixels mean (support/images.py).
+Not here: augmentation (the trainer flips); files, zips and arrays (support/image_files.py), and
+what their pixels mean (support/images.py).
 
     python -c "import data; print(data.load('shapes', 32, 3).summary)"
-    python -c "import data; print(data.load('photos.zip', 64, 3, progress=True).summary)"
     python -c "import data; print(data.batch_indices(n=10, start=8, batch=4, seed=0))"
 
-N images, C channels, H height, W width, n = len(data set), e = epoch.
+N images, C channels, H height, W width, n = len(data set).
 """
 
 import itertools
@@ -34,20 +33,14 @@ INFINITE = 2**31  # this many images or more: too many to permute, never seen tw
 PREFETCH = 4  # batches that threads decode ahead
 
 
-# ------------------------------------------------------------------ pixels and numbers
-
 def to_float(u8: Tensor) -> Tensor:
     """uint8 0..255, any shape -> float32 in [-1, 1]: 0 is -1, 255 is exactly +1."""
     return u8.float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Float in [-1, 1], any shape -> uint8, the exact inverse of to_float; outside is clamped.
-
-    (x + 1) * 127.5 is rounded, half up: floor(x * 127.5 + 128). A bare .to(uint8) would truncate
-    instead, and darken every image by half a level on average.
-    """
-    # .float() first: in bfloat16 the +128 would leave only every other level.
+    """Float in [-1, 1], any shape -> uint8, the exact inverse of to_float; outside is clamped."""
+    # Half up: truncation would darken by half a level. In bfloat16, +128 would leave few levels.
     return (x.float().clamp(-1, 1) * 127.5 + 128).floor().clamp(0, 255).to(torch.uint8)
 
 
@@ -66,8 +59,7 @@ def choose_shape(seed) -> tuple[np.random.Generator, int, int]:
 def draw_shape(seed, size: int = 32) -> np.ndarray:
     """One anti-aliased coloured shape on a plain light background -> uint8 (size, size, 3)."""
     rng, kind, colour = choose_shape(seed)
-    colour = SHAPE_COLOURS[colour]
-    big = 4 * size  # drawn four times too large, then averaged down: anti-aliasing
+    colour, big = SHAPE_COLOURS[colour], 4 * size  # averaged down at the end: anti-aliasing
     radius = big * rng.uniform(0.32, 0.40)
     cx, cy = big * (0.5 + rng.uniform(-0.05, 0.05, 2))
     turn = rng.uniform(-0.12, 0.12)
@@ -102,11 +94,6 @@ class Shapes:
         drawing = Image.fromarray(draw_shape((self.seed, int(i)), self.size))
         return prepare(drawing, self.size, self.channels)
 
-    def label(self, i: int) -> int:
-        """One of 16 classes: which shape, in which colour."""
-        _, kind, colour = choose_shape((self.seed, int(i)))
-        return int(kind * len(SHAPE_COLOURS) + colour)
-
 
 # ------------------------------------------------------------------ data sets
 
@@ -114,27 +101,21 @@ def load(source: str, size: int | None, channels: int, seed: int = 0, skip_bad: 
          memory_limit: int = 2 * 2**30, progress: bool = False):
     """Open a data set: len(d), d[i] uint8 (channels, size, size), d.summary in one line, d.digest.
 
-    source        "shapes", "cifar10" (downloaded), or a path: a folder or .zip of images or one
-                  image, .npy, .npz or FILE.npz:KEY, an IDX file or folder, CIFAR-10's archives or
-                  folder
-    size          side in pixels, to be resized and cropped to; None: the images' own, if all are
-                  squares of one size
+    source        "shapes", "cifar10" (downloaded), or a path: a folder or .zip of images, an image,
+                  .npy, .npz or FILE.npz:KEY, an IDX file or folder, CIFAR-10's archive or folder
+    size          side in pixels; None: the images' own, if all are squares of one size
     skip_bad      leave broken image files out instead of stopping
     memory_limit  bytes of prepared images up to which files are kept in memory
-
     ValueError or OSError, of one line: what is wrong with the source.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"--channels must be 1 or 3, not {channels}")
-    if size is not None and not 1 <= size <= MAX_SIDE:
-        raise ValueError(f"--image-size must be from 1 to {MAX_SIDE}, not {size}")
+    if channels not in (1, 3) or size is not None and not 1 <= size <= MAX_SIDE:
+        raise ValueError(f"--image-size must be from 1 to {MAX_SIDE:,}, not {size}, and --channels "
+                         f"1 or 3, not {channels}")
     if source == "shapes":
         dataset = Shapes(size or 32, channels, seed)
     else:
-        path, key = readers.cifar_archive() if source == "cifar10" else str(source), None
-        if ".npz:" in path and not os.path.exists(path):
-            path, key = path.rsplit(".npz:", 1)
-            path += ".npz"
+        path = readers.cifar_archive() if source == "cifar10" else str(source)
+        path, key = readers.split_key(path)
         dataset = image_files.open_path(path, key, size, channels, skip_bad, memory_limit, progress)
     if source in BUILT_IN and os.path.exists(source):
         dataset.summary += f"; built in: for the folder {source}, give ./{source}"
@@ -143,8 +124,7 @@ def load(source: str, size: int | None, channels: int, seed: int = 0, skip_bad: 
 
 def require_local(source: str, run: str) -> str:
     """`source`, the data set of a run, if it exists here; else FileNotFoundError."""
-    path = source.replace(".npz:", ".npz\0").split("\0")[0]  # FILE.npz:KEY
-    if source not in BUILT_IN and not os.path.exists(path):
+    if source not in BUILT_IN and not os.path.exists(readers.split_key(source)[0]):
         raise FileNotFoundError(f"{run} was trained on {source!r}, which does not exist here: name "
                                 "the images (--data; for fid, as B)")
     return source
@@ -154,18 +134,15 @@ def require_local(source: str, run: str) -> str:
 
 @lru_cache(maxsize=2)  # two, because a batch may straddle the end of an epoch
 def permutation(n: int, epoch: int, seed: int) -> np.ndarray:
-    """The order of epoch `epoch`: int64 (n,), read-only because it is shared."""
-    order = np.random.default_rng((seed, epoch)).permutation(n)
-    order.flags.writeable = False
-    return order
+    """The order of this epoch: int64 (n,)."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 def batch_indices(n: int, start: int, batch: int, seed: int) -> np.ndarray:
     """Image indices at stream positions start .. start + batch - 1: int64 (batch,).
 
-    Position p is in epoch e = p // n. Each epoch visits every image once, in another order; an
-    endless set (n >= 2^31) is simply counted through. A function of the position and of no hidden
-    state. (For one version of NumPy: it keeps default_rng's streams stable, but does not promise.)
+    Position p is in epoch p // n. Each epoch visits every image once, in another order; an endless
+    set (n >= 2^31) is counted through. (NumPy keeps default_rng's streams, but does not promise.)
     """
     positions = np.arange(start, start + batch, dtype=np.int64)
     if n >= INFINITE:
@@ -181,9 +158,9 @@ def batches(dataset, batch: int, start: int, seed: int, rank: int = 0, world_siz
             workers: int = 0) -> Iterator[Tensor]:
     """Endless uint8 tensors (batch // world_size, C, H, W) from stream position `start` on.
 
-    `batch` is the global one; process `rank` takes its contiguous part, so that the parts, put
-    together, are the batch that one process would have had. `start` counts images: steps done times
-    `batch`. ValueError if batch > len(dataset), or world_size does not divide it.
+    `batch` is the global one; process `rank` takes its contiguous part of what one process would
+    take. `start` counts images: steps done times `batch`. ValueError if batch > len(dataset), or
+    world_size does not divide it.
     """
     n, share = len(dataset), batch // world_size
     if batch > n:
@@ -191,14 +168,9 @@ def batches(dataset, batch: int, start: int, seed: int, rank: int = 0, world_siz
     if batch < 1 or batch % world_size:
         raise ValueError(f"--batch-size {batch} must be divisible by the {world_size} processes")
 
-    def indices():
-        for position in itertools.count(start, batch):
-            yield batch_indices(n, position, batch, seed)[rank * share:(rank + 1) * share].tolist()
-
-    if isinstance(dataset, image_files.Array):
-        return (dataset.images[i] for i in indices())
-    each = itertools.chain.from_iterable(indices())
-    images = map(dataset.__getitem__, each)
+    indices = (int(i) for position in itertools.count(start, batch)
+               for i in batch_indices(n, position, batch, seed)[rank * share:(rank + 1) * share])
+    images = map(dataset.__getitem__, indices)
     if workers and dataset.streamed:  # drawing shapes would only take a core from the network
-        images = image_files.in_threads(dataset.__getitem__, each, workers, PREFETCH * share)
+        images = image_files.in_threads(dataset.__getitem__, indices, workers, PREFETCH * share)
     return (torch.stack(list(itertools.islice(images, share))) for _ in itertools.count())

@@ -77,7 +77,9 @@ def load_labelled(source, size, channels, progress=False):
     """
     dataset = data.load(source, size, channels, progress=progress)
     if isinstance(dataset, data.Shapes):
-        labels = torch.tensor([dataset.label(i) for i in range(SHAPES)])
+        chosen = [data.choose_shape((dataset.seed, i))[1:] for i in range(SHAPES)]
+        labels = torch.tensor([int(kind * len(data.SHAPE_COLOURS) + colour)
+                               for kind, colour in chosen])
         names = sorted(set(labels.tolist()))
         return torch.stack([dataset[i] for i in range(SHAPES)]), labels, names
     if not isinstance(dataset, image_files.Array):

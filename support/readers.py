@@ -152,6 +152,12 @@ def cifar_batches(path):
         yield batch, labels.astype(np.int64)
 
 
+def split_key(source):
+    """FILE.npz:KEY -> (FILE.npz, KEY); any other path -> (path, None)."""
+    path, npz, key = source.rpartition(".npz:")
+    return (path + ".npz", key) if npz and not os.path.exists(source) else (source, None)
+
+
 def find_idx(folder):
     """The IDX file of training images in a folder, or None. It may lie in a folder of the same
     name, as Kaggle's archives have it, and next to one."""
