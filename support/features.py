@@ -19,6 +19,7 @@ import math
 import os
 import shlex
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -34,13 +35,16 @@ INCEPTION = "Inception 2015-12-05"
 
 # ------------------------------------------------------------------ networks
 
+@dataclass
 class FeatureNetwork:
-    """net(uint8 images (N, 3, H, W)) -> (features (N, D), logits); and what to print with a score:
-    network, sha256, resize, precision."""
+    """net(uint8 images (N, 3, H, W)) -> (features (N, D), logits); and what is printed with a
+    score. call: None if only its name is known, from a file."""
 
-    def __init__(self, call, network, sha256, resize, precision="fp32"):
-        self.call, self.network, self.sha256 = call, network, sha256
-        self.resize, self.precision = resize, precision
+    call: Callable | None
+    network: str | None
+    sha256: str | None
+    resize: str
+    precision: str = "fp32"
 
     def __call__(self, images):
         return self.call(images)

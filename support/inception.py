@@ -35,6 +35,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from support import readers
+from support.checkpoint import guess_file_type
 
 NAME = "pt_inception-2015-12-05-6726825d.pth"  # 95,628,359 bytes
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{NAME}"
@@ -227,7 +228,8 @@ def load(path=None, device="cpu"):
     try:
         weights = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # torch has many kinds: a pickle refused, a zip cut short, no zip
-        raise ValueError(f"{where} holds no weights ({what_is(raw)}): {NEEDED}") from error
+        raise ValueError(f"{where} holds no weights ({guess_file_type(where)}): {NEEDED}"
+                         ) from error
     with torch.device("meta"):  # no random weights, since each is about to be replaced
         net = Inception()
     if wrong := misfit(weights, net.state_dict()):
@@ -239,15 +241,6 @@ def load(path=None, device="cpu"):
 def cached_weights():
     """Path of the weights in the cache folder; downloaded if they are not there."""
     return readers.cached(NAME, URL, SHA256, instead="give its path to --inception")
-
-
-def what_is(raw):
-    """Describe bytes that are not weights, in a few words."""
-    if raw.lstrip()[:1] == b"<":
-        return "it is a web page: the download went wrong"
-    if raw[:2] == b"PK":
-        return "it is cut short, or holds more than tensors"
-    return f"its first bytes are {raw[:8]!r}" if raw else "the file is empty"
 
 
 def misfit(weights, ours):
