@@ -5,11 +5,11 @@ import ast
 import re
 import shlex
 import sys
+import tomllib
 
 import pytest
 
 import denoiser
-import unet
 from conftest import ROOT
 from programs import OPEN_A_RUN, PROGRAMS, find_program, parse
 from support.cli import make_parser
@@ -32,10 +32,11 @@ BUDGET = {
     "gap": 250, "toy": 110,
 }  # fmt: skip
 # support: it was planned with 1,700 lines, before the readers of foreign image formats, Inception's
-# layers, exported feature networks and the run folder moved there: these alone are 1,600.
+# layers, exported feature networks, the run folder, and folders of numbered images moved there:
+# these alone are 2,000.
 # benchmarks: it was planned with 500; each side in a process of its own, so that the plain one runs
 # without our memory settings, costs 110 of them, and the peer diffusers 60.
-WINGS = {"support": 3000, "papers": 2800, "benchmarks": 720}
+WINGS = {"support": 3200, "papers": 2800, "benchmarks": 720}
 TOTAL = 2900  # of the top level
 THIRD_PARTY = {"torch", "numpy", "PIL", "scipy", "tqdm", "matplotlib"}
 TOP = {p.stem: p for p in sorted(ROOT.glob("*.py"))}
@@ -127,6 +128,13 @@ def test_files_stay_short(name):
         files, budget = [TOP[name]], BUDGET[name]
     lines = sum(len(p.read_text(encoding="utf-8").splitlines()) for p in files)
     assert lines <= 1.1 * budget, f"{name} has {lines} lines, and its budget is {budget} + 10 %"
+
+
+def test_an_installation_has_every_file():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "setuptools"
+    ]
+    assert set(tool["py-modules"]) == set(TOP) and set(tool["packages"]) <= set(WINGS)
 
 
 # ------------------------------------------------------------------ what files say
@@ -231,13 +239,6 @@ def test_commands_in_headers_are_accepted(path, line, tmp_path, monkeypatch):
         assert accepted(line.replace("[RUN ...]", "").replace("[flags]", ""))
 
 
-def readme_commands():
-    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
-        for part in line.split("#")[0].split("&&"):
-            if re.match(r"\s*(python|torchrun) (?!-c)", part):
-                yield part
-
-
 def accepted(command):
     """The program of a command, if its parser takes the flags."""
     found = find_program(shlex.split(re.split("  |#|&&|;", command)[0]))
@@ -248,29 +249,3 @@ def accepted(command):
     else:
         parse(program, words)
     return program
-
-
-def test_readme_commands_are_accepted():
-    programs = {accepted(c) for c in readme_commands() if "tests/" not in c}
-    assert programs >= set(PROGRAMS) - {"papers.classifier"}  # which stands in a sentence
-
-
-def test_readme_counts_are_the_networks():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for line in unet.describe().splitlines():
-        name, count = line.split()[0], line.split()[-2]
-        assert f"| `{name}`" in text and count in text
-
-
-def test_readme_has_every_file_in_its_reading_order():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    text = text.split("## Reading order")[1].split("\n## ")[0]
-    files = [p for p in FILES if p.parent in (ROOT, ROOT / "papers") and p.name != "__init__.py"]
-    assert {label(p) for p in files} <= set(re.findall(r"\]\(([a-z_/]+\.py)\)", text))
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/lab-notebook.md", "papers/results/README.md"])
-def test_links_lead_somewhere(name):
-    path = ROOT / name
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
-    assert not [link for link in links if not (path.parent / link).exists()]
