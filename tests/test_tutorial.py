@@ -1,16 +1,16 @@
-"""tutorial.ipynb: runs from top to bottom without Jupyter, shows what it says, and is committed
-with its pictures."""
+"""tutorial.ipynb: runs from top to bottom without Jupyter, shows what its text promises, and is
+committed with its pictures."""
 
 import json
 import re
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOK = json.loads((ROOT / "tutorial.ipynb").read_text())
+from conftest import ROOT
+
+NOTEBOOK = json.loads((ROOT / "tutorial.ipynb").read_text(encoding="utf-8"))
 CELLS = [(cell["cell_type"], "".join(cell["source"]), cell) for cell in NOTEBOOK["cells"]]
 CHAPTERS = 7
 
