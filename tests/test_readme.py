@@ -1,7 +1,7 @@
-"""README.md's Python blocks run, and do what the text promises: a schedule, a loss, a sampler."""
+"""README.md and docs/: the code blocks of docs/extending.md run and do what the text promises; the
+README's lines of code are the files'; commands, counts, files and links are today's."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,19 +10,123 @@ from torch.testing import assert_close
 import samplers
 import schedules
 import toy
+import unet
+from conftest import ROOT
 from denoiser import Denoiser
+from programs import PROGRAMS
+from test_layout import FILES, TOP, accepted, label
 
-ROOT = Path(__file__).resolve().parents[1]
+README, EXTENDING = ROOT / "README.md", ROOT / "docs" / "extending.md"
+# The notebook keeps the commands of its days, and its long lines.
+PAGES = [README, *sorted({*(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "lab-notebook.md"})]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+
+
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+def code_of(path):
+    """The Python blocks of a page."""
+    return [code for language, code in FENCED.findall(text_of(path)) if language == "python"]
+
+
+# ------------------------------------------------------------------ README.md
+
+
+def test_the_readme_is_one_screen_and_a_few_more():
+    text = text_of(README)
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1800
+
+
+def test_the_readmes_code_is_the_files():
+    sequence_aware, sharing = code_of(README)
+    for block, name in ((sequence_aware, "losses"), (sharing, "etsdm")):
+        lines = [line.strip() for line in text_of(TOP[name]).splitlines()]
+        wanted = [line.strip() for line in block.splitlines()]
+        assert set(wanted) <= set(lines), f"README.md and {name}.py differ"
+        assert wanted == sorted(wanted, key=lines.index), "in the file's order"
+
+
+def test_the_readme_names_every_top_level_file():
+    table = text_of(README).split("## How to read the code")[1].split("\n## ")[0]
+    assert set(re.findall(r"\]\(([a-z_]+)\.py\)", table)) == set(TOP)
+
+
+# ------------------------------------------------------------------ all pages
+
+
+def commands(path):
+    """Commands of ours on a page: in blocks, and in sentences unless they have placeholders."""
+    text = text_of(path)
+    lines = [line for _, block in FENCED.findall(text) for line in block.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
+    parts = [part.strip() for line in lines for part in line.split(" #")[0].split("&&")]
+    ours = [part for part in parts if re.match(r"(python|torchrun) .*(\.py|-m )", part)]
+    return [part for part in ours if not re.search(r"\.\.\.|NAME|PART|--help|tests/| -c ", part)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=label)
+def test_commands_are_accepted(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in commands(path):
+        for name in re.findall(r"[a-z0-9]+\.pt2", command):  # feature networks must exist
+            (tmp_path / name).touch()
+        assert accepted(command)
+
+
+def test_every_program_has_a_command_on_some_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fashion16.pt2").touch()
+    assert {accepted(c) for path in PAGES for c in commands(path)} == set(PROGRAMS)
+
+
+def test_a_wrong_flag_is_noticed():
+    with pytest.raises(SystemExit):
+        accepted("torchrun train.py --no-such-flag")
+
+
+def test_parameter_counts_are_the_networks():
+    text = text_of(ROOT / "docs" / "presets.md")
+    for line in unet.describe().splitlines():
+        name, count = line.split()[0], line.split()[-2]
+        assert re.search(rf"^\| `{name}`.*\| {count} \|", text, re.M)
+
+
+def test_the_wings_files_are_listed():
+    papers = {p.name for p in FILES if p.parent == ROOT / "papers" and p.name != "__init__.py"}
+    table = text_of(EXTENDING).split("## The files of the wings")[1]
+    assert papers == set(re.findall(r"\]\(\.\./papers/([a-z_]+\.py)\)", table))
+
+
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "lab-notebook.md"]
+OTHERS += [ROOT / "papers" / "results" / "README.md"]
+
+
+@pytest.mark.parametrize("path", PAGES + OTHERS, ids=label)
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text_of(path))
+    assert not [link for link in links if not (path.parent / link).exists()]
+
+
+@pytest.mark.parametrize("path", PAGES + OTHERS[:1], ids=label)
+def test_prose_wraps_at_100(path):
+    """Also the README's tables and code; on other pages tables are as wide as they need to be."""
+    text = text_of(path)
+    if path != README:
+        text = re.sub(r"^\|.*", "", FENCED.sub("", text), flags=re.M)
+    assert not [line for line in text.splitlines() if len(line) > 100]
+
+
+# ------------------------------------------------------------------ docs/extending.md
 
 
 @pytest.fixture(scope="module")
 def names():
     """What the blocks define, all in one namespace."""
     found = {}
-    for block in re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
-    ):
-        exec(compile(block, "README.md", "exec"), found)
+    for block in code_of(EXTENDING):
+        exec(compile(block, "docs/extending.md", "exec"), found)
     return found
 
 
