@@ -1,13 +1,16 @@
-r"""Draw the noise schedules: their signal-to-noise ratios, and which slopes explode near t = 0.
+r"""Figures that need no run: the noise schedules, and errors that add up or cancel.
 
-    python -m papers.figures                  # schedules.png
-    python -m papers.figures --out FILE.png
+    python -m papers.figures schedules        # schedules.png
+    python -m papers.figures illustration     # illustration.png and .csv: SA-DPM's figure 1
 
-Three panels: log SNR of the tables; the SNR of Modified-NS over that of the originals (E-TSDM,
-figure A9); dσ/dt of the continuous forms towards t = 0. It goes to infinity for the schedules that
-E-TSDM is for (theorem 3.1).
+The schedules, in three panels: log SNR of the tables; the SNR of Modified-NS over that of the
+originals (E-TSDM, figure A9); dσ/dt of the continuous forms towards t = 0. It goes to infinity for
+the schedules that E-TSDM is for (theorem 3.1).
 
-Not here: the schedules themselves (schedules.py).
+The illustration: DDIM in one dimension, with networks that are wrong by the same amount at every
+step, one always to the same side, one by turns.
+
+Not here: the schedules themselves (schedules.py), or the gap of real runs (gap.py).
 """
 
 import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
@@ -18,8 +21,11 @@ from typing import ClassVar
 
 import torch
 
+import samplers
+import toy
+from denoiser import Denoiser
 from schedules import SCHEDULES, make_schedule
-from support import files
+from support import files, measure
 from support.cli import flag, parse_into
 from support.programs import run_main
 
@@ -31,16 +37,20 @@ STYLES = {"linear": "k-o", "linear-mns": "k--o", "quadratic": "C0-s", "quadratic
 
 @dataclass
 class FiguresConfig:
-    out: Path = flag(Path("schedules.png"), "the file to write")
+    figure: str = flag("", "schedules: log SNR over t, Modified-NS against the originals "
+                       "(figure A9 of E-TSDM), and the slope of sigma near 0; illustration: "
+                       "errors that add up, or cancel (figure 1 of SA-DPM)",
+                       choices=("schedules", "illustration"), positional="FIGURE")
+    out: Path | None = flag(None, "the file to write", shown="FIGURE.png")
 
     prog: ClassVar[str] = "papers.figures"
-    usage: ClassVar[str] = "python -m papers.figures [--out FILE.png]"
-    description: ClassVar[str] = ("Draw the schedules: log SNR over t, Modified-NS against the "
-                                  "originals (figure A9 of E-TSDM), and the slope of sigma near 0.")
+    usage: ClassVar[str] = "python -m papers.figures FIGURE [--out FILE.png]"
+    description: ClassVar[str] = "Draw a figure that needs no run."
 
     def check(self):
-        if not self.out.parent.is_dir():
-            raise ValueError(f"--out {self.out}: there is no folder {self.out.parent}")
+        self.out = self.out or Path(f"{self.figure}.png")
+        if self.out.suffix != ".png" or not self.out.parent.is_dir():
+            raise ValueError(f"--out {self.out} must be a .png in a folder that exists")
 
 
 def plot_schedules(figure, T: int = 1000) -> None:
@@ -73,12 +83,47 @@ def plot_schedules(figure, T: int = 1000) -> None:
         axes.legend(fontsize=8)
 
 
+def plot_illustration(figure, nfe=50, size=0.15):
+    """Draw SA-DPM's figure 1 in one dimension -> rows of its table."""
+    schedule, mixture = make_schedule("linear"), toy.two_bumps()
+    exact, x_T = toy.oracle(mixture, schedule), torch.tensor([[0.4]], dtype=torch.float64)
+    signs = {"ideal network": lambda i: 0, "errors add up": lambda i: 1,
+             "errors cancel": lambda i: (-1) ** i}
+    (left, right), rows = figure.subplots(1, 2), []
+    for i, (name, sign) in enumerate(signs.items()):
+        calls = []
+
+        def net(x, c, sign=sign, calls=calls):
+            calls.append((float(c[0]), x.item()))
+            return exact(x, c) + size * sign(len(calls))
+        end = samplers.sample(Denoiser(net, schedule), x_T, nfe=nfe)
+        path = [*calls, (0.0, end.item())]
+        ideal = rows[:len(path)] or [dict(x=x) for _, x in path]  # the first is the ideal one
+        rows += [dict(run=name, t=t, x=x, gap=abs(x - other["x"]))
+                 for (t, x), other in zip(path, ideal, strict=True)]
+        for axes, key in ((left, "x"), (right, "gap")):
+            measure.plot_curve(axes, rows[-len(path):], ("t", key), i, name)
+        print(f"{name}: at t = 0, {rows[-1]['gap']:.4f} from the ideal run")
+    left.set(xlabel="t (sampling goes to the right)", ylabel="x_t (units of the data)",
+             title=f"three runs of DDIM, {nfe} steps; each ε off by 0 or ±{size}")
+    right.set(xlabel="t (timesteps)", ylabel="distance from the ideal run (units of the data)",
+              title="gap")
+    for axes in (left, right):
+        axes.invert_xaxis()
+        axes.legend()
+    return rows
+
+
 def main(argv=None):
     config = parse_into(FiguresConfig, argv)
-    figure = files.figure(figsize=(16, 5), layout="constrained")
-    plot_schedules(figure)
-    files.save_figure(config.out, figure, 100)
-    print(f"figure: {config.out.resolve()}")
+    if config.figure == "illustration":
+        figure = files.figure(figsize=(10, 3.8), layout="constrained")
+        measure.save_measurement(config.out, figure, plot_illustration(figure))
+    else:
+        figure = files.figure(figsize=(16, 5), layout="constrained")
+        plot_schedules(figure)
+        files.save_figure(config.out, figure, 100)
+        print(f"figure: {config.out.resolve()}")
 
 
 if __name__ == "__main__":
