@@ -77,20 +77,9 @@ class Denoiser:
         self.time_input, self.space = time_input, space or Pixels(())
         self.conditioning = None  # (B, ...): further input channels of the network
 
-    @property
-    def data_std(self) -> float:
-        """d above."""
-        return self.space.data_std
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, H, W) of x_0."""
-        return self.space.shape
-
-    @property
-    def value_range(self) -> tuple[float, float] | None:
-        """(low, high) of x_0, or None if it has no bounds (latents)."""
-        return self.space.value_range
+    data_std = property(lambda self: self.space.data_std)  # d above
+    shape = property(lambda self: self.space.shape)  # (C, H, W) of x_0
+    value_range = property(lambda self: self.space.value_range)  # (low, high) of x_0, or None
 
     def replace(self, **parts) -> "Denoiser":
         """A copy with some parts replaced, e.g. .replace(net=another)."""
