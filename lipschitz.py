@@ -84,7 +84,7 @@ def distances(outputs, net, x0, values, seed, batch_size, label):
     return found
 
 
-def open_runs(config, device):
+def open_runs(config: measure.MeasureConfig, device: torch.device):
     """Yield (name, denoiser, x0) for each run. x0, float32 (num, *shape): the first config.num
     images in the order of config.seed, of config.data or of the run's own set, or their latents;
     fewer, if it has fewer. gap.py uses this too."""
@@ -117,7 +117,7 @@ class LipschitzConfig(measure.MeasureConfig):
   python lipschitz.py A B -n 256             K(t, t + 1) without and with E-TSDM: figure 1b
   python lipschitz.py A --dt 0.01 --max-t 9  a --continuous run, close to its singularity
   python lipschitz.py A B --perturb          how far the predicted x_0 moves with x_t: figure 2"""
-    least: ClassVar[dict] = measure.MeasureConfig.least | dict(dt=1e-9, max_t=0)
+    least: ClassVar[dict] = measure.MeasureConfig.least | dict(dt=1e-9, max_t=0, scales=0)
 
     def check(self):
         if bad := {*(("dt", "max_t") if self.perturb else ("t", "scales"))} & self.given:

@@ -111,7 +111,7 @@ def declare(budget, weight=None):
         claim="with equal errors at every step, one trajectory ends far from the true one, and "
               "another beside it",
         rows=tuple(Row(name, None) for name in ("errors add up", "errors cancel")),
-        program=("gap.py", "--illustrate"),
+        program=("papers.figures", "illustration"),
         figure="One dimension, two bell curves, the exact network; errors of ±0.15 are added by "
                "hand.",
         columns={"distance at the end": lambda rows: rows[-1]["gap"]})

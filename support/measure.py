@@ -7,6 +7,8 @@ r"""What programs that measure runs share: their flags, evaluation mode, a figur
     save_measurement           the figure, and a .csv next to it
 
 Not here: what is measured (lipschitz.py, gap.py), or opening a run (denoiser.load_run).
+
+    python -c "from support import measure; print(measure.percentile_rows)"
 """
 
 import contextlib
@@ -27,6 +29,8 @@ MARKERS = "os^DvPX"
 
 @dataclass
 class MeasureConfig:
+    """The flags that lipschitz.py and gap.py have in common."""
+
     runs: tuple[str, ...] = flag((), "names under runs/, folders or checkpoints (default: the "
                                  "newest run); LABEL=RUN gives it a name in the figure",
                                  positional="RUN", nargs="*", group="measurement")
@@ -44,9 +48,10 @@ class MeasureConfig:
     def check(self):
         """Raise ValueError, which begins with the flag, for values out of range."""
         for name, least in self.least.items():
-            if not getattr(self, name) >= least:
+            values = np.atleast_1d(getattr(self, name))
+            if name in self.given and not (np.isfinite(values) & (values >= least)).all():
                 raise ValueError(f"{flag_name(name)} must be at least {least}, not "
-                                 f"{getattr(self, name)}")
+                                 + " ".join(map(str, values)))
         self.out = self.out or Path(self.picture)
         if self.out.suffix != ".png" or not self.out.resolve().parent.is_dir():
             raise ValueError(f"--out {self.out} must be a .png in a folder that exists")

@@ -20,7 +20,7 @@ import metrics
 import sample
 from config import Config
 from papers import alternatives, autoencoder, classifier, covariance, experiments, heads, latents
-from papers import pages, plans, superres
+from papers import figures, pages, plans, superres
 from papers.plans import Experiment, Numbers, Row
 from support.cli import parse_into
 
@@ -40,6 +40,7 @@ CONFIGS = {
     "papers.autoencoder train": autoencoder.AutoencoderConfig,
     "papers.classifier": classifier.ClassifierConfig,
     "papers.covariance": covariance.CovarianceConfig,
+    "papers.figures": figures.FiguresConfig,
     "papers.heads": heads.HeadConfig,
     "papers.latents": latents.LatentConfig,
     "papers.superres train": superres.SuperResConfig,
@@ -113,7 +114,7 @@ def test_programs_accept_every_command(here, budget, monkeypatch):
                 trained[config.name] = config.settings()
             elif program == "papers.classifier":  # metrics.py looks whether it is there
                 config.out.touch()
-            elif not {"stats", "psnr", "--illustrate"} & {*words}:
+            elif not {"stats", "psnr", "illustration"} & {*words}:
                 assert {word.split("=")[-1] for word in words} & set(trained), words
     # Causes stand before their effects: jobs.chain_costs() relies on it.
     place = {name: i for i, name in enumerate(todo)}
