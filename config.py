@@ -163,7 +163,8 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
         self.require("ema", 0 <= self.ema < 1, "must be at least 0 and below 1")
         self.require("beta2", 0 <= self.beta2 < 1, "must be at least 0 and below 1")
         self.require("dropout", 0 <= (self.dropout or 0) < 1, "must be at least 0 and below 1")
-        self.require("microbatch", (self.microbatch or 1) >= 1, "must be at least 1")
+        self.require("microbatch", self.microbatch is None or self.microbatch >= 1,
+                     "must be at least 1")
         self.require("images", self.images >= self.batch_size,
                      f"is less than one batch of {self.batch_size}")
         processes = os.environ.get("WORLD_SIZE", "1")  # torchrun's
