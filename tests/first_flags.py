@@ -31,6 +31,7 @@ MOVED = {
     ("train", "--train-times"): ("papers.alternatives", "--train-times"),  # remap; others: train.py
     ("train", "--sa-reuse"): ("papers.alternatives", "--sa-reuse"),
     ("train", "--lipschitz-reg"): ("papers.alternatives", "--lipschitz-reg"),
+    ("gap", "--illustrate"): ("papers.figures", "figure"),  # illustration
     ("sample", "--low-res"): ("papers.superres enlarge", "low_res"),
     ("sample", "--guided-diffusion"): ("papers.checkpoints", "file"),
     ("sample", "--preset"): ("papers.checkpoints", "--preset"),

@@ -110,8 +110,9 @@ def test_no_flag_of_the_first_version_is_lost(program, flag):
     (action,) = found
     if place[1] == flag["flags"][-1] and action.option_strings:  # with its short form, or --no-
         assert set(flag["flags"]) <= set(action.option_strings)
-    switch = flag["type"] in ("flag", "BooleanOptional")
-    assert switch == isinstance(action, argparse.BooleanOptionalAction)
+    if action.option_strings:  # a switch stays one
+        switch = flag["type"] in ("flag", "BooleanOptional")
+        assert switch == isinstance(action, argparse.BooleanOptionalAction)
     if flag["type"] in ("int", "float", "Path") and action.option_strings:
         assert action.type.__name__ == flag["type"]
     for choice in flag["choices"] or ():
