@@ -12,9 +12,9 @@ Not here: parsing (support/cli.py), building networks (unet.py), reading images 
     python -c "import config; print(config.RECIPES['cifar10'])"
 """
 
-import math
-import shlex
+import functools
 import os
+import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
@@ -49,65 +49,64 @@ RECIPES = {
 }
 
 
+by_preset = functools.partial(flag, shown="the preset's")  # RECIPES has its default
+
+
 @dataclass
 class Config:
     data: str = flag("shapes", "shapes (built in), cifar10, or a path: folder or zip of images, "
                      ".npy, .npz[:KEY], MNIST-like IDX, CIFAR-10 archive", group="images")
-    image_size: int | None = flag(None, "side in pixels; images are resized and cropped",
-                                  shown="the preset's")
+    image_size: int | None = by_preset(None, "side in pixels; images are resized and cropped",
+                                       above=0)
     channels: int = flag(3, "3 RGB, 1 true gray", choices=(1, 3))
-    flip: bool = flag(False, "random horizontal flips", shown="the preset's")
+    flip: bool = by_preset(False, "random horizontal flips")
     skip_bad_images: bool = flag(False, "continue without files that cannot be read", resume=True)
-    workers: int = flag(2, "threads that decode images which do not fit in memory", resume=True)
+    workers: int = flag(2, "threads that decode images which do not fit in memory", resume=True,
+                        low=0)
 
     preset: str = flag("tiny", "network and recipe", choices=tuple(unet.PRESETS), group="model")
-    schedule: str = flag("linear", "noise schedule: " + ", ".join(schedules.SCHEDULES),
-                         choices=schedules.SCHEDULES, metavar="NAME", shown="the preset's")
+    schedule: str = by_preset("linear", "noise schedule: " + ", ".join(schedules.SCHEDULES),
+                              choices=schedules.SCHEDULES, metavar="NAME")
     continuous: bool = flag(False, "real-valued t, schedule in closed form")
-    prediction: str = flag("eps", "what the network predicts", choices=PREDICTIONS,
-                           shown="the preset's")
+    prediction: str = by_preset("eps", "what the network predicts", choices=PREDICTIONS)
     etsdm: bool = flag(False, "E-TSDM: share the time input near t = 0")
     etsdm_interval: float = flag(100.0, "... below this t")
     etsdm_n: int = flag(5, "... in this many equal parts")
-    dropout: float | None = flag(None, "share of activations set to 0 in training",
-                                 shown="the preset's")
+    dropout: float | None = by_preset(None, "share of activations set to 0 in training", low=0,
+                                      below=1)
 
     sa_k: int = flag(1, "SA-DPM: train k consecutive steps together; 1 is the plain loss",
                      group="loss")
-    sa_weight: float = flag(1.0, "SA-DPM: weight of the sequence-aware loss")
-    loss_space: str | None = flag(None, "quantity that the plain loss measures",
-                                  choices=LOSS_SPACES, shown="the preset's")
+    sa_weight: float = flag(1.0, "SA-DPM: weight of the sequence-aware loss", low=0)
+    loss_space: str | None = by_preset(None, "quantity that the plain loss measures",
+                                       choices=LOSS_SPACES)
     train_times: str | None = flag(None, "distribution of t: uniform, or log-normal in the noise "
                                    "level", choices=TIME_DISTRIBUTIONS,
                                    shown="uniform; lognormal for --schedule edm")
 
-    batch_size: int = flag(32, "global: over all processes", group="training",
-                           shown="the preset's")
+    batch_size: int = by_preset(32, "global: over all processes", group="training", above=0)
     microbatch: int | None = flag(None, "images per forward pass of a process; gradients add up",
-                                  resume=True)
+                                  resume=True, low=1)
     recompute: bool = flag(False, "activation checkpointing: a fraction of the memory, a third "
                            "more time, the same gradients", resume=True)
-    images: int = flag(41_600, "train until this many were seen", resume=True,
-                       shown="the preset's")
+    images: int = by_preset(41_600, "train until this many were seen", resume=True, above=0)
     steps: int = flag(0, "the same as --images STEPS x BATCH_SIZE", resume=True)
-    lr: float = flag(2e-4, "Adam's learning rate", resume=True, shown="the preset's")
-    beta2: float = flag(0.999, "Adam's beta2", shown="the preset's")
-    warmup: int = flag(0, "steps over which the learning rate rises from 0", shown="the preset's")
-    ema: float = flag(0.9999, "decay of the averaged weights", shown="the preset's")
-    grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", resume=True,
-                            shown="the preset's")
+    lr: float = by_preset(2e-4, "Adam's learning rate", resume=True, above=0)
+    beta2: float = by_preset(0.999, "Adam's beta2", low=0, below=1)
+    warmup: int = by_preset(0, "steps over which the learning rate rises from 0", low=0)
+    ema: float = by_preset(0.9999, "decay of the averaged weights", low=0, below=1)
+    grad_clip: float = by_preset(1.0, "largest gradient norm; 0: no clipping", resume=True, low=0)
     precision: str = flag("auto", "auto: bf16 if the hardware has units for it",
                           choices=("auto", "fp32", "bf16"), resume=True)
     compile: bool = flag(False, "torch.compile the network", resume=True)
     deterministic: bool = flag(False, "the same bits again on GPUs too (CPUs give them always), "
                                "by slower algorithms", resume=True)
-    seed: int = flag(0, "of weights, order of images and noise")
+    seed: int = flag(0, "of weights, order of images and noise", low=0, below=2**62)
 
     name: str = flag("", "folder under runs/", group="run",
                      shown="made of data, preset and methods")
-    sample_every: int = flag(5000, "steps between sample grids", resume=True,
-                             shown="the preset's")
-    save_every: int = flag(1000, "steps between checkpoints", resume=True, shown="the preset's")
+    sample_every: int = by_preset(5000, "steps between sample grids", resume=True, above=0)
+    save_every: int = by_preset(1000, "steps between checkpoints", resume=True, above=0)
 
     T: ClassVar[int] = 1000
     prog: ClassVar[str] = "train.py"
@@ -153,18 +152,8 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
             raise ValueError("--steps and --images both set the length: give one")
         if "steps" in self.given and self.steps < 1:
             raise ValueError(f"--steps must be above 0, not {self.steps}")
-        for name in ("batch_size", "images", "lr", "sample_every", "save_every", "image_size"):
-            self.require(name, 0 < getattr(self, name) < math.inf, "must be above 0")
-        for name in ("warmup", "workers", "seed", "grad_clip", "sa_weight"):
-            self.require(name, 0 <= getattr(self, name) < math.inf, "must be 0 or more")
         self.require("image_size", self.image_size <= 8192, "must be at most 8192 pixels")
         self.check_divisible()
-        self.require("seed", self.seed < 2**62, "must be below 2^62")
-        self.require("ema", 0 <= self.ema < 1, "must be at least 0 and below 1")
-        self.require("beta2", 0 <= self.beta2 < 1, "must be at least 0 and below 1")
-        self.require("dropout", 0 <= (self.dropout or 0) < 1, "must be at least 0 and below 1")
-        self.require("microbatch", self.microbatch is None or self.microbatch >= 1,
-                     "must be at least 1")
         self.require("images", self.images >= self.batch_size,
                      f"is less than one batch of {self.batch_size}")
         processes = os.environ.get("WORLD_SIZE", "1")  # torchrun's

@@ -21,6 +21,7 @@ over a default.
 """
 
 import argparse
+import math
 import textwrap
 import types
 import typing
@@ -28,7 +29,7 @@ from dataclasses import MISSING, field, fields
 
 
 def flag(default, help, choices=None, resume=False, short=None, positional=None, nargs=None,
-         group=None, metavar=None, shown=None):
+         group=None, metavar=None, shown=None, low=None, above=None, below=math.inf):
     """A dataclass field that is a flag.
 
     choices     allowed values
@@ -38,10 +39,11 @@ def flag(default, help, choices=None, resume=False, short=None, positional=None,
     nargs       "+" for a flag of several values (a tuple), or a number of them
     group       title of the --help section that begins with this field
     shown       what --help prints as the default, if not the default itself
+    low, above, below   a number must be at least `low`, more than `above`, less than `below`
     """
     return field(default=default, metadata=dict(
         help=help, choices=choices, resume=resume, short=short, positional=positional, nargs=nargs,
-        group=group, metavar=metavar, shown=shown))
+        group=group, metavar=metavar, shown=shown, low=low, above=above, below=below))
 
 
 def flag_name(name):
@@ -57,8 +59,23 @@ def parse_into(cls, argv=None):
     recipe = cls.recipe(given) if hasattr(cls, "recipe") else {}
     config = cls(**{**recipe, **given})
     config.given = frozenset(given)
+    for f in fields(cls):
+        check_limits(f, getattr(config, f.name))
     config.check()
     return config
+
+
+def check_limits(f, value):
+    """ValueError that begins with the flag if a field's number is outside its limits."""
+    low, above, below = (f.metadata.get(k) for k in ("low", "above", "below"))
+    if value is None or low is above is None:
+        return
+    if (value > above if low is None else value >= low) and value < below:
+        return
+    text = f"above {above}" if low is None else f"at least {low}"
+    text = "0 or more" if low == 0 and below == math.inf else text
+    text += f" and below {below}" if below < math.inf else ""
+    raise ValueError(f"{flag_name(f.name)} must be {text}, not {value}")
 
 
 def make_parser(cls):
