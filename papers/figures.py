@@ -106,7 +106,7 @@ def plot_illustration(figure, nfe=50, size=0.15):
         print(f"{name}: at t = 0, {rows[-1]['gap']:.4f} from the ideal run")
     left.set(xlabel="t (sampling goes to the right)", ylabel="x_t (units of the data)",
              title=f"three runs of DDIM, {nfe} steps; each ε off by 0 or ±{size}")
-    right.set(xlabel="t (timesteps)", ylabel="distance from the ideal run (units of the data)",
+    right.set(xlabel="t (timesteps)", ylabel="distance from the ideal run",
               title="gap")
     for axes in (left, right):
         axes.invert_xaxis()
