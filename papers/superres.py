@@ -15,7 +15,6 @@ B images, C channels, H = W their side in pixels; images in [-1, 1].
 
 import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
 
-import hashlib
 import shlex
 import sys
 from dataclasses import dataclass
@@ -165,13 +164,6 @@ class LowResInputs:
             found["original"] = torch.stack([self.images[i] for i in indices])
         return found
 
-    def digest(self, n):
-        """A short hash of the first n images."""
-        digest = hashlib.sha256()
-        for i in range(n):
-            digest.update(self.images[i].numpy().tobytes())
-        return digest.hexdigest()[:16]
-
 
 def write_comparisons(folder, inputs, num):
     """Fill OUT-bicubic/ and OUT-original/, image by image, with the names of the results."""
@@ -212,7 +204,7 @@ def enlarge(argv=None):
         folder = ImageFolder(config.out or denoiser.folder / "generated"
                              / sample.tag(config, denoiser.step), dist)
         record = {**sample.sampling_record(config, denoiser, arguments),
-                  "low_res": dist.on_main(inputs.digest, min(config.num, 4096))}
+                  "low_res": inputs.images.digest}
 
         def prepare():
             folder.open(record)

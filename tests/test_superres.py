@@ -192,7 +192,14 @@ def test_comparisons_of_other_results_do_not_mix(runs):
     Path("out").rename("elsewhere")  # the comparisons stay
     Path("out.png").unlink()
     with pytest.raises(ValueError, match="its comparisons go to out-bicubic, which holds"):
-        enlarge("sr", "shapes", "-n", "1")
+        enlarge("sr", "shapes", "-n", "1", "--seed", "1")
+
+
+def test_more_images_of_a_set_continue_in_the_same_folder(runs):
+    enlarge("sr", "shapes", "-n", "1")
+    enlarge("sr", "shapes", "-n", "2")
+    for folder in ("out", "out-bicubic", "out-original"):
+        assert len(list(Path(folder).glob("0*.png"))) == 2
 
 
 def test_printed_commands_can_be_pasted(runs, capsys):
