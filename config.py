@@ -24,10 +24,14 @@ import schedules
 import unet
 from support.checkpoint import RUNS
 from support.cli import flag, flag_name
+from support.run import run_name, settings_of
 
 PREDICTIONS = ("eps", "v", "x0", "edm")
 LOSS_SPACES = PREDICTIONS
 TIME_DISTRIBUTIONS = ("uniform", "lognormal")
+# What --init takes from the other run, unless a flag says otherwise
+INHERITED = ("image_size", "channels", "schedule", "continuous", "prediction", "dropout", "etsdm",
+             "etsdm_interval", "etsdm_n")
 
 # How each preset is trained. The papers': SA-DPM's configuration files (epochs turned into images
 # seen) and E-TSDM's table A1, which gives no length: 48 M is ours. loss_space None: that of the
@@ -61,6 +65,9 @@ class Config:
     workers: int = flag(2, "threads that decode images which do not fit in memory", resume=True)
 
     preset: str = flag("tiny", "network and recipe", choices=tuple(unet.PRESETS), group="model")
+    init: str = flag("", "start a new run from the network and averaged weights of this one",
+                     metavar="RUN", resume=True)
+    base: dict | None = None  # its settings
     schedule: str = flag("linear", "noise schedule: " + ", ".join(schedules.SCHEDULES),
                          choices=schedules.SCHEDULES, metavar="NAME", shown="the preset's")
     continuous: bool = flag(False, "real-valued t, schedule in closed form")
@@ -130,9 +137,13 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
     @classmethod
     def recipe(cls, given):
         """The defaults that follow from the typed flags `given`: the preset's, and others'."""
-        preset = given.get("preset", "tiny")
+        base = settings_of(given["init"], "init") if given.get("init") else {}
+        if base and any(base.get(k) for k in ("autoencoder", "factor", "latent", "remap", "head")):
+            raise ValueError(f"--init {given['init']} is not a model of train.py, or imported")
+        preset = given.get("preset", base.get("preset", "tiny"))
         net, values = unet.PRESETS[preset], dict(RECIPES[preset])
-        values.update(image_size=net["image_size"], dropout=net.get("dropout", 0.0))
+        values.update(image_size=net["image_size"], dropout=net.get("dropout", 0.0), preset=preset)
+        values.update({k: base[k] for k in INHERITED if k in base}, base=base or None)
         schedule = given.get("schedule", values["schedule"])
         if schedule in ("edm", "zero-terminal-snr"):  # eps has no x_0 at t = T of the latter
             values["prediction"] = "edm" if schedule == "edm" else "v"
@@ -176,6 +187,9 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
         for name in ("etsdm_interval", "etsdm_n"):
             if name in self.given and not self.etsdm:
                 raise ValueError(f"{flag_name(name)} has no effect without --etsdm")
+        for name in ("image_size", "channels"):
+            if name in self.given and self.init:
+                raise ValueError(f"{flag_name(name)} is that of --init {self.init}: leave it out")
         if self.etsdm:
             etsdm.check_sharing(self.etsdm_interval, self.etsdm_n, self.T)
         if self.schedule == "edm" and self.prediction != "edm":
@@ -203,12 +217,16 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
 
     def network(self):
         """The arguments of unet.UNet."""
+        if self.base:
+            return dict(self.base["unet"], dropout=self.dropout)
         return dict(unet.PRESETS[self.preset], image_size=self.image_size, dropout=self.dropout,
                     in_channels=self.channels, out_channels=self.channels)
 
     def settings(self):
         """The run as a flat dict of plain values. denoiser.build_denoiser() reads it back."""
-        return {**asdict(self), "T": self.T, "unet": self.network()}
+        own = {k: v for k, v in asdict(self).items() if k != "base"}
+        kept = {k: self.base[k] for k in ("T", "imported") if k in (self.base or {})}
+        return {**own, "T": self.T, "unet": self.network(), **kept}
 
     def may_change(self):
         """Names of settings that may differ when a run is resumed. `data` is where the images
@@ -220,7 +238,7 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
         """What distinguishes a run at a glance, so that the same command finds it again."""
         recipe = RECIPES[self.preset]
         usual_times = "lognormal" if self.schedule == "edm" else "uniform"
-        parts = [self.preset]
+        parts = [self.preset] + [f"from-{run_name(self.init)}"] * bool(self.init)
         parts += dict.fromkeys(  # edm is both
             getattr(self, k) for k in ("schedule", "prediction") if getattr(self, k) != recipe[k])
         parts += ["continuous"] * self.continuous + [f"sa{self.sa_k}"] * (self.sa_k > 1)
