@@ -24,10 +24,14 @@ import schedules
 import unet
 from support.checkpoint import RUNS
 from support.cli import flag, flag_name
+from support.run import run_name, settings_of
 
 PREDICTIONS = ("eps", "v", "x0", "edm")
 LOSS_SPACES = PREDICTIONS
 TIME_DISTRIBUTIONS = ("uniform", "lognormal")
+# What --init takes from the other run, unless a flag says otherwise
+INHERITED = ("image_size", "channels", "schedule", "continuous", "prediction", "dropout", "etsdm",
+             "etsdm_interval", "etsdm_n")
 
 # How each preset is trained. The papers': SA-DPM's configuration files (epochs turned into images
 # seen) and E-TSDM's table A1, which gives no length: 48 M is ours. loss_space None: that of the
@@ -65,6 +69,9 @@ class Config:
                         low=0)
 
     preset: str = flag("tiny", "network and recipe", choices=tuple(unet.PRESETS), group="model")
+    init: str = flag("", "start a new run from the network and averaged weights of this one",
+                     metavar="RUN", resume=True)
+    base: dict | None = None  # its settings
     schedule: str = by_preset("linear", "noise schedule: " + ", ".join(schedules.SCHEDULES),
                               choices=schedules.SCHEDULES, metavar="NAME")
     continuous: bool = flag(False, "real-valued t, schedule in closed form")
@@ -129,9 +136,13 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
     @classmethod
     def recipe(cls, given):
         """The defaults that follow from the typed flags `given`: the preset's, and others'."""
-        preset = given.get("preset", "tiny")
+        base = settings_of(given["init"], "init") if given.get("init") else {}
+        if any(base.get(k) for k in ("autoencoder", "factor", "latent", "remap", "head")):
+            raise ValueError(f"--init {given['init']} is not a model of train.py, or imported")
+        preset = given.get("preset", base.get("preset", "tiny"))
         net, values = unet.PRESETS[preset], dict(RECIPES[preset])
-        values.update(image_size=net["image_size"], dropout=net.get("dropout", 0.0))
+        values.update(image_size=net["image_size"], dropout=net.get("dropout", 0.0), preset=preset)
+        values.update({k: base[k] for k in INHERITED if k in base}, base=base or None)
         schedule = given.get("schedule", values["schedule"])
         if schedule in ("edm", "zero-terminal-snr"):  # eps has no x_0 at t = T of the latter
             values["prediction"] = "edm" if schedule == "edm" else "v"
@@ -150,8 +161,7 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
         effect. Fill in the run's name."""
         if {"steps", "images"} <= self.given:
             raise ValueError("--steps and --images both set the length: give one")
-        if "steps" in self.given and self.steps < 1:
-            raise ValueError(f"--steps must be above 0, not {self.steps}")
+        self.require("steps", "steps" not in self.given or self.steps > 0, "must be above 0")
         self.require("image_size", self.image_size <= 8192, "must be at most 8192 pixels")
         self.check_divisible()
         self.require("images", self.images >= self.batch_size,
@@ -161,19 +171,22 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
                      or self.batch_size % max(int(processes), 1) == 0,
                      f"is global and must be divisible by the {processes} processes")
         self.require("sa_k", 1 <= self.sa_k <= self.T, f"must be 1 to {self.T}")
-        if self.sa_k == 1 and "sa_weight" in self.given:
-            raise ValueError("--sa-weight requires --sa-k 2 or more")
-        for name in ("etsdm_interval", "etsdm_n"):
-            if name in self.given and not self.etsdm:
-                raise ValueError(f"{flag_name(name)} has no effect without --etsdm")
+        edm = self.schedule == "edm"
+        for name, useless, why in (
+                ("sa_weight", self.sa_k == 1, "requires --sa-k 2 or more"),
+                ("etsdm_interval", not self.etsdm, "has no effect without --etsdm"),
+                ("etsdm_n", not self.etsdm, "has no effect without --etsdm"),
+                ("continuous", edm and self.continuous, "has no effect with --schedule edm, which "
+                 "is continuous: leave it out"),
+                ("image_size", self.init, f"is that of --init {self.init}: leave it out"),
+                ("channels", self.init, f"is that of --init {self.init}: leave it out")):
+            if name in self.given and useless:
+                raise ValueError(f"{flag_name(name)} {why}")
         if self.etsdm:
             etsdm.check_sharing(self.etsdm_interval, self.etsdm_n, self.T)
-        if self.schedule == "edm" and self.prediction != "edm":
+        if edm and self.prediction != "edm":
             raise ValueError(f"--prediction {self.prediction} cannot go with --schedule edm, whose "
                              "x_t is up to 80 wide: leave it out")
-        if self.schedule == "edm" and self.continuous:
-            raise ValueError("--continuous has no effect with --schedule edm, which is continuous: "
-                             "leave it out")
         self.name = self.name or self.default_name()
         if (Path(self.name).name != self.name or self.name[0] == "."
                 or not self.name.isprintable()):
@@ -193,12 +206,16 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
 
     def network(self):
         """The arguments of unet.UNet."""
+        if self.base:
+            return dict(self.base["unet"], dropout=self.dropout)
         return dict(unet.PRESETS[self.preset], image_size=self.image_size, dropout=self.dropout,
                     in_channels=self.channels, out_channels=self.channels)
 
     def settings(self):
         """The run as a flat dict of plain values. denoiser.build_denoiser() reads it back."""
-        return {**asdict(self), "T": self.T, "unet": self.network()}
+        own = {k: v for k, v in asdict(self).items() if k != "base"}
+        kept = {k: self.base[k] for k in ("T", "imported") if k in (self.base or {})}
+        return {**own, "T": self.T, "unet": self.network(), **kept}
 
     def may_change(self):
         """Names of settings that may differ when a run is resumed. `data` is where the images
@@ -210,7 +227,7 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
         """What distinguishes a run at a glance, so that the same command finds it again."""
         recipe = RECIPES[self.preset]
         usual_times = "lognormal" if self.schedule == "edm" else "uniform"
-        parts = [self.preset]
+        parts = [self.preset] + [f"from-{run_name(self.init)}"] * bool(self.init)
         parts += dict.fromkeys(  # edm is both
             getattr(self, k) for k in ("schedule", "prediction") if getattr(self, k) != recipe[k])
         parts += ["continuous"] * self.continuous + [f"sa{self.sa_k}"] * (self.sa_k > 1)
@@ -228,25 +245,21 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
     def warnings(self, dataset, world_size):
         """Lines about settings that are valid but probably unintended."""
         b, steps = self.batch_size // world_size, self.images // self.batch_size
-        lines = []
-        if self.prediction == "eps" and self.schedule == "zero-terminal-snr":
-            lines.append(f"--prediction eps has no x_0 at t = {self.T}, where alpha_bar = 0: "
-                         f"training and sampling begin at t = {self.T - 1}")
-        if self.sa_k > 1 and not self.sa_weight:
-            lines.append(f"--sa-weight 0 leaves only the plain loss, whatever --sa-k {self.sa_k}")
-        if self.etsdm and self.etsdm_n == self.etsdm_interval and not self.continuous:
-            lines.append(f"--etsdm-n {self.etsdm_n} gives each timestep its own part: nothing is "
-                         "shared")
-        if self.microbatch and self.microbatch >= b:
-            lines.append(f"--microbatch {self.microbatch} has no effect: a process has {b} images")
-        if "images" in self.given and self.images % self.batch_size:
-            lines.append(f"--images {self.images} are {steps} whole batches, "
-                         f"{steps * self.batch_size} images")
-        if self.warmup >= steps:
-            lines.append(f"--warmup: the learning rate rises over {self.warmup} steps, and the run "
-                         f"has {steps}")
-        if "workers" in self.given and not dataset.streamed:
-            lines.append("--workers has no effect: the images are in memory, or drawn")
-        if self.skip_bad_images and not getattr(dataset, "paths", None):
-            lines.append("--skip-bad-images has no effect: the images are not files")
-        return lines
+        return [line for unusual, line in (
+            (self.prediction == "eps" and self.schedule == "zero-terminal-snr",
+             f"--prediction eps has no x_0 at t = {self.T}, where alpha_bar = 0: training and "
+             f"sampling begin at t = {self.T - 1}"),
+            (self.sa_k > 1 and not self.sa_weight,
+             f"--sa-weight 0 leaves only the plain loss, whatever --sa-k {self.sa_k}"),
+            (self.etsdm and self.etsdm_n == self.etsdm_interval and not self.continuous,
+             f"--etsdm-n {self.etsdm_n} gives each timestep its own part: nothing is shared"),
+            ((self.microbatch or 0) >= b,
+             f"--microbatch {self.microbatch} has no effect: a process has {b} images"),
+            ("images" in self.given and self.images % self.batch_size,
+             f"--images {self.images} are {steps} whole batches, {steps * self.batch_size} images"),
+            (self.warmup >= steps,
+             f"--warmup: the learning rate rises over {self.warmup} steps, and the run has {steps}"),
+            ("workers" in self.given and not dataset.streamed,
+             "--workers has no effect: the images are in memory, or drawn"),
+            (self.skip_bad_images and not getattr(dataset, "paths", None),
+             "--skip-bad-images has no effect: the images are not files")) if unusual]

@@ -29,6 +29,7 @@ x (B, C, H, W), data in [-1, 1]; t in [0, T], a number or (B,); net(x, c) the ra
 import copy
 import importlib
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -154,10 +155,11 @@ class Denoiser:
         return self.to_x0_eps(x, t, self.prediction_at(x, t))
 
 
-def zero_based_time(t: Tensor) -> Tensor:
+def zero_based_time(T: int = 1000, share=None) -> Callable[[Tensor], Tensor]:
     """The time input of imported networks. guided-diffusion, SA-DPM and most others count DDPM's
-    steps 0..T-1, ours are 1..T: their networks receive t - 1."""
-    return t - 1
+    steps 0..T-1, ours are 1..T: their networks receive t - 1, in thousandths of T. share: E-TSDM's
+    f, in their count."""
+    return lambda t: (share(t - 1) if share else t - 1) * (1000 / T)
 
 
 def build_denoiser(settings: dict, extra: dict | None = None) -> Denoiser:
@@ -169,9 +171,11 @@ def build_denoiser(settings: dict, extra: dict | None = None) -> Denoiser:
     """
     schedule = schedules.make_schedule(settings["schedule"], settings["T"], settings["continuous"],
                                        settings["unet"]["image_size"])
-    time_input = zero_based_time if settings.get("imported") else None
+    time_input = None
     if settings["etsdm"]:
         time_input = etsdm.make_time_input(settings["etsdm_interval"], settings["etsdm_n"])
+    if settings.get("imported"):
+        time_input = zero_based_time(settings["T"], time_input)
     net = unet.UNet(**settings["unet"])
     space = Pixels((settings["channels"], settings["image_size"], settings["image_size"]))
     denoiser = Denoiser(net, schedule, settings["prediction"], time_input, space)

@@ -31,7 +31,7 @@ import data
 import losses
 import samplers
 from config import Config
-from denoiser import build_denoiser
+from denoiser import build_denoiser, load_run
 from support import checkpoint, distributed, precision, rng
 from support.cli import parse_into
 from support.images import grid
@@ -245,6 +245,10 @@ def main(argv=None, make_objective=DiffusionObjective, config_class=Config):
         state = TrainState(objective, config)
         if saved:
             state.load_state_dict(saved, run.path)
+        elif config.init:
+            weights = load_run(config.init).net.state_dict()
+            state.net.load_state_dict(weights)
+            state.ema.load_state_dict(weights)
         dist.print0(f"data: {dataset.summary}\nnetwork: "
                     f"{sum(p.numel() for p in state.net.parameters()):,} parameters")
         for line in (*config.warnings(dataset, dist.world_size), *objective.warnings,

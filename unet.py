@@ -2,89 +2,85 @@ r"""The network: the U-Net of ADM ("Diffusion Models Beat GANs", Dhariwal & Nich
 
     net(x, c):   noisy images x (B, C, H, W), time input c (B,)   ->   prediction (B, C_out, H, W)
 
-c is the time input (etsdm.py): a real number in [0, T]. The network never learns which noise
-schedule it serves. For three levels it looks like this:
+c is a real number (etsdm.py). The network never learns which noise schedule it serves. With three
+levels it is
 
     conv  [Res Res] down  [Res Res] down  [Res Res]                        conv
-      |     |   |    |      |   |    |      |   |   \                        ^
-      |     |   |    |      |   |    |      |   |    [Res Attention Res]      |
+      |     |   |    |      |   |    |      |   |    [Res Attention Res]      ^
       v     v   v    v      v   v    v      v   v   /  the middle             |
     a stack of skips; on the way up each [Res] takes one off and concatenates it
 
-Two families of sizes are in PRESETS. SA-DPM's: plain convolutions resample, the time embedding is
-added, attention has one head. E-TSDM's, ADM proper: BigGAN residual blocks resample, the time
-embedding scales and shifts the normalised map, heads have 64 channels.
+PRESETS has two families of sizes. E-TSDM's is ADM proper: BigGAN residual blocks resample, the
+time embedding scales and shifts the normalised map, heads have 64 channels. SA-DPM's is DDPM's
+network as its authors wrote it: plain convolutions resample, the embedding is added, there is one
+head, and details differ that no parameter count shows (SA below). Its authors count steps from 0.
 
 Not here: class labels, and guided-diffusion's "new attention order" (no released weights use it).
-SA-DPM's own network differs from its preset here in ways that no count of parameters shows: sin
-before cos, GroupNorm eps 1e-6, one-sided padding in front of a strided convolution, and no layers
-that start at zero.
 
     python -c "import unet; print(unet.describe())"        # the presets, with parameter counts
 
-B images, C channels, H, W pixels, E width of the time embedding, N = H W positions, d channels of
-one attention head.
+B images, E width of the time embedding, N = H W positions, d channels of one attention head.
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# The sizes of the two papers, as arguments of UNet. The counts of parameters are exact, and tested.
-SA = dict(head_channels=None, dropout=0.1, scale_shift=False, resblock_updown=False)
+# The papers' sizes, as arguments of UNet: SA-DPM's configuration files, E-TSDM's table A1. The
+# parameter counts are exact.
+DDPM = dict(sin_first=True, freq_shift=1, norm_eps=1e-6, pad_end=True, zero_init=False)
+SA = dict(DDPM, head_channels=None, dropout=0.1, scale_shift=False, resblock_updown=False)
 ADM = dict(image_size=256, attention_resolutions=(32, 16, 8))
 PRESETS = {
-    # Ours, for minutes on a CPU: 32x32 pixels are a 16x16 core of 2x2 patches, with attention in
-    # the middle only, and 8 groups: one channel per group (32 of 32) is slow.
+    # Ours, for minutes on a CPU, in 2x2 patches. One channel per group (32 of 32) would be slow.
     "tiny": dict(image_size=32, channels=32, channel_mult=(1, 2, 2), res_blocks=1, patch=2,
                  norm_groups=8, attention_resolutions=(), head_channels=None,
                  resblock_updown=False),                                                 # 1,147,276
-    # SA-DPM's configuration files
     "cifar10": dict(SA, image_size=32, channel_mult=(1, 2, 2, 2)),                      # 35,746,307
     "celeba64": dict(SA, image_size=64, channel_mult=(1, 2, 2, 2, 4)),                  # 78,700,803
     "celebahq256": dict(SA, image_size=256, channel_mult=(1, 1, 2, 2, 4, 4),
                         dropout=0.0),                                                  # 113,673,219
-    # E-TSDM's table A1. Its "131M" and "692M" are these counts over 2^20, cut off; and attention
-    # at "32, 64, 8" must be at 32, 16, 8: of the sets it could be, this alone gives both counts.
+    # Table A1's "131M" and "692M" are these counts over 2^20, cut off; and its attention at "32,
+    # 64, 8" must be at 32, 16, 8: of the sets that it could be, this alone gives both counts.
     "ffhq256": dict(ADM, channel_mult=(1, 1, 2, 2, 4, 4), time_channels=512),          # 138,286,467
     "ffhq256-large": dict(ADM, channel_mult=(1, 1, 2, 4, 6, 8), res_blocks=4,
                           time_channels=2048),                                         # 725,956,227
-    # OpenAI's released 256-pixel networks without classes (LSUN, ImageNet), for
-    # papers/checkpoints.py. Theirs have 3 more outputs, for a learned variance: 552,814,086.
+    # OpenAI's 256-pixel networks without classes. The released ones (papers/checkpoints.py) have 3
+    # more outputs, for a learned variance: 552,814,086.
     "adm256": dict(ADM, channels=256, channel_mult=(1, 1, 2, 2, 4, 4)),                # 552,807,171
 }
 
 
 class UNet(nn.Module):
-    r"""forward(x (B, in_channels, H, W), c (B,)) -> (B, out_channels, H, W).
+    r"""forward(x (B, in_channels, H, W), c (B,)) -> (B, out_channels, H, W), H = W = image_size.
 
-    image_size             side in pixels; the attention resolutions refer to it
     channels               width of level 0; channel_mult: that of each level, as its multiple
     res_blocks             residual blocks per level on the way down; one more on the way up
     attention_resolutions  sides of the feature maps, in patches, that get self-attention
-    head_channels          channels of one attention head; None: a single head
+    head_channels          channels of one attention head; None: `heads` heads of any width
     time_channels          width E of the time embedding; None: 4 channels
     scale_shift            the embedding scales and shifts the normalised map; False: is added
     resblock_updown        residual blocks resample; False: plain convolutions do
-    norm_groups            groups of GroupNorm; they must divide every width
-    patch                  p x p pixels become channels before the first convolution, and back after
-                           the last (SA and ADM: 1)
-    second_head            None, or "simple" or "block": another out_channels, behind the others,
-                           from a second output layer on the same last map (papers/heads.py)
+    norm_groups, norm_eps  of GroupNorm; the groups must divide every width
+    patch                  p x p pixels become channels, and back after the last convolution
+    second_head            None, "simple" or "block": another out_channels, behind the others, from
+                           a second output layer on the same last map (papers/heads.py)
+    sin_first, freq_shift  of timestep_embedding
+    pad_end                a strided convolution pads the right and lower edge only
+    zero_init              the last layer of each block, and of all, starts at zero
 
-    ValueError: a size that cannot be halved often enough, widths that do not divide.
-    """
+    ValueError: a size that cannot be halved often enough, widths that do not divide."""
 
     def __init__(self, image_size, in_channels=3, out_channels=3, channels=128,
                  channel_mult=(1, 2, 2, 2), res_blocks=2, attention_resolutions=(16,),
                  head_channels=64, dropout=0.0, time_channels=None, scale_shift=True,
-                 resblock_updown=True, norm_groups=32, patch=1, second_head=None):
+                 resblock_updown=True, norm_groups=32, patch=1, second_head=None, heads=1,
+                 sin_first=False, freq_shift=0, norm_eps=1e-5, pad_end=False, zero_init=True):
         super().__init__()
-        if second_head not in (None, "simple", "block"):
-            raise ValueError(f"a second head is simple or block, not {second_head!r}")
         levels = len(channel_mult)
         unit = patch * 2 ** (levels - 1)
         if image_size % unit:
@@ -95,16 +91,16 @@ class UNet(nn.Module):
             raise ValueError(f"{channels} channels times {channel_mult} do not divide into "
                              f"{norm_groups} groups")
         E = time_channels or 4 * channels
-        self.channels, self.patch = channels, patch
+        self.patch, self.embedding = patch, (channels, sin_first, freq_shift)
         self.recompute = False  # True: keep only each stage's input, and compute the rest again
         self.time_embed = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
 
         def res(c_in, c_out, resample=None):
             return ResBlock(c_in, c_out, E, dropout, scale_shift, norm_groups, resample)
 
-        def attention(width, level):  # a list, empty for levels without attention
-            here = image_size // patch >> level in attention_resolutions
-            return [Attention(width, head_channels, norm_groups)] if here else []
+        def attention(width, level=None):  # a list, empty for levels without; None: the middle
+            here = level is None or image_size // patch >> level in attention_resolutions
+            return [Attention(width, head_channels, norm_groups, heads)] if here else []
 
         # ---- down: every stage's output goes on the stack of skips
         width = channels * channel_mult[0]
@@ -117,22 +113,21 @@ class UNet(nn.Module):
                 self.input_blocks.append(Stage([res(before, width), *attention(width, level)]))
                 skips.append(width)
             if level < levels - 1:
-                down = res(width, width, "down") if resblock_updown else Downsample(width)
+                down = res(width, width, "down") if resblock_updown else downsample(width, pad_end)
                 self.input_blocks.append(Stage([down]))
                 skips.append(width)
 
         # ---- middle: attention always
-        self.middle_block = Stage([res(width, width), Attention(width, head_channels, norm_groups),
-                                   res(width, width)])
+        self.middle_block = Stage([res(width, width), *attention(width), res(width, width)])
 
-        # ---- up: one block more than on the way down, because the downsampled map was kept too
+        # ---- up: one block more than on the way down: the downsampled map was kept too
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(res_blocks + 1):
                 joined, width = width + skips.pop(), channels * mult
                 stage = [res(joined, width), *attention(width, level)]
                 if level and i == res_blocks:
-                    stage.append(res(width, width, "up") if resblock_updown else Upsample(width))
+                    stage.append(res(width, width, "up") if resblock_updown else upsample(width))
                 self.output_blocks.append(Stage(stage))
         self.out_norm = nn.GroupNorm(norm_groups, width)
         self.out_conv = zero(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
@@ -141,12 +136,17 @@ class UNet(nn.Module):
             self.second_head = Stage([res(width, width)] * (second_head == "block") + [
                 nn.GroupNorm(norm_groups, width), nn.SiLU(),
                 zero(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))])
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.GroupNorm):
+                layer.eps = norm_eps
+            if not zero_init and name.split(".")[-1] in ("conv2", "proj", "out_conv"):
+                layer.reset_parameters()
 
     def forward(self, x, c):
         # Time is embedded in full precision even under bf16 autocast: bf16 rounds 999 to 1000.
         with torch.autocast(x.device.type, enabled=False):
-            dtype = self.time_embed[0].weight.dtype
-            emb = self.time_embed(timestep_embedding(c, self.channels, dtype))  # (B, E)
+            emb = timestep_embedding(c, *self.embedding).to(self.time_embed[0].weight.dtype)
+            emb = self.time_embed(emb)  # (B, E)
         h, skips = lay_out(F.pixel_unshuffle(x, self.patch)), []
         for stage in self.input_blocks:
             h = self.run(stage, emb, h)
@@ -157,31 +157,28 @@ class UNet(nn.Module):
         out = F.pixel_shuffle(self.out_conv(F.silu(self.out_norm(h))), self.patch)
         if self.second_head is None:
             return out
-        # Contiguous, because GroupNorm's backward pass on a CPU crashes for a channels_last input
-        # that needs no gradient: here the output of a frozen trunk (PyTorch 2.11 to 2.13).
+        # Contiguous: on CPUs GroupNorm's backward pass crashes for a channels_last input that needs
+        # no gradient, here the output of a frozen trunk (PyTorch 2.11 to 2.13).
         h = self.second_head(h.contiguous(), emb)
         return torch.cat([out, F.pixel_shuffle(h, self.patch)], dim=1)
 
     def run(self, stage, emb, *maps):
-        """A stage of concatenated maps (B, ., H, W). With `recompute`, backward() gets its inner
-        maps by running it once more: a third more work for a fraction of the memory."""
+        """A stage of concatenated maps. With `recompute`, backward() gets its inner maps by running
+        it once more: a third more work for a fraction of the memory."""
         if not (self.recompute and torch.is_grad_enabled()):
             return stage(torch.cat(maps, dim=1) if len(maps) > 1 else maps[0], emb)
-        return checkpoint(lambda *maps: stage(torch.cat(maps, dim=1), emb), *maps,
-                          use_reentrant=False)
+        return checkpoint(lambda *m: stage(torch.cat(m, dim=1), emb), *maps, use_reentrant=False)
 
 
 def lay_out(h: torch.Tensor) -> torch.Tensor:
     """Channels last in memory, if that is faster: it is for a CPU's float32 convolutions, and the
     layers keep the layout. The normalisation of bf16 gets slower."""
-    if h.is_cuda or torch.is_autocast_enabled("cpu"):
-        return h
-    return h.contiguous(memory_format=torch.channels_last)
+    slower = h.is_cuda or torch.is_autocast_enabled("cpu")
+    return h if slower else h.contiguous(memory_format=torch.channels_last)
 
 
 class Stage(nn.ModuleList):
-    """Layers applied one after the other; the residual blocks among them also see the time
-    embedding."""
+    """Layers, one after the other. The residual blocks among them also see the time embedding."""
 
     def forward(self, h, emb):
         for layer in self:
@@ -193,11 +190,9 @@ class ResBlock(nn.Module):
     r"""skip(x) + conv2(SiLU(norm2(h, time))),   h = conv1(SiLU(norm1(x))).
 
     resample: "down" (2x2 average) or "up" (nearest) acts on both branches, in the first between
-    activation and convolution (BigGAN): no weights are spent on it. None: neither.
-    """
+    activation and convolution (BigGAN), without weights. None: neither."""
 
-    def __init__(self, c_in, c_out, time_channels, dropout, scale_shift, norm_groups,
-                 resample=None):
+    def __init__(self, c_in, c_out, time_channels, dropout, scale_shift, norm_groups, resample):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(norm_groups, c_in)
@@ -224,24 +219,23 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the N = H W positions, added to its input."""
 
-    def __init__(self, width, head_channels, norm_groups):
+    def __init__(self, width, head_channels, norm_groups, heads=1):
         super().__init__()
-        if head_channels and width % head_channels:
-            raise ValueError(f"{width} channels do not divide into attention heads of "
-                             f"{head_channels}")
-        self.heads = width // head_channels if head_channels else 1
+        if width % (head_channels or heads):
+            raise ValueError(f"{width} channels do not divide into attention heads"
+                             + f" of {head_channels}" * bool(head_channels))
+        self.heads = width // head_channels if head_channels else heads
         self.norm = nn.GroupNorm(norm_groups, width)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.proj = zero(nn.Conv2d(width, width, 1))
 
     def forward(self, x):
         B, C, H, W = x.shape
-        # Channels lie as [head][q, k, v][d], as in ADM's weights. One contiguous() for all three:
-        # on strided inputs scaled_dot_product_attention silently takes a slow path.
+        # Channels lie as [head][q, k, v][d], as in ADM. One contiguous() for all three: on strided
+        # inputs scaled_dot_product_attention silently takes a slow path.
         qkv = self.qkv(self.norm(x)).reshape(B, self.heads, 3, C // self.heads, H * W)
         q, k, v = qkv.permute(2, 0, 1, 4, 3).contiguous()  # each (B, heads, N, d)
-        # The fused kernel never holds the N x N products; but on CPUs its bf16 form is 2 to 3 times
-        # slower than the two products themselves.
+        # The fused kernel never holds the N x N products, but on CPUs its bf16 form is slower.
         plain = q.dtype == torch.bfloat16 and not q.is_cuda
         h = (attend if plain else F.scaled_dot_product_attention)(q, k, v)
         return x + self.proj(h.transpose(2, 3).reshape(B, C, H, W))
@@ -252,26 +246,17 @@ def attend(q, k, v):
     return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3) @ v
 
 
-class Downsample(nn.Module):
-    """Strided 3x3 convolution: H, W -> H/2, W/2."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
-
-    def forward(self, x):
-        return self.conv(x)
+def downsample(width, pad_end):
+    """Strided 3x3 convolution: H, W -> H/2, W/2. It pads all edges by 1, or two (pad_end)."""
+    pad = nn.ZeroPad2d((0, 1, 0, 1)) if pad_end else nn.Identity()
+    conv = nn.Conv2d(width, width, 3, stride=2, padding=0 if pad_end else 1)
+    return nn.Sequential(OrderedDict(pad=pad, conv=conv))
 
 
-class Upsample(nn.Module):
+def upsample(width):
     """Nearest-neighbour doubling, then a 3x3 convolution: H, W -> 2H, 2W."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    conv = nn.Conv2d(width, width, 3, padding=1)
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
 
 def zero(layer: nn.Module) -> nn.Module:
@@ -281,22 +266,21 @@ def zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def timestep_embedding(c, dim, dtype=torch.float32):
-    r"""[cos(c w_j) | sin(c w_j)], w_j = 10000^(−j/half), j < half = dim/2: c (B,) -> (B, dim).
-
-    Angles are formed in float64: c w_0 reaches 1000 radians, where float32 keeps four decimals.
-    """
+def timestep_embedding(c, dim, sin_first=False, freq_shift=0):
+    r"""c (B,) -> [cos(c w_j) | sin(c w_j)] (B, dim) or, sin_first, [sin | cos];
+    w_j = 10000^(−j/(half − freq_shift)), j < half = dim/2. Angles are formed in float64: they reach
+    1000 radians, where float32 keeps four decimals. So is the result."""
     half = dim // 2
     j = torch.arange(half, dtype=torch.float64, device=c.device)
-    w = torch.exp(-math.log(10000) / half * j)
+    w = torch.exp(-math.log(10000) / (half - freq_shift) * j)
     angle = c.double()[:, None] * w
-    return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, dim % 2)).to(dtype)
+    parts = (angle.sin(), angle.cos()) if sin_first else (angle.cos(), angle.sin())
+    return F.pad(torch.cat(parts, dim=1), (0, dim % 2))
 
 
 def describe():
     """One line per preset: name, image side, parameters."""
     with torch.device("meta"):
-        nets = {name: UNet(**size) for name, size in PRESETS.items()}
-    return "\n".join(f"{name:14}{PRESETS[name]['image_size']:4} px "
-                     f"{sum(p.numel() for p in net.parameters()):12,} parameters"
-                     for name, net in nets.items())
+        return "\n".join(f"{name:14}{size['image_size']:4} px "
+                         f"{sum(p.numel() for p in UNet(**size).parameters()):12,} parameters"
+                         for name, size in PRESETS.items())

@@ -152,6 +152,7 @@ class AlternativeConfig(Config):
                                    choices=(*TIME_DISTRIBUTIONS, "remap"),
                                    shown="uniform; lognormal for --schedule edm")
 
+    unused: ClassVar[tuple] = ("init",)
     prog: ClassVar[str] = "papers.alternatives"
     usage: ClassVar[str] = "python -m papers.alternatives [flags]"
     description: ClassVar[str] = "Train the alternatives that E-TSDM compares itself with."

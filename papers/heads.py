@@ -35,7 +35,8 @@ RECIPE = dict(batch_size=128, images=64_000_000, lr=1e-4, beta2=0.999, ema=0.999
 TINY_RECIPE = dict(batch_size=64, images=128_000, lr=1e-3, beta2=0.99, ema=0.995, grad_clip=0.0,
                    warmup=0, sample_every=1000, save_every=500)
 # The head's loss has one term, over all t alike, as in both papers' programs.
-PLAIN = dict(sa_k=1, sa_weight=0.0, train_times="uniform", recompute=False, dropout=0.0)
+PLAIN = dict(sa_k=1, sa_weight=0.0, train_times="uniform", recompute=False, dropout=0.0,
+             init="")
 
 
 def head_loss(denoiser, x0, t, noise, kind):

@@ -81,7 +81,7 @@ class LatentConfig(Config):
                        positional="AUTOENCODER", group="latent diffusion")
     autoencoder: dict | None = None  # arguments of Autoencoder, from that run
 
-    unused: ClassVar[tuple] = ("image_size", "channels")
+    unused: ClassVar[tuple] = ("image_size", "channels", "init")
     prog: ClassVar[str] = "papers.latents"
     usage: ClassVar[str] = "python -m papers.latents AUTOENCODER [flags]"
     description: ClassVar[str] = ("Train a diffusion model on the latents of an autoencoder. The "

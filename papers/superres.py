@@ -70,6 +70,7 @@ def extend(denoiser, settings, extra):
 class SuperResConfig(Config):
     factor: int = flag(4, "how many times smaller the known image is", group="super-resolution")
 
+    unused: ClassVar[tuple] = ("init",)
     prog: ClassVar[str] = "papers.superres train"
     usage: ClassVar[str] = "python -m papers.superres train [flags]"
     description: ClassVar[str] = "Train a super-resolution model. The same command resumes it."

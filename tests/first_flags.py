@@ -34,10 +34,10 @@ MOVED = {
     ("gap", "--illustrate"): ("papers.figures", "figure"),  # illustration
     ("sample", "--low-res"): ("papers.superres enlarge", "low_res"),
     ("sample", "--guided-diffusion"): ("papers.checkpoints", "file"),
-    ("sample", "--preset"): ("papers.checkpoints", "--preset"),
     ("sample", "--schedule"): ("papers.checkpoints", "--schedule"),
 }
 LOST = {
+    ("sample", "--preset"): "papers.checkpoints works the sizes out from the keys",
     ("train", "--task"): "each task is a program: papers.superres train, papers.autoencoder train",
 }
 # (program, flag, value): why there is no such value any more.

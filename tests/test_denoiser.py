@@ -90,12 +90,13 @@ def test_half_precision_outputs_are_lifted():
 
 def test_imported_checkpoints_count_from_zero():
     inputs = []
-    denoiser = D.Denoiser(
-        lambda x, c: (inputs.append(c), x)[1], LINEAR, time_input=D.zero_based_time
-    )
-    denoiser.predict(torch.randn(1, 1), 1000)
-    denoiser.predict(torch.randn(1, 1), torch.tensor([1]))
-    assert [c.item() for c in inputs] == [999, 0]
+    for share in (None, etsdm.make_time_input(100, 5)):  # shares in their count
+        denoiser = D.Denoiser(
+            lambda x, c: (inputs.append(c), x)[1], LINEAR, time_input=D.zero_based_time(1000, share)
+        )
+        for t in (1000, torch.tensor([1]), 21, 40):
+            denoiser.predict(torch.randn(1, 1), t)
+    assert [c.item() for c in inputs] == [999, 0, 20, 39] + [999, 0, 20, 20]
 
 
 def test_unknown_prediction():
