@@ -3,9 +3,8 @@ r"""What a run is: one flat dataclass whose fields are the flags of train.py, an
     config = parse_into(Config, ["--preset", "cifar10", "--sa-k", "2"])
     config.settings()        # plain values: config.json and checkpoint.pt hold them
 
-A preset only changes defaults: what the command line says always wins. Everything is checked once,
-in check(), before anything is opened or built. The programs in papers/ subclass Config and add
-their own fields.
+A preset only changes defaults: the command line always wins. check() runs once, before anything is
+built. The programs in papers/ subclass Config and add their own fields.
 
 Not here: parsing (support/cli.py), building networks (unet.py), reading images (data.py).
 
@@ -26,21 +25,17 @@ from support.checkpoint import RUNS
 from support.cli import flag, flag_name
 from support.run import run_name, settings_of
 
-PREDICTIONS = ("eps", "v", "x0", "edm")
-LOSS_SPACES = PREDICTIONS
+PREDICTIONS = LOSS_SPACES = ("eps", "v", "x0", "edm")
 TIME_DISTRIBUTIONS = ("uniform", "lognormal")
-# What --init takes from the other run, unless a flag says otherwise
 INHERITED = ("image_size", "channels", "schedule", "continuous", "prediction", "dropout", "etsdm",
-             "etsdm_interval", "etsdm_n")
+             "etsdm_interval", "etsdm_n")  # by --init, unless a flag says otherwise
 
-# How each preset is trained. The papers': SA-DPM's configuration files (epochs turned into images
-# seen) and E-TSDM's table A1, which gives no length: 48 M is ours. loss_space None: that of the
-# prediction.
+# How each preset is trained: SA-DPM's configuration files (epochs as images), E-TSDM's table
+# A1, which gives no length: 48 M is ours. loss_space None: that of the prediction.
 PAPER = dict(schedule="linear", prediction="eps", loss_space="eps", lr=2e-4, beta2=0.999,
              ema=0.9999, grad_clip=1.0, warmup=0, flip=False, sample_every=5000, save_every=1000)
 RECIPES = {
-    # Ours, for minutes on a CPU. v-prediction, cosine schedule: eps on the linear one still gives
-    # coloured fog after the same minutes (docs/lab-notebook.md).
+    # Ours, for minutes on a CPU, in which eps on the linear schedule still gives coloured fog.
     "tiny": dict(PAPER, batch_size=32, images=41_600, schedule="cosine", prediction="v",
                  loss_space=None, lr=2e-3, beta2=0.99, ema=0.995, warmup=100, sample_every=650,
                  save_every=200),
@@ -118,8 +113,7 @@ class Config:
     T: ClassVar[int] = 1000
     prog: ClassVar[str] = "train.py"
     usage: ClassVar[str] = "torchrun train.py [flags]"
-    description: ClassVar[str] = ("Train a diffusion model on images. The same command again "
-                                  "resumes the run.")
+    description: ClassVar[str] = "Train a diffusion model. The same command again resumes the run."
     examples: ClassVar[str] = """\
   torchrun train.py --sa-k 2
       the built-in shapes: a tiny network, a few minutes on two CPU cores; then: python sample.py
@@ -127,11 +121,9 @@ class Config:
       your own pictures (a folder or zip, searched recursively), both papers' methods together
   torchrun --nproc_per_node 8 train.py --preset cifar10 --data cifar10 --sa-k 2 --steps 400000
       the SA paper's CIFAR-10 model on 8 GPUs; --batch-size stays the global batch
-  python train.py --schedule edm --etsdm
-      EDM: its schedule, preconditioning, loss and noise levels; sample with --sampler heun
 
 Super-resolution, latent diffusion, variance heads and the alternatives to E-TSDM are programs of
-papers/. The presets: python -c "import config; print(config.RECIPES)\""""
+papers/."""
 
     @classmethod
     def recipe(cls, given):
@@ -147,8 +139,7 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
         if schedule in ("edm", "zero-terminal-snr"):  # eps has no x_0 at t = T of the latter
             values["prediction"] = "edm" if schedule == "edm" else "v"
         prediction = given.get("prediction", values["prediction"])
-        # The papers measure eps, and so do their presets. But eps's residual is alpha times v's:
-        # nothing would be learnt where alpha = 0.
+        # eps's residual, the papers' choice, is alpha times v's: it teaches nothing at alpha = 0
         if values["loss_space"] is None or prediction == "edm" or schedule == "zero-terminal-snr":
             values["loss_space"] = prediction
         values["train_times"] = "lognormal" if schedule == "edm" else "uniform"
@@ -157,8 +148,7 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
         return values
 
     def check(self):
-        """Raise ValueError for values out of range, and for flags that contradict or would have no
-        effect. Fill in the run's name."""
+        """ValueError for flags that contradict or would have no effect. Fill in the run's name."""
         if {"steps", "images"} <= self.given:
             raise ValueError("--steps and --images both set the length: give one")
         self.require("steps", "steps" not in self.given or self.steps > 0, "must be above 0")
@@ -188,8 +178,7 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
             raise ValueError(f"--prediction {self.prediction} cannot go with --schedule edm, whose "
                              "x_t is up to 80 wide: leave it out")
         self.name = self.name or self.default_name()
-        if (Path(self.name).name != self.name or self.name[0] == "."
-                or not self.name.isprintable()):
+        if Path(self.name).name != self.name or self.name[0] == "." or not self.name.isprintable():
             raise ValueError(f"--name {self.name!r} must be a plain name: runs go to {RUNS}/NAME")
 
     def check_divisible(self):
@@ -213,13 +202,12 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
 
     def settings(self):
         """The run as a flat dict of plain values. denoiser.build_denoiser() reads it back."""
-        own = {k: v for k, v in asdict(self).items() if k != "base"}
-        kept = {k: self.base[k] for k in ("T", "imported") if k in (self.base or {})}
-        return {**own, "T": self.T, "unet": self.network(), **kept}
+        own, base = {**asdict(self), "T": self.T, "unet": self.network()}, self.base or {}
+        del own["base"]
+        return {**own, **{k: base[k] for k in ("T", "imported") if k in base}}
 
     def may_change(self):
-        """Names of settings that may differ when a run is resumed. `data` is where the images
-        lie; what they are is compared by their digest."""
+        """Names of settings that may differ when a run is resumed. Images have a digest instead."""
         names = {f.name for f in fields(self) if f.metadata.get("resume")}
         return names | {"data", "name", "steps"}
 
@@ -258,7 +246,7 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
             ("images" in self.given and self.images % self.batch_size,
              f"--images {self.images} are {steps} whole batches, {steps * self.batch_size} images"),
             (self.warmup >= steps,
-             f"--warmup: the learning rate rises over {self.warmup} steps, and the run has {steps}"),
+             f"--warmup: the learning rate rises over {self.warmup} steps, the run has {steps}"),
             ("workers" in self.given and not dataset.streamed,
              "--workers has no effect: the images are in memory, or drawn"),
             (self.skip_bad_images and not getattr(dataset, "paths", None),

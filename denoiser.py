@@ -69,11 +69,9 @@ class Denoiser:
     """net: a Module or any callable net(x (B, C, ...), c (B,)) -> (B, C or more, ...); second heads
     and learned variances follow the prediction. time_input: a function t -> c, None for c = t."""
 
-    def __init__(self, net, schedule: Schedule, prediction: str = "eps", time_input=None,
-                 space=None):
+    def __init__(self, net, schedule: Schedule, prediction="eps", time_input=None, space=None):
         if prediction not in PREDICTIONS:
-            raise ValueError(f"unknown prediction {prediction!r}: choose from "
-                             + " ".join(PREDICTIONS))
+            raise ValueError(f"unknown prediction {prediction!r}: use {' '.join(PREDICTIONS)}")
         self.net, self.schedule, self.prediction = net, schedule, prediction
         self.time_input, self.space = time_input, space or Pixels(())
         self.conditioning = None  # (B, ...): further input channels of the network
@@ -124,7 +122,7 @@ class Denoiser:
             times = len(x) // len(self.conditioning)
             repeated = self.conditioning.repeat(times, *[1] * (self.conditioning.dim() - 1))
             net_input = torch.cat([net_input, repeated.to(x.dtype)], dim=1)
-        # c has x's precision, but never half: bf16 cannot hold 999.
+        # c has x's dtype, but never half: bf16 cannot hold 999.
         dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         c = self.time_input_at(t if t_input is None else t_input).to(x.device, dtype).expand(len(x))
         return self.net(net_input, c).to(x.dtype)
@@ -156,9 +154,8 @@ class Denoiser:
 
 
 def zero_based_time(T: int = 1000, share=None) -> Callable[[Tensor], Tensor]:
-    """The time input of imported networks. guided-diffusion, SA-DPM and most others count DDPM's
-    steps 0..T-1, ours are 1..T: their networks receive t - 1, in thousandths of T. share: E-TSDM's
-    f, in their count."""
+    """The time input of imported networks. Most programs count DDPM's steps 0..T-1, ours are 1..T:
+    their networks receive t - 1, in thousandths of T. share: E-TSDM's f, in their count."""
     return lambda t: (share(t - 1) if share else t - 1) * (1000 / T)
 
 

@@ -100,7 +100,7 @@ def test_imported_checkpoints_count_from_zero():
 
 
 def test_unknown_prediction():
-    with pytest.raises(ValueError, match="unknown prediction 'noise': choose from eps v x0"):
+    with pytest.raises(ValueError, match="unknown prediction 'noise': use eps v x0"):
         D.Denoiser(None, LINEAR, "noise")
 
 

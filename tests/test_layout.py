@@ -247,7 +247,7 @@ def accepted(command):
     found = find_program(shlex.split(re.split("  |#|&&|;", command)[0]))
     assert found, f"no program of ours: {command}"
     program, words = found
-    if program in OPEN_A_RUN:
+    if program in OPEN_A_RUN or "--init" in words:
         make_parser(PROGRAMS[program]).parse_args(words)
     else:
         parse(program, words)
