@@ -537,7 +537,8 @@ def test_flags_of_the_way_back(words, message):
 def test_runs_without_a_counterpart(tmp_path, monkeypatch, size, settings, message):
     monkeypatch.chdir(tmp_path)
     modules = __import__("sys").modules
-    monkeypatch.setitem(modules, "safetensors", None)
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(modules, name, None)
     with pytest.raises(ValueError, match="^--to diffusers needs safetensors: pip install"):
         checkpoints.main("run --to diffusers out".split())
     fake = type("module", (), dict(save_file=None))
