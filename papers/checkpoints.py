@@ -2,6 +2,8 @@ r"""Networks of other programs: converted once into an ordinary run.
 
     python -m papers.checkpoints celeba_sa/model_1175_ema.pth --name celeba_sa       # SA-DPM's
     python sample.py celeba_sa --spacing leading --nfe 10                             # their grid
+    torchrun train.py --init celeba_sa --sa-k 2 ...                                   # fine-tuning
+    python -m papers.checkpoints celeba_sa --to diffusers exported/
 
 Keys and shapes give what a file is, and its sizes:
 
@@ -18,7 +20,8 @@ All these programs count DDPM's steps 0..T-1, ours are 1..T: their networks rece
 (denoiser.py). Networks that learnt a variance (learn_sigma) have twice the outputs; the second half
 stays unused. Nothing in a file is executed.
 
-Not here: classifiers, upsamplers, class-conditional networks, EDM's pickles, Stable Diffusion.
+Not here: the way back (exports.py); classifiers, upsamplers, class-conditional networks, EDM's
+pickles, Stable Diffusion.
 """
 
 import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
@@ -34,6 +37,7 @@ import torch
 
 import config as configs
 import unet
+from papers import exports
 from support import checkpoint, files
 from support.cli import flag, flag_name, parse_into
 from support.programs import run_main
@@ -260,8 +264,6 @@ def find_weights(content):
 ONLY = dict(_class_name="UNet2DModel", act_fn="silu", time_embedding_type="positional",
             center_input_sample=False, class_embed_type=None, num_class_embeds=None,
             mid_block_scale_factor=1, add_attention=True, mid_block_type="UNetMidBlock2D")
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
 
 
 def diffusers_network(config):
@@ -293,11 +295,12 @@ def diffusers_schedule(scheduler):
     if name == "linear":
         refuse_others(scheduler, dict(beta_start=1e-4, beta_end=0.02), "its scheduler")
     prediction = scheduler.get("prediction_type", "epsilon")
-    if name not in SCHEDULES or prediction not in PREDICTIONS:
+    if name not in exports.SCHEDULES or prediction not in exports.PREDICTIONS:
         raise ValueError(f"its scheduler has {name} betas and predicts {prediction}: only "
-                         f"{' '.join(SCHEDULES)} and {' '.join(PREDICTIONS)} can be converted")
+                         + " ".join([*exports.SCHEDULES, "and", *exports.PREDICTIONS])
+                         + " can be converted")
     large = scheduler.get("variance_type") == "fixed_large"
-    return SCHEDULES[name], PREDICTIONS[prediction], "large" if large else "small"
+    return exports.SCHEDULES[name], exports.PREDICTIONS[prediction], "large" if large else "small"
 
 
 def refuse_others(config, only, where):
@@ -393,17 +396,26 @@ class ImportConfig:
     image_size: int | None = flag(None, "side in pixels", shown="where attention is gives it")
     heads: int | None = flag(None, "attention heads of each layer", shown="the program's usual")
     head_channels: int | None = flag(None, "or their channels", shown="the program's usual")
+    to: tuple[str, ...] = flag((), "the way back: write a run as a folder of diffusers", nargs=2,
+                               metavar=("diffusers", "FOLDER"))
 
     prog: ClassVar[str] = "papers.checkpoints"
     usage: ClassVar[str] = "python -m papers.checkpoints FILE_OR_FOLDER [flags]"
     description: ClassVar[str] = "Convert the network of another program into a run."
     examples: ClassVar[str] = """\
   python -m papers.checkpoints celeba_sa/model_1175_ema.pth --name celeba_sa
-  python sample.py celeba_sa --spacing leading --nfe 10"""
+  python sample.py celeba_sa --spacing leading --nfe 10
+  python -m papers.checkpoints celeba_sa --to diffusers exported/"""
 
     def check(self):
         if not self.file:
             raise ValueError("FILE_OR_FOLDER is missing: python -m papers.checkpoints weights.pt")
+        if self.to:
+            if self.to[0] != "diffusers":
+                raise ValueError(f"--to {self.to[0]}: only diffusers FOLDER can be written")
+            if others := sorted(self.given - {"file", "to"}):
+                raise ValueError(f"{flag_name(others[0])} has no effect with --to: leave it out")
+            return
         if not Path(self.file).exists():
             raise FileNotFoundError(f"FILE {self.file}: there is no such file")
         path = Path(self.file).resolve()
@@ -419,6 +431,11 @@ class ImportConfig:
 
 def main(argv=None):
     config = parse_into(ImportConfig, argv)
+    if config.to:
+        folder = Path(config.to[1])
+        exports.export_diffusers(config.file, folder)
+        print(f"written: {folder.resolve()}")
+        return
     lines, variance = import_run(config.file, config.name, config.schedule, config.steps,
                                  config.image_size, config.heads, config.head_channels)
     large = " --variance large" * (variance == "large")

@@ -13,8 +13,9 @@ import sample
 import samplers
 import schedules
 import unet
+from config import Config
 from conftest import DATA
-from papers import checkpoints
+from papers import checkpoints, exports
 from support import checkpoint
 from test_unet import SMALL, awake
 
@@ -462,3 +463,121 @@ def test_safetensors(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="it is damaged, or not in the safetensors format"):
         checkpoints.main(["hf", "--name", "cut"])
+
+
+# ------------------------------------------------------------------ the way back
+
+WAYS = {
+    "adm": (SMALL, {}),
+    "plain": (SMALL | dict(resblock_updown=False, scale_shift=False, head_channels=None), {}),
+    "sa": ({**unet.PRESETS["cifar10"], **SMALL, "head_channels": None, "dropout": 0.0}, {}),
+    "v": (SMALL, dict(prediction="v", schedule="cosine")),
+    "x0": (SMALL | dict(time_channels=64), dict(prediction="x0", schedule="quadratic")),
+    "imported": (SMALL, dict(imported=True)),
+    "learned": (SMALL | dict(out_channels=6), dict(imported=True)),
+    "etsdm": (SMALL, dict(etsdm=True)),
+    "etsdm-imported": (SMALL, dict(etsdm=True, etsdm_interval=90.0, etsdm_n=4, imported=True)),
+    "tiny": ({**unet.PRESETS["tiny"], "channels": 16, "image_size": 16}, dict(prediction="v")),
+}
+
+
+def make_run(name, size, settings):
+    """A run folder without training."""
+    net = awake(unet.UNet(**size))
+    size = dict(in_channels=3, out_channels=3) | size
+    config = Config(name=name, image_size=size["image_size"], dropout=0.0)
+    settings = {**config.settings(), "unet": size, **settings}
+    folder = checkpoint.RUNS / name
+    folder.mkdir(parents=True)
+    state = net.state_dict()
+    more = dict(optimizer={}, step=0, skipped=0, processes=1)
+    checkpoint.save_checkpoint(
+        folder / "checkpoint.pt", dict(settings=settings, net=state, ema=state, **more)
+    )
+    return net
+
+
+@pytest.mark.parametrize("name", [name for name in WAYS if name not in ("tiny", "learned")])
+def test_to_diffusers_and_back_is_the_same_network(name):
+    size = dict(in_channels=3, out_channels=3) | WAYS[name][0]
+    net = awake(unet.UNet(**size))
+    theirs = exports.to_diffusers(net.state_dict(), size, imported=True)
+    again, kind = checkpoints.convert(theirs, size["head_channels"])
+    assert kind == checkpoints.DIFFUSERS and again.keys() == net.state_dict().keys()
+    assert all(torch.equal(again[k], v) for k, v in net.state_dict().items())
+    known = checkpoints.diffusers_network(exports.unet_config(size, dict(channels=3)))
+    found = checkpoints.network(again, kind, size["image_size"]) | known
+    assert found | {k: v for k, v in size.items() if k != "zero_init"} == found
+
+
+@pytest.mark.parametrize("sin_first, freq_shift", [(False, 0), (True, 1)])
+def test_the_count_moves_into_the_first_layer(sin_first, freq_shift):
+    weight, t = torch.randn(8, 32), torch.tensor([1.0, 30.0, 1000.0])
+    size = dict(sin_first=sin_first, freq_shift=freq_shift)
+    shifted = exports.shift_count(weight, size)
+    one, two = (unet.timestep_embedding(c, 32, **size) for c in (t, t - 1))
+    assert_close(two @ shifted.double().T, one @ weight.double().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("words, message", [
+    ("run --to tensorflow out", "^--to tensorflow: only diffusers FOLDER can be written"),
+    ("run --to diffusers out --name x", "^--name has no effect with --to"),
+])  # fmt: skip
+def test_flags_of_the_way_back(words, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoints.main(words.split())
+
+
+@pytest.mark.parametrize("size, settings, message", [
+    ({}, dict(schedule="edm", prediction="edm"), "a run with edm has no counterpart"),
+    ({}, dict(head="npr"), "a run with head has no counterpart"),
+    (dict(channel_mult=(2, 2)), {}, "no UNet2DModel has these widths"),
+    (dict(head_channels=None, heads=2), {}, "no UNet2DModel has these widths and heads"),
+])  # fmt: skip
+def test_runs_without_a_counterpart(tmp_path, monkeypatch, size, settings, message):
+    monkeypatch.chdir(tmp_path)
+    modules = __import__("sys").modules
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(modules, name, None)
+    with pytest.raises(ValueError, match="^--to diffusers needs safetensors: pip install"):
+        checkpoints.main("run --to diffusers out".split())
+    fake = type("module", (), dict(save_file=None))
+    monkeypatch.setitem(modules, "safetensors", fake)
+    monkeypatch.setitem(modules, "safetensors.torch", fake)
+    make_run("run", SMALL | size, settings)
+    with pytest.raises(ValueError, match=f"^run: {message}"):
+        checkpoints.main("run --to diffusers out".split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WAYS)
+def test_diffusers_draws_the_same_picture(tmp_path, monkeypatch, name):
+    diffusers = pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    make_run(name, *WAYS[name])
+    checkpoints.main([name, "--to", "diffusers", "out"])
+    kind = diffusers.UNet2DModel
+    if (tmp_path / "out/shared_unet.py").exists():
+        assert name in ("etsdm", "etsdm-imported", "tiny")
+        names = {}
+        exec((tmp_path / "out/shared_unet.py").read_text(encoding="utf-8"), names)
+        kind = names["SharedUNet"]
+    net = kind.from_pretrained("out/unet").eval()
+    scheduler = diffusers.DDIMScheduler.from_pretrained("out/scheduler")
+    d = D.load_run(name)
+    x = torch.randn(2, *d.shape, generator=torch.Generator().manual_seed(0))
+    ours = samplers.sample(d, x, "ddim", 10, "leading")
+    scheduler.set_timesteps(10)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = net(x, t).sample
+            wanted = d.prediction_at(x, t.item() + 1)
+            assert_close(output, wanted, rtol=1e-4, atol=1e-4)
+            x = scheduler.step(output, t, x).prev_sample
+    assert_close(x, ours, rtol=1e-4, atol=2e-4 * ours.std().item())
+    if kind is diffusers.UNet2DModel:
+        pipe = diffusers.DDIMPipeline.from_pretrained("out")
+        assert pipe.unet.config.sample_size == d.shape[-1]
+    with pytest.raises(FileExistsError, match="^--to diffusers out: it exists already"):
+        checkpoints.main([name, "--to", "diffusers", "out"])
