@@ -136,7 +136,7 @@ papers/."""
         values.update(image_size=net["image_size"], dropout=net.get("dropout", 0.0), preset=preset)
         values.update({k: base[k] for k in INHERITED if k in base}, base=base or None)
         schedule = given.get("schedule", values["schedule"])
-        if schedule in ("edm", "zero-terminal-snr"):  # eps has no x_0 at t = T of the latter
+        if schedule in ("edm", "zero-terminal-snr") and not base:  # eps has no x_0 at T there
             values["prediction"] = "edm" if schedule == "edm" else "v"
         prediction = given.get("prediction", values["prediction"])
         # eps's residual, the papers' choice, is alpha times v's: it teaches nothing at alpha = 0

@@ -50,6 +50,7 @@ from tqdm import tqdm
 
 import data
 import lipschitz
+import sample
 import samplers
 import schedules
 from schedules import Schedule
@@ -232,7 +233,7 @@ def table_of_ends(runs):
 
 @dataclass
 class GapConfig(measure.MeasureConfig):
-    steps: int | None = flag(None, "N points of the grid from T to 1, N - 1 steps", shown="T")
+    steps: int | None = flag(None, "N points from T to 1, N - 1 steps", shown="T", low=2)
     eta: float = flag(1.0, "share of fresh noise: 1 DDPM, 0 DDIM")
     ideal: bool = flag(False, "take the run's whole data set as the truth: adds the reducible gap")
     prog: ClassVar[str] = "gap.py"
@@ -249,10 +250,9 @@ class GapConfig(measure.MeasureConfig):
 
     def check(self):
         super().check()
+        sample.check_images(self)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"--eta must be between 0 and 1, not {self.eta}")
-        if self.steps is not None and self.steps < 2:
-            raise ValueError(f"--steps must be at least 2, not {self.steps}")
 
 
 def main(argv=None):

@@ -169,8 +169,8 @@ def open_sets(sources: list[str], config, dist) -> list:
         settings = checkpoint.load_checkpoint(runs[0])["settings"]
         sources = [*sources, data.require_local(settings["data"], sources[0])]
         sets, runs = [None, None], [*runs, None]
-    config.refuse_unused(any(runs), [s for s, known in zip(sources, sets, strict=True)
-                                     if known is None])
+    config.refuse_unused(any(runs), [s for s, *other in zip(sources, sets, runs, strict=True)
+                                     if other == [None, None]])
     size, channels = config.image_size, config.channels
     for i, run in enumerate(runs):
         if run:

@@ -17,7 +17,6 @@ C, H, W as the run was trained; pixels are written as uint8 = round((x + 1) 127.
 
 import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
 
-import hashlib
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,6 +28,7 @@ import data
 import samplers
 from denoiser import load_run
 from support import distributed, precision, rng
+from support.checkpoint import find_checkpoint, weights_hash
 from support.cli import flag, flag_name, parse_into
 from support.image_folder import ImageFolder
 from support.programs import run_main
@@ -99,7 +99,10 @@ def open_run(run, config, device) -> tuple:
 
 def open_and_print(config, dist) -> tuple:
     """open_run of config.run on every process; rank 0 prints which run it is, and warnings."""
-    denoiser, arguments = dist.main_first(lambda: open_run(config.run, config, dist.device))
+    path = dist.on_main(find_checkpoint, config.run)  # the newest run: the same for all
+    denoiser, arguments = dist.main_first(lambda: open_run(path, config, dist.device))
+    if dist.any(denoiser.hash != dist.broadcast(denoiser.hash)):
+        raise ValueError(f"{path} changed while it was read. Is it in training? Try again")
     dist.print0(f"run: {denoiser.folder.resolve()}, step {denoiser.step}, {config.weights} weights")
     for line in config.warnings(denoiser):
         dist.print0(f"note: {line}")
@@ -111,14 +114,6 @@ def draw(denoiser, indices, seed: int, device, arguments: dict) -> Tensor:
     seeds = [rng.image_seed(seed, i) for i in indices]
     x0 = samplers.sample_from_seeds(denoiser, seeds, device, **arguments)
     return data.to_uint8(denoiser.decode(x0)).cpu()
-
-
-def weights_hash(net) -> str:
-    """A short hash of a network's weights: a run made anew, of the same name, has another."""
-    digest = hashlib.sha256()
-    for tensor in net.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def sampling_record(config, denoiser, arguments: dict) -> dict:
@@ -142,7 +137,7 @@ def main(argv=None):
                              f"{shlex.quote(name)} IMAGES")
         out = config.out or (denoiser.folder / "generated" / tag(config, denoiser.step))
         folder = ImageFolder(out, dist)
-        dist.on_main(folder.open, sampling_record(config, denoiser, arguments))
+        dist.on_main(folder.open, sampling_record(config, denoiser, arguments), config.npz)
         folder.fill(config.num, lambda batch: draw(denoiser, batch, config.seed, dist.device,
                                                    arguments), config.batch_size)
         if dist.is_main:

@@ -255,7 +255,7 @@ def main(argv=None, make_objective=DiffusionObjective, config_class=Config):
                      *run.changes(saved, dataset, config.dropout)):
             dist.print0(f"note: {line}")
         del saved  # gigabytes, for large networks
-        run.create(config.settings(), state.state_dict(), dataset)
+        run.create(config.settings(), state.state_dict(), state.optimizer, dataset)
         train(state, dataset, config, run, dist, stop)
         run.print_end(state.step, state.skipped, config.next_command())
 

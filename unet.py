@@ -27,7 +27,7 @@ from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # The papers' sizes, as arguments of UNet: SA-DPM's configuration files, E-TSDM's table A1. The
@@ -266,7 +266,7 @@ def zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def timestep_embedding(c, dim, sin_first=False, freq_shift=0):
+def timestep_embedding(c: Tensor, dim: int, sin_first=False, freq_shift=0) -> Tensor:
     r"""c (B,) -> [cos(c w_j) | sin(c w_j)] (B, dim) or, sin_first, [sin | cos];
     w_j = 10000^(−j/(half − freq_shift)), j < half = dim/2. Angles are formed in float64: they reach
     1000 radians, where float32 keeps four decimals. So is the result."""

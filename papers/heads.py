@@ -73,6 +73,9 @@ class HeadConfig(Config):
         base = settings_of(given["trunk"], "trunk")
         if "unet" not in base:
             raise ValueError(f"{given['trunk']} is an autoencoder: a head serves a denoiser")
+        if base.get("imported") and base["unet"]["out_channels"] != base["channels"]:
+            raise ValueError(f"{given['trunk']} has a learned variance, twice the outputs: it "
+                             "takes no second head")
         if base.get("head") and base.get("trunk") != given["trunk"]:
             raise ValueError(f"{given['trunk']} has a second head already: give the run it was "
                              f"trained on, {base.get('trunk') or base.get('from')}")

@@ -96,7 +96,8 @@ class LatentConfig(Config):
         if not given.get("latent"):
             raise ValueError("AUTOENCODER is missing: python -m papers.latents AUTOENCODER")
         first = settings_of(given["latent"], "latent")
-        if not first.get("autoencoder"):
+        # A latent run has an autoencoder too: it stands in only for the deleted one it came from.
+        if not first.get("autoencoder") or first.get("latent", given["latent"]) != given["latent"]:
             raise ValueError(f"{given['latent']} is not an autoencoder: python -m "
                              "papers.autoencoder train makes one")
         own = {k: first[k] for k in ("data", "image_size", "channels", "autoencoder")}

@@ -15,9 +15,11 @@ B images, C channels, H = W their side in pixels; images in [-1, 1].
 
 import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
 
+import hashlib
 import shlex
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -138,10 +140,11 @@ class LowResInputs:
         s, self.space = denoiser.settings, denoiser.space
         full, small = s["image_size"], s["image_size"] // s["factor"]
         try:
-            self.images = data.load(source, full, s["channels"])
-            self.shrunk = self.images.sizes != {(small, small)}
-            if not self.shrunk:
-                self.images = data.load(source, small, s["channels"])
+            # The small size first: an IDX file has a border up to the size that is asked for.
+            self.images = data.load(source, small, s["channels"])
+            self.shrunk = source in data.BUILT_IN or self.images.sizes != {(small, small)}
+            if self.shrunk:
+                self.images = data.load(source, full, s["channels"])
         except (ValueError, OSError) as error:  # without train.py's advice
             raise ValueError(f"IMAGES: {str(error).split('; --skip-bad-images')[0]}") from error
         least = min(self.images.sizes, key=min)
@@ -164,6 +167,13 @@ class LowResInputs:
         if self.shrunk:
             found["original"] = torch.stack([self.images[i] for i in indices])
         return found
+
+    def digest(self):
+        """A short hash of the pixels of the first images, whatever --num is."""
+        digest = hashlib.sha256()
+        for i in range(min(len(self.images), 1024)):
+            digest.update(self.images[i].numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def write_comparisons(folder, inputs, num):
@@ -202,10 +212,11 @@ def enlarge(argv=None):
         total = len(inputs.images)
         config.num = min(config.num or (64 if total >= data.INFINITE else total), total)
         dist.print0(f"to be enlarged: {config.num} of {inputs.summary}")
-        folder = ImageFolder(config.out or denoiser.folder / "generated"
-                             / sample.tag(config, denoiser.step), dist)
+        tag = f"{sample.tag(config, denoiser.step)}-{Path(config.low_res).stem}"
+        folder = ImageFolder(config.out or denoiser.folder / "generated" / tag, dist)
+        sample.check_images(config)
         record = {**sample.sampling_record(config, denoiser, arguments),
-                  "low_res": inputs.images.digest}
+                  "low_res": dist.on_main(inputs.digest)}
 
         def prepare():
             folder.open(record)

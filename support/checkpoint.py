@@ -10,6 +10,7 @@ Not here: what a run holds (train.TrainState), or its folder (run.py).
 """
 
 import errno
+import hashlib
 import json
 import zipfile
 from pathlib import Path
@@ -121,6 +122,14 @@ def load_optimizer(optimizer, state, path):
                                  f"{tuple(value.shape)}, the weight {tuple(p.shape)}")
         if not all_finite(optimizer.state[p]):
             raise ValueError(f"{path}: the optimizer's state holds values that are not finite")
+
+
+def weights_hash(net):
+    """A short hash of a network's weights: a run made anew, of the same name, has another."""
+    digest = hashlib.sha256()
+    for tensor in net.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def all_finite(tensors):

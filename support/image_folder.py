@@ -28,7 +28,8 @@ class ImageFolder:
     """out: its path; dist: distributed.Distributed. The grid and the .npz go next to it."""
 
     def __init__(self, out, dist):
-        self.out, self.dist = Path(out), dist
+        out = Path(out)
+        self.out, self.dist = out if out.name not in ("", "..") else out.resolve(), dist
 
     def path(self, i):
         return self.out / f"{i:06d}.png"
@@ -37,7 +38,7 @@ class ImageFolder:
         """A path next to the folder: whatever is inside the folder is one image of the set."""
         return self.out.with_name(self.out.name + suffix)
 
-    def open(self, record):
+    def open(self, record, npz=False):
         """Create and lock the folder, or continue in it if its images were made in the same way.
         ValueError: it holds other images, or other files. Rank 0 only."""
         out, note = self.out, self.out / "settings.json"
@@ -47,6 +48,9 @@ class ImageFolder:
         if not note.exists() and (self.beside(".png").exists() or any(out.glob("[!.]*"))):
             raise ValueError(f"--out {out} (or {out.name}.png next to it) was not written by this "
                              "program: choose a new folder")
+        if npz and self.beside(".npz").exists() and not is_packed(self.beside(".npz")):
+            raise ValueError(f"--npz would replace {self.beside('.npz')}, which is not such a pack "
+                             "of images: choose another --out")
         record = json.loads(json.dumps(record, default=torch.Tensor.tolist))  # as it is read back
         out.mkdir(parents=True, exist_ok=True)
         self.dist.lock(out)
@@ -97,5 +101,16 @@ class ImageFolder:
         if (more := len(list(self.out.glob("[0-9]*.png"))) - num) > 0:
             print(f"note: the folder holds {more} more of an earlier call")
         if npz:  # arr_0: the key that ADM's evaluator reads
-            files.save_npz(self.beside(".npz"), arr_0=self.read(num))
+            # All images from 0 on that exist: a smaller --num does not shrink an earlier pack.
+            count = next(i for i in range(num, 2**31) if not self.path(i).exists())
+            files.save_npz(self.beside(".npz"), arr_0=self.read(count))
             print(f"npz: {self.beside('.npz').resolve()}")
+
+
+def is_packed(path):
+    """True if an .npz holds nothing but arr_0: images that summarize() packed."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive.files == ["arr_0"]
+    except Exception:  # of zip, zlib, NumPy
+        return False

@@ -60,6 +60,8 @@ class MeasureConfig:
     def named_runs(self):
         """Yield (name, checkpoint) for each of the runs, or the newest; no two names are equal."""
         names = set()
+        if any(not run.rpartition("=")[2] for run in self.runs):
+            raise ValueError("RUN: a name is empty. Leave all names out for the newest run")
         for run in self.runs or [""]:
             label, equals, rest = run.partition("=")
             if not (equals and label) or os.path.exists(run):  # a path may contain a =

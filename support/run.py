@@ -56,6 +56,9 @@ class RunFolder:
             if saved["format"] != checkpoint.FORMATS[-1]:
                 raise ValueError(f"{self.folder} was trained by the first version of this program: "
                                  "it can be sampled, but not resumed. Give this run another --name")
+            if missing := [k for k in ("dataset", "digest") if k not in saved]:
+                raise ValueError(f"{self.path} is not a complete checkpoint of train.py: no "
+                                 f"{missing[0]} in it. It can be sampled, but not resumed")
             refuse_other_settings(self.folder, saved["settings"], settings, may_change)
             self.saved_step = saved["step"]
         # This sum also waits: no process writes before all have read.
@@ -99,20 +102,22 @@ class RunFolder:
                          "with them. Another --name keeps the two apart")
         return lines
 
-    def create(self, settings, state, dataset):
+    def create(self, settings, state, optimizer, dataset):
         """Make the folder and its config.json: the settings, and the versions they ran with.
 
-        state: what save() will get, for its size and step. dataset: its length and digest are kept.
+        state: what save() will get, for its size and step. optimizer: of what is trained. dataset:
+        its length and digest are kept.
         """
         self.metadata = dict(settings=settings, processes=self.dist.world_size,
                              dataset=len(dataset), digest=dataset.digest)
-        self.dist.on_main(self.make_folder, settings, state)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.dist.on_main(self.make_folder, settings, state, checkpoint.size_of(trained))
 
-    def make_folder(self, settings, state):
+    def make_folder(self, settings, state, trained_size):
         # The next checkpoint is written next to the last: there must be room for both.
         size, copies = checkpoint.size_of(state), 1 if self.path.exists() else 2
-        if not state["step"]:  # Adam's two moments come with the first step
-            size += 2 * checkpoint.size_of(state["net"])
+        if not state["step"]:  # Adam's two moments of what is trained come with the first step
+            size += 2 * trained_size
         files.check_space(self.folder, size * copies)
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         self.claim()
@@ -214,9 +219,9 @@ class RunFolder:
 def refuse_other_settings(folder, old, new, may_change):
     """ValueError if a run's settings differ from those asked for, except where they may."""
     old, new = (json.loads(checkpoint.to_json(settings)) for settings in (old, new))  # no tuples
-    changed = [k for k in new if k not in may_change and old.get(k) != new[k]]
+    changed = [k for k in {**new, **old} if k not in may_change and old.get(k) != new.get(k)]
     if changed:
-        text = ", ".join(f"{k} was {str(old.get(k))[:60]} and is now {str(new[k])[:60]}"
+        text = ", ".join(f"{k} was {str(old.get(k))[:60]} and is now {str(new.get(k))[:60]}"
                          for k in changed[:3])
         raise ValueError(f"--name: {folder} is a run with other settings ({text}). Give this one "
                          "another --name")
