@@ -43,9 +43,13 @@ RECIPES = {
     "cifar10": dict(PAPER, batch_size=128, images=60_000_000),
     "celeba64": dict(PAPER, batch_size=128, images=195_000_000, flip=True),
     "celebahq256": dict(PAPER, batch_size=24, images=24_000_000, lr=2e-5, ema=0.999, grad_clip=0.0),
-    "ffhq256": dict(PAPER, batch_size=96, images=48_000_000, lr=1e-4, grad_clip=0.0),
-    "ffhq256-large": dict(PAPER, batch_size=64, images=48_000_000, lr=1e-4, grad_clip=0.0),
-    "adm256": dict(PAPER, batch_size=256, images=128_000_000, lr=1e-4, grad_clip=0.0),
+    # microbatch: what an 80 GB card holds (python -m benchmarks memory), a divisor of the batch
+    "ffhq256": dict(PAPER, batch_size=96, images=48_000_000, lr=1e-4, grad_clip=0.0,
+                    microbatch=24),
+    "ffhq256-large": dict(PAPER, batch_size=64, images=48_000_000, lr=1e-4, grad_clip=0.0,
+                          microbatch=8),
+    "adm256": dict(PAPER, batch_size=256, images=128_000_000, lr=1e-4, grad_clip=0.0,
+                   microbatch=8),
 }
 
 
@@ -84,7 +88,7 @@ class Config:
     batch_size: int = flag(32, "global: over all processes", group="training",
                            shown="the preset's")
     microbatch: int | None = flag(None, "images per forward pass of a process; gradients add up",
-                                  resume=True)
+                                  resume=True, shown="the preset's over --sa-k, or all")
     recompute: bool = flag(False, "activation checkpointing: a fraction of the memory, a third "
                            "more time, the same gradients", resume=True)
     images: int = flag(41_600, "train until this many were seen", resume=True,
@@ -142,6 +146,8 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
         if values["loss_space"] is None or prediction == "edm" or schedule == "zero-terminal-snr":
             values["loss_space"] = prediction
         values["train_times"] = "lognormal" if schedule == "edm" else "uniform"
+        if "microbatch" in values:  # one pass holds each image k times
+            values["microbatch"] = max(1, values["microbatch"] // max(1, given.get("sa_k", 1)))
         if given.get("steps", 0) > 0:
             values["images"] = given["steps"] * given.get("batch_size", values["batch_size"])
         return values
@@ -247,7 +253,7 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
         if self.etsdm and self.etsdm_n == self.etsdm_interval and not self.continuous:
             lines.append(f"--etsdm-n {self.etsdm_n} gives each timestep its own part: nothing is "
                          "shared")
-        if self.microbatch and self.microbatch >= b:
+        if "microbatch" in self.given and self.microbatch >= b:
             lines.append(f"--microbatch {self.microbatch} has no effect: a process has {b} images")
         if "images" in self.given and self.images % self.batch_size:
             lines.append(f"--images {self.images} are {steps} whole batches, "

@@ -136,7 +136,8 @@ def train_step(state, model, images, config, dist, amp_dtype):
     # counts by its share of b, and DDP averages over processes that have b images each: the
     # gradient is that of the mean over the global batch.
     state.optimizer.zero_grad(set_to_none=True)
-    micro, means = min(config.microbatch or b, b), 0.0
+    parts = math.ceil(b / (config.microbatch or b))
+    micro, means = math.ceil(b / parts), 0.0  # parts of one size: torch.compile makes code for each
     for start in range(0, b, micro):
         part = slice(start, start + micro)
         share = len(images[part]) / b
@@ -182,7 +183,7 @@ def train(state, dataset, config, run, dist, stop):
     total_steps = config.images // config.batch_size
     amp_dtype = precision.autocast_dtype(config.precision, dist.device)
     # state.net stays the bare network, for the optimizer, the average and the checkpoint.
-    model = torch.compile(state.net) if config.compile else state.net
+    model = torch.compile(state.net, dynamic=False) if config.compile else state.net
     if dist.world_size > 1:
         devices = [dist.device] if dist.device.type == "cuda" else None
         model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)

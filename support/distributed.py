@@ -4,8 +4,10 @@ r"""One program, one or many processes: who am I, and how do we agree?
     python train.py                          no such variables: one process, and the same code
 
 Numbers and flags travel as CPU tensors over gloo, gradients over NCCL if they are on GPUs. If one
-process dies, the others find out: at once if the system closes its connections, else after
-STEP_TIMEOUT. They then print one line, and torchrun ends or restarts all of them.
+process dies, the others find out. On CPUs (gloo): at once if the system closes its connections,
+else after STEP_TIMEOUT. They then print one line, and torchrun ends or restarts all of them. A
+process that waits for a GPU (NCCL) notices nothing: torchrun ends it, or NCCL's watchdog does after
+STEP_TIMEOUT.
 
 Not here: gradients (DistributedDataParallel averages them), or what the processes do.
 
@@ -174,7 +176,15 @@ def init(tf32=True, deterministic=False, timeout=LONG_TIMEOUT):
         # (PyTorch 2.13, issue 135712). A prefix for each attempt keeps them apart.
         store, *_ = next(dist.rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timeout, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(choose_backend(device), timeout=timeout, store=store, rank=rank,
+                                world_size=world_size)
         slow_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
     return Distributed(rank, world_size, local_rank, device, slow_group)
+
+
+def choose_backend(device):
+    """The backend of init_process_group. NCCL rejects two processes on one GPU; gloo copies through
+    the CPU, and takes any number."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine: torchrun's
+    alone = device.type == "cuda" and here <= torch.cuda.device_count()
+    return "cpu:gloo,cuda:nccl" if alone else "gloo"

@@ -52,6 +52,9 @@ def for_inference(net, device, precision="fp32", compiled=False):
     The module is changed: it moves to the device, goes into eval mode, and with bf16 its
     convolutions hold bf16 weights. Autocast gives the same numbers, but casts frozen weights at
     every call. ValueError: a GPU without bf16.
+
+    On GPUs, and if compiled, a batch smaller than the largest so far is filled up with copies of
+    its first image, and the results of these are cut off: another size would be compiled anew.
     """
     dtype = autocast_dtype(precision, device)
     net.to(device).eval().requires_grad_(False)
@@ -60,11 +63,19 @@ def for_inference(net, device, precision="fp32", compiled=False):
             layer.to(dtype)
     if compiled:
         # freezing: weights become constants, in the layout that the CPU's convolutions prefer
-        net = torch.compile(net, options={"freezing": device.type == "cpu"})
+        net = torch.compile(net, dynamic=False, options={"freezing": device.type == "cpu"})
+    largest = 0
 
     @torch.no_grad()
     def call(*inputs):
+        nonlocal largest
+        n = len(inputs[0])
+        if compiled or device.type == "cuda":
+            largest = max(largest, n)
+            inputs = [torch.cat([v, v[:1].expand(largest - n, *v.shape[1:])]) if n < largest else v
+                      for v in inputs]
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return net(*inputs)
+            out = net(*inputs)
+        return out[:n] if isinstance(out, torch.Tensor) else tuple(v[:n] for v in out)
 
     return call
