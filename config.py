@@ -23,7 +23,7 @@ import etsdm
 import schedules
 import unet
 from support.checkpoint import RUNS
-from support.cli import flag, flag_name
+from support.cli import device_flag, flag, flag_name
 
 PREDICTIONS = ("eps", "v", "x0", "edm")
 LOSS_SPACES = PREDICTIONS
@@ -102,7 +102,9 @@ class Config:
                             shown="the preset's")
     precision: str = flag("auto", "auto: bf16 if the hardware has units for it",
                           choices=("auto", "fp32", "bf16"), resume=True)
-    compile: bool = flag(False, "torch.compile the network", resume=True)
+    device: str = device_flag()
+    compile: bool | None = flag(None, "torch.compile the network: minutes at the start",
+                                resume=True, shown="on for cuda")
     deterministic: bool = flag(False, "the same bits again on GPUs too (CPUs give them always), "
                                "by slower algorithms", resume=True)
     seed: int = flag(0, "of weights, order of images and noise")

@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from support import device as devices
 from support import image_files, readers
 from support.images import prepare
 
@@ -178,12 +179,13 @@ def batch_indices(n: int, start: int, batch: int, seed: int) -> np.ndarray:
 
 
 def batches(dataset, batch: int, start: int, seed: int, rank: int = 0, world_size: int = 1,
-            workers: int = 0) -> Iterator[Tensor]:
+            workers: int = 0, device="cpu") -> Iterator[Tensor]:
     """Endless uint8 tensors (batch // world_size, C, H, W) from stream position `start` on.
 
     `batch` is the global one; process `rank` takes its contiguous part, so that the parts, put
     together, are the batch that one process would have had. `start` counts images: steps done times
-    `batch`. ValueError if batch > len(dataset), or world_size does not divide it.
+    `batch`. For a GPU, a set in memory is kept on it if it fits; other batches are pinned.
+    ValueError if batch > len(dataset), or world_size does not divide it.
     """
     n, share = len(dataset), batch // world_size
     if batch > n:
@@ -196,9 +198,11 @@ def batches(dataset, batch: int, start: int, seed: int, rank: int = 0, world_siz
             yield batch_indices(n, position, batch, seed)[rank * share:(rank + 1) * share].tolist()
 
     if isinstance(dataset, image_files.Array):
-        return (dataset.images[i] for i in indices())
+        images = devices.keep_near(dataset.images, device)
+        return (devices.pinned(devices.pick(images, i), device) for i in indices())
     each = itertools.chain.from_iterable(indices())
     images = map(dataset.__getitem__, each)
     if workers and dataset.streamed:  # drawing shapes would only take a core from the network
         images = image_files.in_threads(dataset.__getitem__, each, workers, PREFETCH * share)
-    return (torch.stack(list(itertools.islice(images, share))) for _ in itertools.count())
+    return (devices.pinned(torch.stack(list(itertools.islice(images, share))), device)
+            for _ in itertools.count())

@@ -64,7 +64,8 @@ import toy
 from denoiser import Denoiser
 from schedules import Schedule
 from support import distributed, files, image_files, rng
-from support.cli import flag, flag_name, parse_into
+from support.cli import device_flag, flag, flag_name, parse_into
+from support.device import double
 from support.programs import run_main
 
 STYLES = ("k-", "C1--", "C0-.", "C2:", "C3-", "C4--", "C5-.")  # distinct without colour
@@ -129,16 +130,16 @@ def gap_along_run(denoiser, x0, noise, times=None, eta=1.0, ideal=None, progress
         start = samplers.initial_time(denoiser)
         times = schedules.time_grid(schedule, start, t_start=start)
     x = schedules.add_noise(schedule, x0, times[0], noise(x0.shape))
-    G = torch.zeros_like(x0, dtype=torch.float64)
+    G = torch.zeros_like(double(x0))
     reducible = None if ideal is None else G.clone()
     for t, t_next in pairwise(tqdm(times.tolist(), progress, disable=progress is None,
                                    dynamic_ncols=True, unit="step")):
         x0_hat = torch.cat([denoiser.predict(part, t)[0] for part in x.split(batch_size)])
         A, c, std = step(schedule, t, t_next, eta)
         # A (x̂_0 − x_0) is A σ/α e_t, and has a value where α = 0 too
-        G = c * G + A * (x0_hat.double() - x0.double())
+        G = c * G + A * (double(x0_hat) - double(x0))
         if ideal is not None:
-            reducible = c * reducible + A * (x0_hat.double() - ideal(x, t).double())
+            reducible = c * reducible + A * (double(x0_hat) - double(ideal(x, t)))
         x = A * x0_hat + c * x
         x = x + std * noise(x.shape) if std else x
         yield t_next, G, reducible
@@ -147,13 +148,13 @@ def gap_along_run(denoiser, x0, noise, times=None, eta=1.0, ideal=None, progress
 def ideal_of_images(images, schedule):
     """ideal(x, t) of a finite set, images (N, ...) as its whole distribution: the mean of the
     images, weighted by N(x; α x_0, σ² I)."""
-    flat = images.double().flatten(1)  # (N, D); half the squared norms once:
+    flat = double(images).flatten(1)  # (N, D); half the squared norms once:
     half = flat.square().sum(1) / 2
 
     def ideal(x, t):
         alpha, sigma = map(float, schedule.alpha_sigma(t))
         # −‖x − α x_0‖²/(2 σ²) without the ‖x‖² that all of them share: one matrix product
-        log_weights = (alpha * x.double().flatten(1) @ flat.T - alpha**2 * half) / sigma**2
+        log_weights = (alpha * double(x).flatten(1) @ flat.T - alpha**2 * half) / sigma**2
         return (log_weights.softmax(1) @ flat).reshape(x.shape)
     return ideal
 
@@ -343,6 +344,7 @@ class GapConfig:
                        "(time grows with its number of images)")
     data: str | None = flag(None, "images to start from", shown="the run's own set")
     batch_size: int = flag(64, "images at a time")
+    device: str = device_flag()
     seed: int = flag(0, "of the choice of images; the noise of image i is a function of (seed, i)")
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
     out: Path | None = flag(None, "the figure; its .csv goes next to it",
@@ -380,7 +382,7 @@ def main(argv=None):
     config = parse_into(GapConfig, argv)
     if config.illustrate:
         illustrate(config.out)
-    with distributed.init(tf32=False) as dist:
+    with distributed.init(tf32=False, device=config.device) as dist:
         if not dist.is_main:  # nothing to share out: one process measures
             return
         runs, boots, weights = {}, {}, {}

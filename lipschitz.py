@@ -36,7 +36,8 @@ import losses
 from denoiser import Denoiser, load_run
 from schedules import add_noise
 from support import checkpoint, distributed, files, rng
-from support.cli import flag, flag_name, parse_into
+from support.cli import device_flag, flag, flag_name, parse_into
+from support.device import double
 from support.programs import run_main
 
 STYLES = ("k-o", "C1--s", "C0-.^", "C2:D", "C3-v", "C4--P", "C5-.X")  # distinct without colour
@@ -103,7 +104,7 @@ def distances(outputs, net, x0: Tensor, values, seed: int, batch_size: int,
             for start in range(0, len(x0), batch_size):
                 rows = slice(start, start + batch_size)
                 p, q = outputs(x0[rows], *noise[:, rows], value)
-                found[i, rows] = (p.double() - q.double()).flatten(1).norm(dim=1)
+                found[i, rows] = (double(p) - double(q)).flatten(1).norm(dim=1)
     finally:
         for m in training:
             m.training = True
@@ -168,6 +169,7 @@ class LipschitzConfig:
     scales: tuple[float, ...] = flag((0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
                                      "with --perturb: std of the noise", nargs="+")
     batch_size: int = flag(64, "images at a time")
+    device: str = device_flag()
     seed: int = flag(0, "of the choice of images and the noise")
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
     out: Path | None = flag(None, "the picture; its .csv goes next to it",
@@ -263,7 +265,7 @@ def write(config, curves):
 
 def main(argv=None):
     config, curves = parse_into(LipschitzConfig, argv), {}
-    with distributed.init(tf32=False) as dist:
+    with distributed.init(tf32=False, device=config.device) as dist:
         if not dist.is_main:  # one process does it all
             return
         for name, denoiser, x0 in open_runs(config, dist.device):

@@ -174,7 +174,7 @@ class UNet(nn.Module):
 def lay_out(h):
     """Channels last in memory, if that is faster: it is for a CPU's float32 convolutions, and the
     layers keep the layout. The normalisation of bf16 gets slower."""
-    if h.is_cuda or torch.is_autocast_enabled("cpu"):
+    if h.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return h
     return h.contiguous(memory_format=torch.channels_last)
 
@@ -285,11 +285,12 @@ def timestep_embedding(c, dim, dtype=torch.float32):
     r"""[cos(c w_j) | sin(c w_j)], w_j = 10000^(−j/half), j < half = dim/2: c (B,) -> (B, dim).
 
     Angles are formed in float64: c w_0 reaches 1000 radians, where float32 keeps four decimals.
+    Apple's GPUs (mps) have nothing better.
     """
-    half = dim // 2
-    j = torch.arange(half, dtype=torch.float64, device=c.device)
+    half, exact = dim // 2, torch.float32 if c.device.type == "mps" else torch.float64
+    j = torch.arange(half, dtype=exact, device=c.device)
     w = torch.exp(-math.log(10000) / half * j)
-    angle = c.double()[:, None] * w
+    angle = c.to(exact)[:, None] * w
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, dim % 2)).to(dtype)
 
 

@@ -55,7 +55,7 @@ from denoiser import Denoiser, load_run
 from papers.alternatives import AlternativeConfig, AlternativeObjective
 from support import distributed, files, inception
 from support.cli import flag, flag_name, parse_into
-from support.precision import autocast_dtype, for_inference, set_tf32
+from support.precision import autocast_dtype, for_inference, for_training, place, set_tf32
 from support.programs import run_main
 
 our_side = partial(Side, "benchmarks.__main__")
@@ -120,12 +120,12 @@ def our_training(preset, batch, flags):
     config = parse_into(kinds[0], ["--preset", preset, "--batch-size", str(batch), "--images",
                                    str(batch), *flags])
     objective = kinds[1](config)
-    objective.net.to(DEVICE).train()
+    place(objective.net.train(), DEVICE, config.compile)
     state = train.TrainState(objective, config)
     dist = distributed.Distributed(0, 1, 0, DEVICE)
     dtype = autocast_dtype(config.precision, DEVICE)
     images = torch.randint(0, 256, (batch, 3, *[config.image_size] * 2), dtype=torch.uint8)
-    model = torch.compile(state.net, dynamic=False) if config.compile else state.net
+    model = for_training(state.net, DEVICE, config.compile)
     return lambda: train.train_step(state, model, images, config, dist, dtype)
 
 
@@ -179,8 +179,8 @@ def training(report, config):
     if plain.PEER and preset == "cifar10":
         sides["diffusers' network in the plain loop, float32"] = plain_side(
             "training", preset, B, 1, "diffusers")
-    ways = ["--precision fp32", "--precision bf16"]
-    for flags in ways + ["--precision bf16 --compile"] * (DEVICE.type == "cuda"):
+    ways = ["--precision fp32 --no-compile", "--precision bf16 --no-compile"]
+    for flags in ways + ["--precision bf16"] * (DEVICE.type == "cuda"):
         sides[f"train.py {flags}"] = our_side("our_training", preset, B, flags.split())
     times, total = compare(sides, config.rounds), flops(preset, B)
     report.part("train", f"a training step of {preset}, batch {B} ({total / 1e9:.0f} GFLOP)")

@@ -22,6 +22,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from support.device import choose_device
 from support.precision import set_tf32
 
 try:
@@ -148,12 +149,13 @@ class Distributed:
                 return
 
 
-def init(tf32=True, deterministic=False, timeout=LONG_TIMEOUT):
+def init(tf32=True, deterministic=False, timeout=LONG_TIMEOUT, device="auto"):
     """Join the other processes if torchrun started us, and choose the device -> Distributed.
 
     tf32           let GPUs round float32 products to 10 bits; False where digits count
     deterministic  use only algorithms that give the same bits again, slower on GPUs
     timeout        how long a collective call may take; STEP_TIMEOUT in training
+    device         auto, cuda, mps or cpu: --device
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
@@ -165,9 +167,8 @@ def init(tf32=True, deterministic=False, timeout=LONG_TIMEOUT):
         raise ValueError(" ".join(f"{k}={v}" for k, v in values.items()) + " in the environment do "
                          "not fit together: start with torchrun, or unset them")
     rank, world_size, local_rank = map(int, values.values())
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    device = choose_device(device, local_rank, world_size)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         set_tf32(tf32)
     slow_group = None

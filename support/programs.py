@@ -120,7 +120,7 @@ def run_main(main):
             sys.exit(2)
         if is_compile_failure(error) and not os.environ.get("TRACEBACK"):
             report_error(f"--compile: torch.compile failed ({str(error).strip().splitlines()[0]}). "
-                         "Install a C++ compiler, or leave out --compile")
+                         "Install a C++ compiler, or use --no-compile")
             sys.exit(2)
         if os.environ.get("TRACEBACK") or not is_peer_failure(error):
             raise
