@@ -1,7 +1,10 @@
 """What is different on a GPU, tested without one. Tests marked `cuda` need one."""
 
 import copy
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch.distributed as dist
 from conftest import ENV
 from torch.testing import assert_close
 
+from benchmarks import gpu_check
 from benchmarks.__main__ import memory_of
 from config import RECIPES, Config
 from support import checkpoint, distributed, precision, programs
@@ -151,3 +155,31 @@ def test_tests_do_not_use_a_gpu():
     if not os.environ.get("CUDA_TESTS"):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
         assert ENV["CUDA_VISIBLE_DEVICES"] == ""
+
+
+# ------------------------------------------------------------------ the check of a GPU
+
+
+def check_a_gpu(folder, *flags):
+    """What the program prints."""
+    words = [sys.executable, "-m", "benchmarks.gpu_check", "--out", folder, *flags]
+    return subprocess.run(
+        words, cwd=folder, env=ENV, capture_output=True, encoding="utf-8", timeout=1300
+    ).stdout
+
+
+@pytest.mark.slow
+def test_the_gpu_check_rehearsed_on_a_cpu(tmp_path):
+    """Every worker but the compiled sides, GPU and CPU being the same: all must be right."""
+    assert "not right: nothing" in check_a_gpu(tmp_path, "--rehearse")
+    found = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))["results"]
+    assert set(gpu_check.WORKERS) <= set(found)
+    assert set(gpu_check.PROGRAMS) <= set(found["programs gpu"])
+    for side in ("plain fp32 tiny", "eager bf16 tiny", "sample tiny"):
+        assert found[side]["images_s"] > 0 and 0 < found[side]["mfu"] < 1
+
+
+@pytest.mark.cuda
+def test_the_gpu_check(tmp_path):
+    """On a GPU: 8 minutes."""
+    assert "not right: nothing" in check_a_gpu(tmp_path)
