@@ -12,7 +12,6 @@ Not here: parsing (support/cli.py), building networks (unet.py), reading images 
 """
 
 import functools
-import os
 import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,7 +21,7 @@ import etsdm
 import schedules
 import unet
 from support.checkpoint import RUNS
-from support.cli import flag, flag_name
+from support.cli import device_flag, flag, flag_name
 from support.run import run_name, settings_of
 
 PREDICTIONS = LOSS_SPACES = ("eps", "v", "x0", "edm")
@@ -34,6 +33,7 @@ INHERITED = ("image_size", "channels", "schedule", "continuous", "prediction", "
 # A1, which gives no length: 48 M is ours. loss_space None: that of the prediction.
 PAPER = dict(schedule="linear", prediction="eps", loss_space="eps", lr=2e-4, beta2=0.999,
              ema=0.9999, grad_clip=1.0, warmup=0, flip=False, sample_every=5000, save_every=1000)
+LARGE = dict(PAPER, lr=1e-4, grad_clip=0.0)
 RECIPES = {
     # Ours, for minutes on a CPU, in which eps on the linear schedule still gives coloured fog.
     "tiny": dict(PAPER, batch_size=32, images=41_600, schedule="cosine", prediction="v",
@@ -42,9 +42,10 @@ RECIPES = {
     "cifar10": dict(PAPER, batch_size=128, images=60_000_000),
     "celeba64": dict(PAPER, batch_size=128, images=195_000_000, flip=True),
     "celebahq256": dict(PAPER, batch_size=24, images=24_000_000, lr=2e-5, ema=0.999, grad_clip=0.0),
-    "ffhq256": dict(PAPER, batch_size=96, images=48_000_000, lr=1e-4, grad_clip=0.0),
-    "ffhq256-large": dict(PAPER, batch_size=64, images=48_000_000, lr=1e-4, grad_clip=0.0),
-    "adm256": dict(PAPER, batch_size=256, images=128_000_000, lr=1e-4, grad_clip=0.0),
+    # microbatch: what an 80 GB card holds (python -m benchmarks memory), a divisor of the batch
+    "ffhq256": dict(LARGE, batch_size=96, images=48_000_000, microbatch=24),
+    "ffhq256-large": dict(LARGE, batch_size=64, images=48_000_000, microbatch=8),
+    "adm256": dict(LARGE, batch_size=256, images=128_000_000, microbatch=8),
 }
 
 
@@ -88,7 +89,7 @@ class Config:
 
     batch_size: int = by_preset(32, "global: over all processes", group="training", above=0)
     microbatch: int | None = flag(None, "images per forward pass of a process; gradients add up",
-                                  resume=True, low=1)
+                                  resume=True, low=1, shown="the preset's over --sa-k, or all")
     recompute: bool = flag(False, "activation checkpointing: a fraction of the memory, a third "
                            "more time, the same gradients", resume=True)
     images: int = by_preset(41_600, "train until this many were seen", resume=True, above=0)
@@ -100,7 +101,8 @@ class Config:
     grad_clip: float = by_preset(1.0, "largest gradient norm; 0: no clipping", resume=True, low=0)
     precision: str = flag("auto", "auto: bf16 if the hardware has units for it",
                           choices=("auto", "fp32", "bf16"), resume=True)
-    compile: bool = flag(False, "torch.compile the network", resume=True)
+    device: str = device_flag()
+    compile: bool | None = flag(None, "torch.compile the network", resume=True, shown="for cuda")
     deterministic: bool = flag(False, "the same bits again on GPUs too (CPUs give them always), "
                                "by slower algorithms", resume=True)
     seed: int = flag(0, "of weights, order of images and noise", low=0, below=2**62)
@@ -143,6 +145,8 @@ papers/."""
         if values["loss_space"] is None or prediction == "edm" or schedule == "zero-terminal-snr":
             values["loss_space"] = prediction
         values["train_times"] = "lognormal" if schedule == "edm" else "uniform"
+        if "microbatch" in values:  # one pass holds each image k times
+            values["microbatch"] = max(1, values["microbatch"] // max(1, given.get("sa_k", 1)))
         if given.get("steps", 0) > 0:
             values["images"] = given["steps"] * given.get("batch_size", values["batch_size"])
         return values
@@ -156,10 +160,6 @@ papers/."""
         self.check_divisible()
         self.require("images", self.images >= self.batch_size,
                      f"is less than one batch of {self.batch_size}")
-        processes = os.environ.get("WORLD_SIZE", "1")  # torchrun's
-        self.require("batch_size", not processes.isdecimal()
-                     or self.batch_size % max(int(processes), 1) == 0,
-                     f"is global and must be divisible by the {processes} processes")
         self.require("sa_k", 1 <= self.sa_k <= self.T, f"must be 1 to {self.T}")
         edm = self.schedule == "edm"
         for name, useless, why in (
@@ -241,7 +241,7 @@ papers/."""
              f"--sa-weight 0 leaves only the plain loss, whatever --sa-k {self.sa_k}"),
             (self.etsdm and self.etsdm_n == self.etsdm_interval and not self.continuous,
              f"--etsdm-n {self.etsdm_n} gives each timestep its own part: nothing is shared"),
-            ((self.microbatch or 0) >= b,
+            ("microbatch" in self.given and self.microbatch >= b,
              f"--microbatch {self.microbatch} has no effect: a process has {b} images"),
             ("images" in self.given and self.images % self.batch_size,
              f"--images {self.images} are {steps} whole batches, {steps * self.batch_size} images"),

@@ -155,7 +155,7 @@ def batch_indices(n: int, start: int, batch: int, seed: int) -> np.ndarray:
 
 
 def batches(dataset, batch: int, start: int, seed: int, rank: int = 0, world_size: int = 1,
-            workers: int = 0) -> Iterator[Tensor]:
+            workers: int = 0, device="cpu") -> Iterator[Tensor]:
     """Endless uint8 tensors (batch // world_size, C, H, W) from stream position `start` on.
 
     `batch` is the global one; process `rank` takes its contiguous part of what one process would
@@ -168,9 +168,8 @@ def batches(dataset, batch: int, start: int, seed: int, rank: int = 0, world_siz
     if batch < 1 or batch % world_size:
         raise ValueError(f"--batch-size {batch} must be divisible by the {world_size} processes")
 
-    indices = (int(i) for position in itertools.count(start, batch)
-               for i in batch_indices(n, position, batch, seed)[rank * share:(rank + 1) * share])
-    images = map(dataset.__getitem__, indices)
-    if workers and dataset.streamed:  # drawing shapes would only take a core from the network
-        images = image_files.in_threads(dataset.__getitem__, indices, workers, PREFETCH * share)
-    return (torch.stack(list(itertools.islice(images, share))) for _ in itertools.count())
+    def indices():
+        for position in itertools.count(start, batch):
+            yield batch_indices(n, position, batch, seed)[rank * share:(rank + 1) * share].tolist()
+
+    return image_files.stream(dataset, indices(), workers, PREFETCH * share, device)

@@ -122,9 +122,9 @@ class Denoiser:
             times = len(x) // len(self.conditioning)
             repeated = self.conditioning.repeat(times, *[1] * (self.conditioning.dim() - 1))
             net_input = torch.cat([net_input, repeated.to(x.dtype)], dim=1)
-        # c has x's dtype, but never half: bf16 cannot hold 999.
-        dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-        c = self.time_input_at(t if t_input is None else t_input).to(x.device, dtype).expand(len(x))
+        dtype = torch.promote_types(x.dtype, torch.float32)  # c is never half: bf16 has no 999
+        c = self.time_input_at(t if t_input is None else t_input)
+        c = c.to(x.device, dtype, non_blocking=x.is_cuda).expand(len(x))
         return self.net(net_input, c).to(x.dtype)
 
     def prediction_at(self, x: Tensor, t: Tensor | float,

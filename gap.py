@@ -56,6 +56,7 @@ import schedules
 from schedules import Schedule
 from support import distributed, files, image_files, measure, rng
 from support.cli import flag, parse_into
+from support.device import double
 from support.measure import bootstrap_counts, inner_products, summarize
 from support.programs import run_main
 
@@ -104,18 +105,17 @@ def gap_along_run(denoiser, x0, noise, times=None, eta=1.0, ideal=None, progress
         start = samplers.initial_time(denoiser)
         times = schedules.time_grid(schedule, start, t_start=start)
     x = schedules.add_noise(schedule, x0, times[0], noise(x0.shape))
-    G = torch.zeros_like(x0, dtype=torch.float64)
+    G = torch.zeros_like(double(x0))
     reducible = None if ideal is None else G.clone()
-    for t, t_next in pairwise(tqdm(times.tolist(), progress, disable=progress is None,
-                                   dynamic_ncols=True, unit="step")):
+    for t, t_next in pairwise(tqdm(times.tolist(), progress, disable=progress is None)):
         x0_hat = torch.cat([denoiser.predict(part, t)[0] for part in x.split(batch_size)])
         fresh, A, _ = step_coefficients(schedule, t, t_next, eta)
         (_, sigma), (_, sigma_next) = schedule.alpha_sigma(t), schedule.alpha_sigma(t_next)
         c = (sigma_next**2 - fresh).clamp(min=0).sqrt() / sigma
         # A (x̂_0 − x_0) is A σ/α e_t, and has a value where α = 0 too
-        G = c * G + A * (x0_hat.double() - x0.double())
+        G = c * G + A * (double(x0_hat) - double(x0))
         if ideal is not None:
-            reducible = c * reducible + A * (x0_hat.double() - ideal(x, t).double())
+            reducible = c * reducible + A * (double(x0_hat) - double(ideal(x, t)))
         x = A * x0_hat + c * x
         x = x + fresh.sqrt() * noise(x.shape) if fresh > 0 else x
         yield t_next, G, reducible
@@ -124,13 +124,13 @@ def gap_along_run(denoiser, x0, noise, times=None, eta=1.0, ideal=None, progress
 def ideal_of_images(images, schedule):
     """ideal(x, t) of a finite set, images (N, ...) as its whole distribution: the mean of the
     images, weighted by N(x; α x_0, σ² I)."""
-    flat = images.double().flatten(1)  # (N, D); half the squared norms once:
+    flat = double(images).flatten(1)  # (N, D); half the squared norms once:
     half = flat.square().sum(1) / 2
 
     def ideal(x, t):
         alpha, sigma = map(float, schedule.alpha_sigma(t))
         # −‖x − α x_0‖²/(2 σ²) without the ‖x‖² that all of them share: one matrix product
-        log_weights = (alpha * x.double().flatten(1) @ flat.T - alpha**2 * half) / sigma**2
+        log_weights = (alpha * double(x).flatten(1) @ flat.T - alpha**2 * half) / sigma**2
         return (log_weights.softmax(1) @ flat).reshape(x.shape)
     return ideal
 
@@ -257,7 +257,7 @@ class GapConfig(measure.MeasureConfig):
 
 def main(argv=None):
     config, runs, boots, weights = parse_into(GapConfig, argv), {}, {}, {}
-    with distributed.init(tf32=False) as dist:
+    with distributed.init(tf32=False, device=config.device) as dist:
         if not dist.is_main:  # one process measures
             return
         for name, denoiser, x0 in lipschitz.open_runs(config, dist.device):

@@ -30,10 +30,10 @@ from denoiser import load_run
 from schedules import add_noise
 from support import distributed, files, measure, rng
 from support.cli import flag, flag_name, parse_into
+from support.device import double
 from support.programs import run_main
 
 load_images = lru_cache(maxsize=2)(data.load)  # several runs are measured on the same images
-
 
 def lipschitz_constants(denoiser, x0, ts, dt=1, seed=0, **how):
     """Equation 8 at each t of ts: (len(ts),) float64, means over the images."""
@@ -80,7 +80,7 @@ def distances(outputs, net, x0, values, seed, batch_size, label):
         for i, value in enumerate(tqdm(values, label, disable=label is None)):
             for rows in torch.arange(len(x0)).split(batch_size):
                 p, q = outputs(x0[rows], *noise[:, rows], value)
-                found[i, rows] = (p.double() - q.double()).flatten(1).norm(dim=1).cpu()
+                found[i, rows] = (double(p) - double(q)).flatten(1).norm(dim=1).cpu()
     return found
 
 
@@ -177,7 +177,7 @@ def write(config, curves):
 
 def main(argv=None):
     config = parse_into(LipschitzConfig, argv)
-    with distributed.init(tf32=False) as dist:
+    with distributed.init(tf32=False, device=config.device) as dist:
         if dist.is_main:  # one process does it all
             opened = open_runs(config, dist.device)
             write(config, {name: measure_run(config, name, *run) for name, *run in opened})

@@ -294,7 +294,7 @@ an .npz of statistics (mu, sigma; fid only), or a run, which is sampled on the f
 
     def refuse_unused(self, sampled, stored):
         """ValueError for sampling flags if nothing is sampled, and flags of sets without a set."""
-        names = {f.name for f in fields(samplers.SamplerConfig)} | {"seed"}
+        names = {f.name for f in fields(samplers.SamplerConfig)} - {"device"} | {"seed"}
         if stored and self.metric != "psnr" and not self.features:  # Inception is a network, too
             names -= {"precision", "compile", "deterministic"}
         if not sampled and (unused := sorted(names & self.given)):
@@ -308,7 +308,7 @@ an .npz of statistics (mu, sigma; fid only), or a run, which is sampled on the f
 def main(argv=None):
     config = parse_into(MetricsConfig, argv)
     # tf32=False: rounding to 10 bits moves FID by hundredths
-    with distributed.init(tf32=False, deterministic=config.deterministic) as dist:
+    with distributed.init(False, config.deterministic, device=config.device) as dist:
         sets = dist.main_first(lambda: open_sets(config.sources, config, dist))
         score_of = {"fid": fid, "is": score, "psnr": compare_pairs, "stats": save_statistics}
         report = score_of[config.metric](sets, config, dist)

@@ -84,7 +84,7 @@ def tag(config, step: int) -> str:
     parts = [config.sampler, str(config.nfe), f"step{step}"]
     for f in fields(samplers.SamplerConfig):
         value = getattr(config, f.name)
-        if f.name not in ("sampler", "nfe", "compile", "deterministic") and value != f.default:
+        if f.name not in "sampler nfe device compile deterministic".split() and value != f.default:
             parts.append(f"{f.name.replace('_', '-')}-{value}")
     return "-".join(parts + [f"seed-{config.seed}"] * bool(config.seed))
 
@@ -129,7 +129,7 @@ def sampling_record(config, denoiser, arguments: dict) -> dict:
 def main(argv=None):
     config = parse_into(SampleConfig, argv)
     # tf32=False: a picture must not depend on how its batch was rounded
-    with distributed.init(tf32=False, deterministic=config.deterministic) as dist:
+    with distributed.init(False, config.deterministic, device=config.device) as dist:
         denoiser, arguments = open_and_print(config, dist)
         if denoiser.settings.get("factor"):
             name = denoiser.folder.name

@@ -23,8 +23,7 @@ every schedule, prediction and time input. Not here: image files, estimated vari
 
     x = samplers.sample(denoiser, torch.randn(16, 3, 32, 32), "dpm-solver", 20, "logsnr")
 
-x (B, ...); t in [0, T]; h the length of a step in λ; x̂_0 the denoiser's x_0; the rest as in
-schedules.py. Coefficients are float64 until they meet x.
+x (B, ...); t in [0, T]; h the length of a step in λ; x̂_0 the denoiser's x_0. See schedules.py.
 """
 
 import importlib
@@ -39,7 +38,7 @@ import torch
 from torch import Tensor
 
 from schedules import SPACINGS, Schedule, eps_from_x0, expand, time_grid
-from support.cli import flag, flag_name
+from support.cli import device_flag, flag, flag_name
 
 SAMPLERS = ("ddpm", "ddim", "dpm-solver", "dpm-solver++", "heun")
 ESTIMATED = ("analytic", "npr", "sn")  # variances that papers/covariance.py reads from a run
@@ -309,6 +308,7 @@ class SamplerConfig:
     clip: str = flag("auto", "keep the predicted x_0 in the data's range; auto: for ddpm, and ddim "
                      "with fresh noise", choices=("auto", "on", "off"))
     precision: str = flag("fp32", "of the networks; bf16 is faster, and rounds", ("fp32", "bf16"))
+    device: str = device_flag()
     compile: bool = flag(False, "torch.compile the networks: a minute at the start")
     deterministic: bool = flag(False, "the same bits again on GPUs too, by slower algorithms")
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))

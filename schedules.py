@@ -272,7 +272,7 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     A 0-d coefficient stays as it is: PyTorch then keeps x's dtype and device."""
     if coefficient.dim() == 0:
         return coefficient
-    return coefficient.to(x).reshape(*coefficient.shape, *[1] * (x.dim() - coefficient.dim()))
+    return coefficient.to(x, non_blocking=x.is_cuda)[(..., *[None] * (x.dim() - coefficient.dim()))]
 
 
 def add_noise(schedule: Schedule, x0: Tensor, t: Tensor | float, eps: Tensor) -> Tensor:

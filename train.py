@@ -32,7 +32,7 @@ import losses
 import samplers
 from config import Config
 from denoiser import build_denoiser, load_run
-from support import checkpoint, distributed, precision, rng
+from support import checkpoint, device, distributed, precision, rng
 from support.cli import parse_into
 from support.images import grid
 from support.programs import StopSignal, ignore_write_errors, run_main
@@ -64,12 +64,12 @@ class DiffusionObjective:
 
     def draw(self, n, generator, device_generator):
         """The random numbers of n images: {t (n,), noises (n, k, C, H, W)}. Times are drawn on the
-        CPU, the same on all hardware; noises are made on the device."""
+        CPU, the same on all hardware, and stay there; noises are made on the device."""
         t = losses.draw_timesteps(n, self.denoiser.schedule, *self.t_range, generator,
                                   self.quantile)
         noises = torch.randn(self.k, n, *self.denoiser.shape, generator=device_generator,
                              device=device_generator.device)
-        return dict(t=t.to(noises.device), noises=noises.transpose(0, 1))
+        return dict(t=t, noises=noises.transpose(0, 1))
 
     def loss(self, model, images, draws):
         """images (b, C, H, W) in [-1, 1] -> loss (b,) and its terms {name: (b,)}."""
@@ -124,9 +124,10 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
     generator = rng.generator(config.seed, state.step)
     on_device = generator if dist.device.type == "cpu" else rng.generator(
         config.seed, state.step, device=dist.device)
-    images = data.to_float(images.to(dist.device, non_blocking=True))
+    images = data.to_float(device.move(images, dist.device))
     if config.flip:
-        flip = (torch.rand(config.batch_size, generator=generator) < 0.5)[rows].to(dist.device)
+        flip = torch.rand(config.batch_size, generator=generator) < 0.5
+        flip = device.move(flip[rows], dist.device)
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
     draws = {name: value[rows] for name, value in objective.draw(
         config.batch_size, generator, on_device).items()}
@@ -136,7 +137,8 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
     # counts by its share of b, and DDP averages over processes that have b images each: the
     # gradient is that of the mean over the global batch.
     state.optimizer.zero_grad(set_to_none=True)
-    micro, means = min(config.microbatch or b, b), 0.0
+    parts = math.ceil(b / (config.microbatch or b))
+    micro, means = math.ceil(b / parts), 0.0  # parts of one size: torch.compile makes code for each
     for start in range(0, b, micro):
         part = slice(start, start + micro)
         share = len(images[part]) / b
@@ -149,9 +151,9 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
             values = torch.stack([v.mean() for v in (loss, *map(terms.get, objective.loss_names))])
             (values[0] * share).backward()
         means = means + share * values.detach()
-    means = (dist.all_reduce(means.double().cpu()) / dist.world_size).tolist()
-    max_norm = config.grad_clip or math.inf
-    norm = float(torch.nn.utils.clip_grad_norm_(state.net.parameters(), max_norm))
+    norm = torch.nn.utils.clip_grad_norm_(state.net.parameters(), config.grad_clip or math.inf)
+    values = torch.cat([means, norm[None].to(means)]).cpu().double()  # the one wait for a GPU
+    means, norm = (dist.all_reduce(values[:-1]) / dist.world_size).tolist(), values[-1].item()
 
     # 3. Update, or skip the step if a number is not finite (the same on all processes, since DDP
     # has averaged). A loss can overflow where its gradient, twice the residual, does not.
@@ -182,7 +184,7 @@ def train(state, dataset, config, run, dist, stop):
     total_steps = config.images // config.batch_size
     amp_dtype = precision.autocast_dtype(config.precision, dist.device)
     # state.net stays the bare network, for the optimizer, the average and the checkpoint.
-    model = torch.compile(state.net) if config.compile else state.net
+    model = precision.for_training(state.net, dist.device, config.compile)
     if dist.world_size > 1:
         devices = [dist.device] if dist.device.type == "cuda" else None
         model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
@@ -190,7 +192,7 @@ def train(state, dataset, config, run, dist, stop):
 
     # The stream of images begins where the last run stopped: resuming needs only the step.
     batches = data.batches(dataset, config.batch_size, state.step * config.batch_size, config.seed,
-                           dist.rank, dist.world_size, config.workers)
+                           dist.rank, dist.world_size, config.workers, dist.device)
     run.start_log(state.step, total_steps, config.batch_size, state.objective.loss_names)
     stop.gently = True  # from here on there is something to save
     nonfinite = 0
@@ -229,7 +231,8 @@ def main(argv=None, make_objective=DiffusionObjective, config_class=Config):
     """The program. papers/ calls it with other objectives, whose configs add flags."""
     config = parse_into(config_class, argv)
     with (StopSignal() as stop, distributed.init(
-            deterministic=config.deterministic, timeout=distributed.STEP_TIMEOUT) as dist):
+            deterministic=config.deterministic, timeout=distributed.STEP_TIMEOUT,
+            device=config.device) as dist):
         run = RunFolder(config.name, dist, stop)
         saved = run.open(config.settings(), config.may_change())  # None: a new run
         if run.is_finished(saved, config.images, config.batch_size, config.next_command()):
@@ -241,7 +244,7 @@ def main(argv=None, make_objective=DiffusionObjective, config_class=Config):
             progress=dist.is_main))
         torch.manual_seed(config.seed)
         objective = make_objective(config, dataset, saved)
-        objective.net.to(dist.device)
+        precision.place(objective.net, dist.device, config.compile)
         state = TrainState(objective, config)
         if saved:
             state.load_state_dict(saved, run.path)

@@ -173,7 +173,7 @@ class UNet(nn.Module):
 def lay_out(h: torch.Tensor) -> torch.Tensor:
     """Channels last in memory, if that is faster: it is for a CPU's float32 convolutions, and the
     layers keep the layout. The normalisation of bf16 gets slower."""
-    slower = h.is_cuda or torch.is_autocast_enabled("cpu")
+    slower = h.device.type != "cpu" or torch.is_autocast_enabled("cpu")
     return h if slower else h.contiguous(memory_format=torch.channels_last)
 
 
@@ -267,13 +267,13 @@ def zero(layer: nn.Module) -> nn.Module:
 
 
 def timestep_embedding(c: Tensor, dim: int, sin_first=False, freq_shift=0) -> Tensor:
-    r"""c (B,) -> [cos(c w_j) | sin(c w_j)] (B, dim) or, sin_first, [sin | cos];
-    w_j = 10000^(−j/(half − freq_shift)), j < half = dim/2. Angles are formed in float64: they reach
-    1000 radians, where float32 keeps four decimals. So is the result."""
-    half = dim // 2
-    j = torch.arange(half, dtype=torch.float64, device=c.device)
+    r"""c (B,) -> [cos(c w_j) | sin(c w_j)] (B, dim) or, sin_first, [sin | cos]; w_j =
+    10000^(−j/(half − freq_shift)), j < half = dim/2. In float64, which mps lacks: angles reach 1000
+    radians, where float32 keeps four decimals."""
+    half, exact = dim // 2, torch.float32 if c.device.type == "mps" else torch.float64
+    j = torch.arange(half, dtype=exact, device=c.device)
     w = torch.exp(-math.log(10000) / (half - freq_shift) * j)
-    angle = c.double()[:, None] * w
+    angle = c.to(exact)[:, None] * w
     parts = (angle.sin(), angle.cos()) if sin_first else (angle.cos(), angle.sin())
     return F.pad(torch.cat(parts, dim=1), (0, dim % 2))
 

@@ -135,6 +135,7 @@ def reuse_loss(denoiser, x0, t, noises, space="eps"):
                                                  ts.flatten())).unflatten(0, (k, B))
     mask = expand(valid.flatten(), repeated)
     sa = losses.mean_square((r * mask).unflatten(0, (k, B)).sum(0) / k)
+    valid = valid.to(each.device)
     return (each * valid).sum(0) / valid.sum(0), sa
 
 

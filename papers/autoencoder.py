@@ -46,7 +46,8 @@ import data
 import train
 from config import Config
 from support import checkpoint, distributed, files
-from support.cli import flag, parse_into
+from support.cli import device_flag, flag, parse_into
+from support.device import double
 from support.images import grid
 from support.programs import ignore_write_errors, run_main
 from unet import Attention, zero
@@ -152,7 +153,7 @@ def moments(net, images_iterable):
     n = total = squares = 0
     device = next(net.parameters()).device
     for images in images_iterable:
-        z = net.encode(images.to(device))[0].double().transpose(0, 1).flatten(1)  # (c, B h w)
+        z = double(net.encode(images.to(device))[0]).transpose(0, 1).flatten(1)  # (c, B h w)
         n, total, squares = n + z.shape[1], total + z.sum(1), squares + z.square().sum(1)
     if not n:
         raise ValueError("no images to take the moments of the latents from")
@@ -276,6 +277,7 @@ class ReconstructConfig:
     images: str = flag("", "folder, zip or array of images, or a data set", positional="IMAGES")
     num: int = flag(1000, "at most so many images", short="-n")
     batch_size: int = flag(64, "images at a time")
+    device: str = device_flag()
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
     out: Path = flag(Path("reconstructed"), "folder to write to; the originals go to OUT-original")
 
@@ -306,7 +308,7 @@ class ReconstructConfig:
 def reconstruct(argv=None):
     """The program `reconstruct`."""
     config = parse_into(ReconstructConfig, argv)
-    with distributed.init(tf32=False) as dist:
+    with distributed.init(tf32=False, device=config.device) as dist:
         if not dist.is_main:  # seconds of work: one process does it
             return
         path = checkpoint.find_checkpoint(config.run)

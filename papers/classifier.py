@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 from support import distributed, files, image_files, readers, rng
-from support.cli import flag, parse_into
+from support.cli import device_flag, flag, parse_into
 from support.programs import run_main
 
 FEATURES = 64
@@ -154,6 +154,7 @@ class ClassifierConfig:
     image_size: int | None = flag(None, "side in pixels", shown="the images' own")
     channels: int = flag(3, "1: turned gray", choices=(1, 3))
     epochs: int = flag(5, "passes over the images", group="training")
+    device: str = device_flag()
     logits: bool = flag(False, "export the classes, for metrics.py is, instead of the features")
     seed: int = flag(0, "of weights and order")
     out: Path = flag(Path("classifier.pt2"), "the file to write")
@@ -185,7 +186,7 @@ class ClassifierConfig:
 
 def main(argv=None):
     config = parse_into(ClassifierConfig, argv)
-    with distributed.init(tf32=False) as dist:
+    with distributed.init(tf32=False, device=config.device) as dist:
         if not dist.is_main:  # minutes of work: one process does it
             return
         images, labels, names = load_labelled(config.data, config.image_size, config.channels, True)

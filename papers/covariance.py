@@ -49,7 +49,8 @@ import schedules
 from denoiser import Pixels, load_run
 from gap import step_coefficients
 from support import checkpoint, distributed, files, rng
-from support.cli import flag, parse_into
+from support.cli import device_flag, flag, parse_into
+from support.device import double
 from support.programs import run_main
 
 KINDS = ("analytic", "npr", "sn")
@@ -114,9 +115,9 @@ def gamma(denoiser, x0, seed=0, batch=256, label=None, ts=None):
             noise = torch.stack([torch.randn(encoded.shape[1:], generator=noises[i])
                                  for i in t.tolist()]).to(encoded)
             repeated = encoded.repeat(len(some), *[1] * (encoded.dim() - 1))
-            xt = schedules.add_noise(schedule, repeated, t.to(repeated.device), noise)
-            eps = seen.predict(xt, t.to(repeated.device))[1]
-            total.index_add_(0, t, eps.double().square().flatten(1).mean(1).cpu())
+            xt = schedules.add_noise(schedule, repeated, t, noise)
+            eps = seen.predict(xt, t)[1]
+            total.index_add_(0, t, double(eps).square().flatten(1).mean(1).cpu())
             bar.update(len(t))
     bar.close()
     return total / len(x0)
@@ -153,9 +154,9 @@ def variance_from_head(denoiser, kind):
     def var_eps(x, t):
         prediction, h = cached.out.to(x.dtype).split(x.shape[1], dim=1)
         if kind == "npr":
-            return h
+            return double(h)
         # The network's own ε_θ: a sampler that clips x̂_0 re-derives another.
-        return h.double() - denoiser.to_x0_eps(x, t, prediction)[1].double() ** 2
+        return double(h) - double(denoiser.to_x0_eps(x, t, prediction)[1]) ** 2
     return var_eps
 
 
@@ -226,6 +227,7 @@ class CovarianceConfig:
     num: int = flag(128, "images, each at every t = 1..T; under torchrun write -n", short="-n")
     data: str | None = flag(None, "where the images are", shown="where the run's own set was")
     batch_size: int = flag(64, "images at a time, per process")
+    device: str = device_flag()
     seed: int = flag(0, "of the choice of images and the noise")
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
 
@@ -309,7 +311,7 @@ def plot(path, denoiser, values, points=50):
 
 def main(argv=None):
     config = parse_into(CovarianceConfig, argv)
-    with distributed.init(tf32=False) as dist:
+    with distributed.init(tf32=False, device=config.device) as dist:
         for run in config.runs or [None]:
             estimate(run, config, dist)
 

@@ -120,6 +120,10 @@ def load_optimizer(optimizer, state, path):
             if name.startswith("exp_avg") and value.shape != p.shape:
                 raise ValueError(f"{path} does not fit its own settings: the optimizer's {name} is "
                                  f"{tuple(value.shape)}, the weight {tuple(p.shape)}")
+            # The fused Adam takes the weight's strides for its moments': a channels_last weight
+            # with contiguous moments is updated wrongly on a CPU, and raises on CUDA.
+            if name.startswith("exp_avg") and value.stride() != p.stride():
+                optimizer.state[p][name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         if not all_finite(optimizer.state[p]):
             raise ValueError(f"{path}: the optimizer's state holds values that are not finite")
 

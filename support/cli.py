@@ -46,6 +46,12 @@ def flag(default, help, choices=None, resume=False, short=None, positional=None,
         group=group, metavar=metavar, shown=shown, low=low, above=above, below=below))
 
 
+def device_flag():
+    """The field that is --device: support/device.py reads it."""
+    return flag("auto", "where to compute; auto: cuda if there is a GPU, else cpu; mps, Apple's "
+                "GPU, is untried", choices=("auto", "cuda", "mps", "cpu"), resume=True)
+
+
 def flag_name(name):
     """A field's name as typed: sa_k -> --sa-k."""
     return "--" + name.replace("_", "-")

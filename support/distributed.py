@@ -4,8 +4,10 @@ r"""One program, one or many processes: who am I, and how do we agree?
     python train.py                          no such variables: one process, and the same code
 
 Numbers and flags travel as CPU tensors over gloo, gradients over NCCL if they are on GPUs. If one
-process dies, the others find out: at once if the system closes its connections, else after
-STEP_TIMEOUT. They then print one line, and torchrun ends or restarts all of them.
+process dies, the others find out. On CPUs (gloo): at once if the system closes its connections,
+else after STEP_TIMEOUT. They then print one line, and torchrun ends or restarts all of them. A
+process that waits for a GPU (NCCL) notices nothing: torchrun ends it, or NCCL's watchdog does after
+STEP_TIMEOUT.
 
 Not here: gradients (DistributedDataParallel averages them), or what the processes do.
 
@@ -20,6 +22,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from support.device import choose_device
 from support.precision import set_tf32
 
 try:
@@ -146,12 +149,13 @@ class Distributed:
                 return
 
 
-def init(tf32=True, deterministic=False, timeout=LONG_TIMEOUT):
+def init(tf32=True, deterministic=False, timeout=LONG_TIMEOUT, device="auto"):
     """Join the other processes if torchrun started us, and choose the device -> Distributed.
 
     tf32           let GPUs round float32 products to 10 bits; False where digits count
     deterministic  use only algorithms that give the same bits again, slower on GPUs
     timeout        how long a collective call may take; STEP_TIMEOUT in training
+    device         auto, cuda, mps or cpu: --device
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
@@ -163,9 +167,8 @@ def init(tf32=True, deterministic=False, timeout=LONG_TIMEOUT):
         raise ValueError(" ".join(f"{k}={v}" for k, v in values.items()) + " in the environment do "
                          "not fit together: start with torchrun, or unset them")
     rank, world_size, local_rank = map(int, values.values())
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    device = choose_device(device, local_rank, world_size)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         set_tf32(tf32)
     slow_group = None
@@ -174,7 +177,15 @@ def init(tf32=True, deterministic=False, timeout=LONG_TIMEOUT):
         # (PyTorch 2.13, issue 135712). A prefix for each attempt keeps them apart.
         store, *_ = next(dist.rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timeout, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(choose_backend(device), timeout=timeout, store=store, rank=rank,
+                                world_size=world_size)
         slow_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
     return Distributed(rank, world_size, local_rank, device, slow_group)
+
+
+def choose_backend(device):
+    """The backend of init_process_group. NCCL rejects two processes on one GPU; gloo copies through
+    the CPU, and takes any number."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine: torchrun's
+    alone = device.type == "cuda" and here <= torch.cuda.device_count()
+    return "cpu:gloo,cuda:nccl" if alone else "gloo"

@@ -29,6 +29,7 @@ from torch.export.passes import move_to_device_pass
 from tqdm import tqdm
 
 from support import checkpoint, inception, precision
+from support.device import double
 
 INCEPTION = "Inception 2015-12-05"
 
@@ -125,7 +126,8 @@ class FeatureSums:
 
     def add(self, f):
         """f (b, D), of any dtype and device."""
-        f = f.double().cpu()
+        f = double(f)  # on a GPU the sums stay there
+        self.sum, self.outer = self.sum.to(f.device), self.outer.to(f.device)
         self.n += len(f)
         self.sum += f.sum(0)
         self.outer += f.T @ f
@@ -133,7 +135,7 @@ class FeatureSums:
     def moments(self, dist):
         """(μ, Σ) over all processes, NumPy float64. ValueError: fewer than two images."""
         n = dist.all_reduce(torch.tensor(self.n)).item()
-        total, outer = dist.all_reduce(self.sum), dist.all_reduce(self.outer)
+        total, outer = (dist.all_reduce(v.cpu()) for v in (self.sum, self.outer))
         if n < 2:
             raise ValueError(f"a covariance needs at least 2 images, not {n}")
         mean = total / n

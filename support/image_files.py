@@ -18,6 +18,7 @@ N images, C channels, H height, W width.
 import atexit
 import hashlib
 import io
+import itertools
 import math
 import os
 import queue
@@ -39,6 +40,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import support.images as images_module
+from support import device as devices
 from support import readers
 from support.images import bare_png, missing_pixels, prepare
 from support.readers import one_line, printable
@@ -479,3 +481,20 @@ def in_threads(work, items, threads, ahead):
     finally:
         atexit.unregister(end)
         end()
+
+
+def stream(dataset, batches, threads, ahead, device="cpu"):
+    """Yield the images of each batch, a list of indices: uint8 (b, C, H, W). Files are decoded by
+    threads, up to `ahead` images ahead. For a GPU, a set in memory is kept on it if it fits; other
+    batches are pinned."""
+    if isinstance(dataset, Array):
+        images = devices.keep_near(dataset.images, device)
+        for indices in batches:
+            yield devices.pinned(devices.pick(images, indices), device)
+    batches, again = itertools.tee(batches)
+    images = map(dataset.__getitem__, itertools.chain.from_iterable(batches))
+    if threads and dataset.streamed:  # drawing shapes would only take a core from the network
+        images = in_threads(dataset.__getitem__, itertools.chain.from_iterable(batches), threads,
+                            ahead)
+    for indices in again:
+        yield devices.pinned(torch.stack(list(itertools.islice(images, len(indices)))), device)

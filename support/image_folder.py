@@ -13,6 +13,7 @@ Not here: what makes the images (sample.py), or reading sets of images (image_fi
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -72,14 +73,18 @@ class ImageFolder:
         if len(missing) < num:
             self.dist.print0(f"{num - len(missing)} of {num} images exist already")
         mine = missing[self.dist.rank::self.dist.world_size]
-        with tqdm(total=len(mine), unit="image", disable=not self.dist.is_main,
-                  dynamic_ncols=True) as bar:
+        with (ThreadPoolExecutor(8) as pool,  # of 256 pixels, an image takes 10 ms
+              tqdm(total=len(mine), unit="image", disable=not self.dist.is_main,
+                   dynamic_ncols=True) as bar):
             for start in range(0, len(mine), batch_size):
                 batch = mine[start:start + batch_size]
-                for i, image in zip(batch, make_images(batch), strict=True):
-                    files.save_png(self.path(i), grid(image[None], 1), sweep=False)
+                list(pool.map(self.write, batch, make_images(batch)))
                 bar.update(len(batch))
         self.dist.barrier()
+
+    def write(self, i, image):
+        """One image, uint8 (C, H, W)."""
+        files.save_png(self.path(i), grid(image[None], 1), sweep=False)
 
     def read(self, n):
         """Images 0 to n - 1, whoever wrote them: uint8 (n, H, W, C)."""

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from support import checkpoint, files
-from support.cli import flag, flag_name
+from support.cli import device_flag, flag, flag_name
 
 LINES = ("k-", "C1--", "C0-.", "C2:", "C3-", "C4--", "C5-.")  # distinct without colour
 MARKERS = "os^DvPX"
@@ -39,6 +39,7 @@ class MeasureConfig:
     data: str | None = flag(None, "images to measure on", shown="each run's own set")
     batch_size: int = flag(64, "images at a time")
     seed: int = flag(0, "of the choice of images and the noise")
+    device: str = device_flag()
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
     out: Path | None = flag(None, "the picture; its .csv goes next to it",
                             shown="named after what is measured")

@@ -26,6 +26,10 @@ def set_tf32(allowed):
 
 def autocast_dtype(name, device):
     """auto | fp32 | bf16, a torch.device -> the dtype that autocast computes in, or None."""
+    if device.type == "mps":  # autocast to bf16 depends on the version of macOS there
+        if name == "bf16":
+            raise ValueError("--precision bf16 is for cuda and cpu: leave it out with --device mps")
+        return None
     if name == "auto":
         name = "bf16" if has_bf16_units(device) else "fp32"
     if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(
@@ -52,6 +56,9 @@ def for_inference(net, device, precision="fp32", compiled=False):
     The module is changed: it moves to the device, goes into eval mode, and with bf16 its
     convolutions hold bf16 weights. Autocast gives the same numbers, but casts frozen weights at
     every call. ValueError: a GPU without bf16.
+
+    On GPUs, and if compiled, a batch smaller than the largest so far is filled up with copies of
+    its first image, and the results of these are cut off: another size would be compiled anew.
     """
     dtype = autocast_dtype(precision, device)
     net.to(device).eval().requires_grad_(False)
@@ -60,11 +67,45 @@ def for_inference(net, device, precision="fp32", compiled=False):
             layer.to(dtype)
     if compiled:
         # freezing: weights become constants, in the layout that the CPU's convolutions prefer
-        net = torch.compile(net, options={"freezing": device.type == "cpu"})
+        layout_for_compile(net, device)
+        net = torch.compile(net, dynamic=False, options={"freezing": device.type == "cpu"})
+    largest = 0
 
     @torch.no_grad()
     def call(*inputs):
+        nonlocal largest
+        n = len(inputs[0])
+        if compiled or device.type == "cuda":
+            largest = max(largest, n)
+            inputs = [torch.cat([v, v[:1].expand(largest - n, *v.shape[1:])]) if n < largest else v
+                      for v in inputs]
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return net(*inputs)
+            out = net(*inputs)
+        return out[:n] if isinstance(out, torch.Tensor) else tuple(v[:n] for v in out)
 
     return call
+
+
+def compiles(flag, device):
+    """--compile, --no-compile, or neither (None): on for CUDA, where it halves a step's time."""
+    return device.type == "cuda" if flag is None else flag
+
+
+def place(net, device, flag):
+    """Move a network that is to be trained to its device, in the layout that for_training needs."""
+    net.to(device)
+    if compiles(flag, device):
+        layout_for_compile(net, device)
+
+
+def for_training(net, device, flag):
+    """The network as training calls it: compiled, or as it is. Static shapes: with a batch size
+    that is a symbol, inductor gives up channels_last."""
+    return torch.compile(net, dynamic=False) if compiles(flag, device) else net
+
+
+def layout_for_compile(net, device):
+    """On CUDA, channels_last: cuDNN's bf16 convolutions need it, and inductor keeps the weights'
+    layout. In eager mode it only costs, since GroupNorm returns NCHW (PyTorch issue 111824)."""
+    if device.type == "cuda":
+        net.to(memory_format=torch.channels_last)

@@ -120,7 +120,7 @@ def run_main(main):
             sys.exit(2)
         if is_compile_failure(error) and not os.environ.get("TRACEBACK"):
             report_error(f"--compile: torch.compile failed ({str(error).strip().splitlines()[0]}). "
-                         "Install a C++ compiler, or leave out --compile")
+                         "Install a C++ compiler, or use --no-compile")
             sys.exit(2)
         if os.environ.get("TRACEBACK") or not is_peer_failure(error):
             raise
@@ -146,6 +146,8 @@ def is_compile_failure(error):
 def is_peer_failure(error):
     """True if this RuntimeError means that another process did not answer."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if re.search("invalid usage|Duplicate GPU|unhandled cuda error|CUDA error", str(error)):
+        return False  # all processes are there: the GPU failed, or NCCL was asked the impossible
     return several and (isinstance(error, dist.DistError) or bool(re.search(
         "gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out", str(error))))
 

@@ -48,6 +48,9 @@ class RunFolder:
 
     def open(self, settings, may_change):
         """Lock the folder -> its checkpoint, or None for a new run. ValueError: another run's."""
+        if settings["batch_size"] % self.dist.world_size:
+            raise ValueError(f"--batch-size {settings['batch_size']} is global and must be "
+                             f"divisible by the {self.dist.world_size} processes")
         self.dist.on_main(self.claim)
         # Every process reads the checkpoint itself, to the CPU, before DDP exists: reading it on
         # one process and sending it round makes resumed runs hang.

@@ -18,6 +18,9 @@ import pytest
 # reads this once, when torch is first imported: nothing above may do that.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Most tests compare with a CPU's numbers. Those marked `cuda`: CUDA_TESTS=1 pytest -q -m cuda
+if not os.environ.get("CUDA_TESTS"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"  # reference numbers: see the README.md there
 sys.path.insert(0, str(ROOT))
@@ -54,6 +57,14 @@ def message_of(info):
     """The message of an error that pytest.raises caught; it must be one line."""
     assert "\n" not in str(info.value)
     return str(info.value)
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("CUDA_TESTS"):
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and CUDA_TESTS=1"))
 
 
 @pytest.fixture(autouse=True)

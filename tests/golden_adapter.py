@@ -92,9 +92,7 @@ def steps(run, n):
     stream = data.batches(
         run.dataset, config.batch_size, state.step * config.batch_size, config.seed
     )
-    return [
-        train.train_step(state, state.net, next(stream), config, dist, None) for _ in range(n)
-    ]
+    return [train.train_step(state, state.net, next(stream), config, dist, None) for _ in range(n)]
 
 
 def names(run):

@@ -9,6 +9,7 @@ import lipschitz
 import metrics
 import sample
 from benchmarks.__main__ import BenchmarkConfig
+from benchmarks.gpu_check import GpuCheckConfig
 from papers import (
     alternatives,
     autoencoder,
@@ -42,6 +43,7 @@ PROGRAMS = {
     "papers.superres train": superres.SuperResConfig,
     "papers.superres enlarge": superres.EnlargeConfig,
     "benchmarks": BenchmarkConfig,
+    "benchmarks.gpu_check": GpuCheckConfig,
 }
 # Their parsers open the run or the file that they start from: it must exist.
 OPEN_A_RUN = {"papers.heads", "papers.latents", "papers.checkpoints"}
