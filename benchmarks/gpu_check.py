@@ -149,6 +149,9 @@ class GpuCheckConfig:
     prog: ClassVar[str] = "benchmarks.gpu_check"
     usage: ClassVar[str] = "python -m benchmarks.gpu_check [flags]"
     description: ClassVar[str] = "Check everything on a CUDA machine, and measure it."
+    examples: ClassVar[str] = """\
+  python -m benchmarks.gpu_check --out gpu-check          # under 8 minutes
+  python -m benchmarks.gpu_check --out try --rehearse     # small, on a CPU"""
 
     def check(self):
         if self.budget <= 0:
