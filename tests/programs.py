@@ -20,6 +20,7 @@ from papers import (
     figures,
     heads,
     latents,
+    shapes_check,
     superres,
 )
 from support.cli import parse_into
@@ -40,6 +41,7 @@ PROGRAMS = {
     "papers.figures": figures.FiguresConfig,
     "papers.heads": heads.HeadConfig,
     "papers.latents": latents.LatentConfig,
+    "papers.shapes_check": shapes_check.CheckConfig,
     "papers.superres train": superres.SuperResConfig,
     "papers.superres enlarge": superres.EnlargeConfig,
     "benchmarks": BenchmarkConfig,
