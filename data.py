@@ -25,10 +25,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from support import image_files, readers
+from support.image_files import MAX_SIDE
 from support.images import prepare
 
 BUILT_IN = ("shapes", "cifar10")
-MAX_SIDE = 8192  # pixels; a batch of such images fills the memory of any machine
 INFINITE = 2**31  # this many images or more: too many to permute, never seen twice anyway
 PREFETCH = 4  # batches that threads decode ahead
 

@@ -50,13 +50,13 @@ from tqdm import tqdm
 
 import data
 import lipschitz
-import sample
 import samplers
 import schedules
 from schedules import Schedule
 from support import distributed, files, image_files, measure, rng
 from support.cli import flag, parse_into
 from support.device import double
+from support.image_folder import check_image_flags
 from support.measure import bootstrap_counts, inner_products, summarize
 from support.programs import run_main
 
@@ -179,7 +179,7 @@ PANELS = {"mean": "norm of the batch mean", "systematic": "systematic part, 95 %
           "reducible_norm": "reducible: mean of norms"}
 
 
-def plot(runs, weights):
+def plot_gaps(runs, weights):
     """Figure 4: a panel for each quantity, a line for each run; t falls to the right, as in
     sampling. runs: {name: rows}; weights: {schedule: τ}."""
     keys = [key for key in PANELS if any(key in rows[0] for rows in runs.values())]
@@ -250,7 +250,7 @@ class GapConfig(measure.MeasureConfig):
 
     def check(self):
         super().check()
-        sample.check_images(self)
+        check_image_flags(self)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"--eta must be between 0 and 1, not {self.eta}")
 
@@ -267,7 +267,7 @@ def main(argv=None):
             weights[kind] = gap_weights(denoiser.schedule)
     add_reductions(runs, boots)
     print(table_of_ends(runs))
-    measure.save_measurement(config.out, plot(runs, weights),
+    measure.save_measurement(config.out, plot_gaps(runs, weights),
                              [row for rows in runs.values() for row in rows])
 
 

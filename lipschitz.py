@@ -158,7 +158,7 @@ def measure_run(config, name, denoiser, x0):
     return rows, edges
 
 
-def write(config, curves):
+def write_curves(config, curves):
     """The .csv, and the picture: means as lines, the middle 80 % of the images as shades."""
     axes = files.figure(figsize=(7.5, 4.5), layout="constrained").add_subplot()
     all_rows = [row for rows, _ in curves.values() for row in rows]
@@ -180,7 +180,7 @@ def main(argv=None):
     with distributed.init(tf32=False, device=config.device) as dist:
         if dist.is_main:  # one process does it all
             opened = open_runs(config, dist.device)
-            write(config, {name: measure_run(config, name, *run) for name, *run in opened})
+            write_curves(config, {name: measure_run(config, name, *run) for name, *run in opened})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ as N grows (the bias is about 1/N), and other weights give other values. So all 
 with it, and there is no fallback: a distance in another network's features is named after its file,
 FD(NAME), and never FID.
 
-Not here: precision and recall, KID, CLIP scores; feature networks (support/features.py).
+Not here: KID, CLIP scores, precision and recall; feature networks (support/features.py).
 
     python metrics.py fid RUN                              # 10,000 new samples, its own data set
     torchrun --nproc_per_node 8 metrics.py fid RUN cifar10 -n 50000
@@ -34,7 +34,7 @@ from torch import Tensor
 import data
 import sample
 import samplers
-from support import checkpoint, distributed, features, files, image_files, inception
+from support import checkpoint, distributed, features, files, image_files, image_folder, inception
 from support.cli import flag, flag_name, parse_into
 from support.programs import run_main
 
@@ -220,7 +220,7 @@ def compare_pairs(sets, config, dist) -> dict:
     a, b = sets
     features.check_pairs(a, b)
     total = torch.zeros(2, dtype=torch.float64)
-    for indices, batch in features.batches(a, config.batch_size, dist, "psnr"):
+    for indices, batch in features.image_batches(a, config.batch_size, dist, "psnr"):
         decibels = psnr(batch[:, :a.shape[0]].cpu(), b.batch(indices))  # gray as gray
         total += torch.stack([decibels.sum(), decibels.isinf().sum()])
     mean, equal = (dist.all_reduce(total) / torch.tensor([a.n, 1])).tolist()
@@ -281,7 +281,7 @@ an .npz of statistics (mu, sigma; fid only), or a run, which is sampled on the f
 
     def check(self):
         super().check()
-        sample.check_images(self)
+        image_folder.check_image_flags(self)
         wanted = {"fid": "A or A B", "is": "A", "psnr": "A B", "stats": "A OUT.npz"}[self.metric]
         if len(self.images) not in {len(way.split()) for way in wanted.split(" or ")}:
             raise ValueError(f"{self.metric} takes {wanted}, not {len(self.images)} names: "

@@ -29,8 +29,8 @@ import samplers
 from denoiser import load_run
 from support import distributed, precision, rng
 from support.checkpoint import find_checkpoint, weights_hash
-from support.cli import flag, flag_name, parse_into
-from support.image_folder import ImageFolder
+from support.cli import flag, parse_into
+from support.image_folder import ImageFolder, check_image_flags
 from support.programs import run_main
 
 
@@ -65,18 +65,9 @@ class SampleConfig(samplers.SamplerConfig):  # --sampler, --nfe, --spacing, --et
 
     def check(self):
         super().check()
-        check_images(self)
+        check_image_flags(self)
         if self.run == "":
             raise ValueError("RUN is empty: leave it out for the newest run")
-
-
-def check_images(config) -> None:
-    """ValueError for --num, --batch-size, --seed, --image-size out of range (of metrics.py too)."""
-    for name, low, high in (("num", 1, rng.MAX_IMAGES), ("batch_size", 1, rng.MAX_IMAGES),
-                            ("image_size", 1, data.MAX_SIDE), ("seed", 0, rng.MAX_SEEDS - 1)):
-        value = getattr(config, name, None)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{flag_name(name)} must be from {low} to {high}, not {value}")
 
 
 def tag(config, step: int) -> str:

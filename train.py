@@ -34,7 +34,6 @@ from config import Config
 from denoiser import build_denoiser, load_run
 from support import checkpoint, device, distributed, precision, rng
 from support.cli import parse_into
-from support.images import grid
 from support.programs import StopSignal, ignore_write_errors, run_main
 from support.run import RunFolder
 
@@ -216,15 +215,7 @@ def train(state, dataset, config, run, dist, stop):
         if done or (state.step % config.save_every == 0 and not nonfinite):
             run.save(state.state_dict(), final=done)
         if done or state.step % config.sample_every == 0:
-            run.save_preview(state.step, lambda: preview_grid(state, dataset, dist.device))
-
-
-def preview_grid(state, dataset, device):
-    """A PIL image: samples of the averaged weights, which are what sample.py will use."""
-    side = 8 if dataset[0].shape[-1] <= 64 else 4
-    images = torch.stack([dataset[i] for i in range(min(side**2, len(dataset)))]).to(device)
-    shown, group = state.objective.preview(state.ema, images)
-    return grid(shown, max(1, round(len(shown) ** 0.5 / group)) * group)
+            run.save_preview(state, dataset)
 
 
 def main(argv=None, make_objective=DiffusionObjective, config_class=Config):

@@ -159,7 +159,7 @@ def from_ddim(state, head_channels=None):
             else v for k, v in ours.items()}
 
 
-def network_of(state, image_size=None):
+def size_of(state, image_size=None):
     """The arguments of unet.UNet that its state dict shows. image_size: None guesses it."""
     channels, E = state["time_embed.0.weight"].shape[1], len(state["time_embed.0.weight"])
     ups = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("output_blocks."))
@@ -373,7 +373,7 @@ def network(state, kind, image_size):
         if channels not in (1, 3) or outputs not in (channels, 2 * channels):
             raise ValueError(f"{channels} channels in and {outputs} out: only networks that draw "
                              "images from noise can be loaded, not upsamplers")
-        size = network_of(state, image_size)
+        size = size_of(state, image_size)
     except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"it does not have all layers of a U-Net (at {error})") from error
     size.update(head_channels=None, dropout=0.0)

@@ -104,7 +104,7 @@ def to_network_input(images):
     return data.to_float(images).expand(-1, 3, -1, -1)
 
 
-def train(images, labels, classes, epochs=5, batch=128, lr=2e-3, seed=0, device="cpu"):
+def fit(images, labels, classes, epochs=5, batch=128, lr=2e-3, seed=0, device="cpu"):
     """A Classifier in eval mode, trained by Adam, whose learning rate falls to 0 like a cosine."""
     torch.manual_seed(seed)
     net = Classifier(classes).to(device)
@@ -193,8 +193,8 @@ def main(argv=None):
         order = torch.randperm(len(images), generator=rng.generator(config.seed, 1))
         held_out = max(len(images) // 10, 1)  # a random tenth, for the accuracy
         test, rest = order[:held_out], order[held_out:]
-        net = train(images[rest], labels[rest], len(names), config.epochs, seed=config.seed,
-                    device=dist.device)
+        net = fit(images[rest], labels[rest], len(names), config.epochs, seed=config.seed,
+                  device=dist.device)
         share = accuracy(net, images[test], labels[test])
         export(net, config.out, images.shape[-1], config.logits)
         print(f"{len(rest):,} images of {len(names)} classes, {images.shape[-1]} pixels wide; "

@@ -277,12 +277,12 @@ def estimate(run, config, dist):
                        weights=config.weights)
         files.write_csv(out.with_suffix(".csv"),
                         [dict(t=t, gamma=value) for t, value in enumerate(values.tolist())])
-        plot(out.with_suffix(".png"), denoiser, values)
+        plot_variances(out.with_suffix(".png"), denoiser, values)
         print(f"Γ: {out} (.csv and .png next to it)\nnext: python sample.py "
               f"{shlex.quote(str(path.parent))} --sampler ddpm --variance analytic --nfe 25")
 
 
-def plot(path, denoiser, values, points=50):
+def plot_variances(path, denoiser, values, points=50):
     """Γ_t, and the std that it gives the steps of a coarse grid; t falls to the right, as in
     sampling."""
     schedule, var_eps = denoiser.schedule, variance_from_gamma(values)

@@ -380,7 +380,7 @@ def main(argv=None):
     finally:  # what is complete gets its page, even if the rest failed
         for name in names:
             if all(key in plan.numbers.rows for plan in found[name] for key in plan.cells.values()):
-                pages.write(name, experiments[name], found[name], config)
+                pages.write_page(name, experiments[name], found[name], config)
     if not complete:
         print("stopped: run the same command to go on")
 

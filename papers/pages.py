@@ -1,6 +1,6 @@
 r"""From numbers to results/NAME.md, .csv and .png: a table, a figure, and how to make them again.
 
-    write(name, experiment, plans, config)     # plans.py; config: the flags of experiments.py
+    write_page(name, experiment, plans, config)     # config: the flags of experiments.py
 
 A page holds the paper's claim, our table (over several seeds: mean ± standard deviation), what the
 numbers are, the figure, the command that makes the page, and those that trained its runs. A missing
@@ -249,7 +249,7 @@ def page_text(name, e, plans, config, found):
     return "\n".join([*lines, ""])
 
 
-def write(name, e, plans, config):
+def write_page(name, e, plans, config):
     """Write results/NAME.md, .csv and .png, with the numbers that exist."""
     found, numbers = gather(plans), plans[0].numbers.rows
     config.out.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,7 @@ def templates(size, n=TEMPLATES):
     return (nearest_colour(drawings) > 0).flatten(1)
 
 
-def check_images(images, masks):
+def judge(images, masks):
     """uint8 (N, 3, H, W), masks of templates() -> {name: bool (N,)}."""
     nearest = nearest_colour(images)
     shape = nearest > 0
@@ -90,7 +90,7 @@ def main(argv=None):
     config = parse_into(CheckConfig, argv)
     dataset = data.load(config.images, None, 3)
     images = torch.stack([dataset[i] for i in range(min(config.num, len(dataset)))])
-    found = check_images(images, templates(images.shape[-1]))
+    found = judge(images, templates(images.shape[-1]))
     print(f"{len(images)} pictures: "
           + ", ".join(f"{name} {values.float().mean():.1%}" for name, values in found.items()))
 

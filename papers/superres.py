@@ -32,7 +32,7 @@ from config import Config
 from denoiser import Pixels
 from support import distributed, files
 from support.cli import flag, parse_into
-from support.image_folder import ImageFolder
+from support.image_folder import ImageFolder, check_image_flags
 from support.images import grid
 from support.programs import ignore_write_errors, run_main
 
@@ -214,7 +214,7 @@ def enlarge(argv=None):
         dist.print0(f"to be enlarged: {config.num} of {inputs.summary}")
         tag = f"{sample.tag(config, denoiser.step)}-{Path(config.low_res).stem}"
         folder = ImageFolder(config.out or denoiser.folder / "generated" / tag, dist)
-        sample.check_images(config)
+        check_image_flags(config)
         record = {**sample.sampling_record(config, denoiser, arguments),
                   "low_res": dist.on_main(inputs.digest)}
 

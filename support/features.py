@@ -170,7 +170,7 @@ class Statistics:
                 if getattr(self, f.name) is not None}
 
 
-def batches(images, batch_size, dist, label):
+def image_batches(images, batch_size, dist, label):
     """This process's images of a set, dealt out like cards: (indices, uint8 (b, 3, H, W))."""
     mine = list(range(dist.rank, images.n, dist.world_size))
     with tqdm(desc=label, total=len(mine), unit="image", disable=not dist.is_main,
@@ -193,7 +193,7 @@ def statistics(images, net, batch_size, dist):
     if images.n < 2:
         raise ValueError(f"{images.source}: a covariance needs at least 2 images, not {images.n}")
     sums = None
-    for _, batch in batches(images, batch_size, dist, images.source):
+    for _, batch in image_batches(images, batch_size, dist, images.source):
         f = net(batch)[0]
         sums = sums or FeatureSums(f.shape[1])
         sums.add(f)
@@ -207,7 +207,7 @@ def statistics(images, net, batch_size, dist):
 def gather_logits(images, net, batch_size, dist):
     """The logits of all images in their order, on rank 0; None elsewhere."""
     parts = dist.gather([(indices, net(batch)[1].cpu()) for indices, batch in
-                         batches(images, batch_size, dist, images.source)])
+                         image_batches(images, batch_size, dist, images.source)])
     if parts is None:
         return None
     order = [i for part in parts for indices, _ in part for i in indices]

@@ -50,6 +50,7 @@ HIDDEN = re.compile(r"(^|[\\/])(\.(?!\.?[\\/])|__MACOSX([\\/]|$))")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 # The contents are held to the same list: Pillow would run Ghostscript on an EPS called cat.png.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+MAX_SIDE = 8192  # pixels; a batch of such images fills the memory of any machine
 MAX_BYTES = 2**30  # of a file or member; larger ones are hardly images that Pillow would open
 
 
@@ -138,7 +139,7 @@ class Files:
             raise ValueError(f"{printable(self.paths[i])}: {one_line(error)}") from error
 
 
-def describe(modes, sizes, target, how, bad=0, others=""):
+def summary(modes, sizes, target, how, bad=0, others=""):
     """The summary: `modes` {mode, as of Files.read: count}, `sizes` of (width, height), `target`
     (C, H, W)."""
     small, large = (f(sizes, key=math.prod) for f in (min, max))
@@ -217,7 +218,7 @@ def load_and_check(files, listing, source, skip_bad, memory_limit, progress):
                          + (" ..." if len(sizes) > 5 else "") + "): give --image-size")
     files.paths = [files.paths[i] for i in good]
     files.sizes, files.digest = sizes, fingerprint("{}\0{}".format(*listing[i]) for i in good)
-    files.summary = describe(Counter(facts[i][0] for i in good), sizes, target,
+    files.summary = summary(Counter(facts[i][0] for i in good), sizes, target,
                              "in memory" if keep else "streamed", len(facts) - len(good),
                              files.others)
     if not keep:
@@ -410,7 +411,7 @@ def open_path(path, key, size, channels, skip_bad=False, memory_limit=2 * 2**30,
                          ) from error
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[array.shape[3]]
     sizes = {array.shape[2:0:-1]}
-    return Array(images, describe({mode: len(array)}, sizes, images.shape[1:], "in memory"),
+    return Array(images, summary({mode: len(array)}, sizes, images.shape[1:], "in memory"),
                  sizes=sizes)
 
 

@@ -21,8 +21,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from support import files
+from support import files, rng
+from support.cli import flag_name
+from support.image_files import MAX_SIDE
 from support.images import grid
+
+
+def check_image_flags(config):
+    """ValueError for --num, --batch-size, --seed, --image-size out of range."""
+    for name, low, high in (("num", 1, rng.MAX_IMAGES), ("batch_size", 1, rng.MAX_IMAGES),
+                            ("image_size", 1, MAX_SIDE), ("seed", 0, rng.MAX_SEEDS - 1)):
+        value = getattr(config, name, None)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{flag_name(name)} must be from {low} to {high}, not {value}")
 
 
 class ImageFolder:

@@ -5,7 +5,7 @@ r"""A run is a folder runs/NAME: locked, resumed, logged and saved, each by one 
     run.create(settings, ...)                  # the folder and config.json, once nothing is wrong
     run.log(step, values, skipped)             # log.csv, every tenth step, and the progress bar
     run.save(state, final)                     # checkpoint.pt and loss.png
-    run.save_preview(step, draw)               # samples/STEP.png
+    run.save_preview(state, dataset)           # samples/STEP.png
 
 A run of weeks does not end because a disk is full for an hour: what cannot be written gives a
 warning, and the run goes on. Only the last checkpoint must be written. Rank 0 writes; the others
@@ -32,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 from support import checkpoint, files
+from support.images import grid
 
 PLOT_POINTS = 500  # of a curve in loss.png: this many, to twice as many
 
@@ -180,12 +181,18 @@ class RunFolder:
             self.bar.write(f"step {step}: saved {self.path.resolve()}")
             self.attempt("loss.png", self.table.plot, self.folder / "loss.png", final)
 
-    def save_preview(self, step, draw):
-        """Write samples/STEP.png, the PIL image that draw() returns. A signal breaks it off; the
-        other processes wait, however long it takes."""
-        path = self.folder / "samples" / f"{step:07d}.png"
-        self.dist.on_main(lambda: self.stop.unless_requested(
-            self.attempt, "a sample grid", lambda: files.save_png(path, draw())))
+    def save_preview(self, state, dataset):
+        """Write samples/STEP.png: samples of the averaged weights, which sample.py will use. A
+        signal breaks it off; the other processes wait, however long it takes."""
+        path = self.folder / "samples" / f"{state.step:07d}.png"
+
+        def draw():
+            side = 8 if dataset[0].shape[-1] <= 64 else 4
+            images = torch.stack([dataset[i] for i in range(min(side**2, len(dataset)))])
+            shown, group = state.objective.preview(state.ema, images.to(self.dist.device))
+            files.save_png(path, grid(shown, max(1, round(len(shown) ** 0.5 / group)) * group))
+
+        self.dist.on_main(lambda: self.stop.unless_requested(self.attempt, "a sample grid", draw))
 
     def attempt(self, what, work, *inputs):
         """work(*inputs) -> None. If the disk does not take it, or there is nothing to show: print

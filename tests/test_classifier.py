@@ -209,7 +209,7 @@ def test_features_are_64_means_of_what_the_last_layer_sees():
 @pytest.fixture(scope="module")
 def trained():
     images, labels = bars(600)
-    return classifier.train(images, labels, 3, epochs=4, batch=50, seed=1)
+    return classifier.fit(images, labels, 3, epochs=4, batch=50, seed=1)
 
 
 def test_training_names_what_it_has_not_seen(trained):
@@ -229,7 +229,7 @@ def test_the_same_seed_gives_the_same_weights(monkeypatch):
 
     def state(seed):
         torch.rand(3)  # whatever was drawn before
-        return classifier.train(images, labels, 3, epochs=2, batch=32, seed=seed).state_dict()
+        return classifier.fit(images, labels, 3, epochs=2, batch=32, seed=seed).state_dict()
 
     one, again, other = state(0), state(0), state(5)
     assert all(torch.equal(one[k], again[k]) for k in one)
@@ -241,7 +241,7 @@ def test_every_epoch_has_its_steps(monkeypatch):
     monkeypatch.setattr(classifier, "tqdm", partial(classifier.tqdm, disable=True))
     for n, batch, steps in ((50, 16, 2 * 3), (10, 128, 2)):
         images, labels = bars(n)
-        net = classifier.train(images, labels, 3, epochs=2, batch=batch)
+        net = classifier.fit(images, labels, 3, epochs=2, batch=batch)
         assert net.convolutions[1].num_batches_tracked == steps
 
 

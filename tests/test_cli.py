@@ -216,7 +216,7 @@ for name in sys.argv[1:]:
 @pytest.mark.slow
 def test_help_needs_no_docstrings(tmp_path):
     """PYTHONOPTIMIZE=2 removes them. All programs in one process."""
-    names = [name.replace(".py", "").replace("benchmarks", "benchmarks.__main__")
+    names = [{"benchmarks": "benchmarks.__main__"}.get(name, name.replace(".py", ""))
              for name in (*PROGRAMS, "papers.superres", "papers.autoencoder")]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", HELP, *names], cwd=tmp_path, encoding="utf-8",
                           env={**ENV, "PYTHONOPTIMIZE": "2"}, capture_output=True)  # fmt: skip

@@ -131,7 +131,7 @@ def test_an_error_is_one_line_and_status_2_without_torchrun(tmp_path):
         (
             "train.py",
             "--batch-size 3",
-            "--batch-size is global and must be divisible by the 2 processes, not 3",
+            "--batch-size 3 is global and must be divisible by the 2 processes",
         ),
         ("sample.py", "nobody", "no run nobody"),  # rank 0 alone finds it
         ("train.py", "--lr -1", "--lr must be above 0"),  # before the processes meet

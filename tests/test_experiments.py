@@ -281,7 +281,7 @@ def test_a_page_of_what_there_is(small, capsys):
             if (row, column) != ("two", "DDPM, 9"):
                 numbers.add(key, data="shapes", seed=plan.seed, row=row, column=column,
                             metric="FD(net.pt2)", value=value)  # fmt: skip
-    pages.write("small", SMALL, made, args)
+    pages.write_page("small", SMALL, made, args)
     text = Path("results/small.md").read_text(encoding="utf-8")
     assert text.startswith("# A title (FD in net.pt2, not FID)\n")
     assert "Measured with FD(net.pt2), on 12 samples." in text
@@ -294,7 +294,7 @@ def test_a_page_of_what_there_is(small, capsys):
     assert np.asarray(Image.open("results/small.png")).std() > 5
     assert "1.50 ± 0.71" in capsys.readouterr().out
     args = options("small --features net.pt2 --out elsewhere/mine")
-    pages.write("small", SMALL, made[:1], args)  # does not touch the page above
+    pages.write_page("small", SMALL, made[:1], args)  # does not touch the page above
     assert "| one | 1.00 | 1.00 |  |" in Path("elsewhere/mine/small.md").read_text(encoding="utf-8")
     assert Path("results/small.md").read_text(encoding="utf-8") == text
 
@@ -321,7 +321,7 @@ def main():
     Path("net.pt2").touch()
     experiments.declare = lambda budget, weight=None: dict(small=t.SMALL)
     made, args = t.numbered(t.SMALL, "small --seeds 2 --features net.pt2")
-    pages.write("small", t.SMALL, made, args)
+    pages.write_page("small", t.SMALL, made, args)
 
 run_main(main)
 """
@@ -350,7 +350,7 @@ def test_grids_of_samples_lie_side_by_side(small):
         path.parent.mkdir(parents=True, exist_ok=True)
         colours[path] = (30 + 50 * i, 0, 200 - 50 * i)
         Image.new("RGB", (40, 40), colours[path]).save(path)
-    pages.write("small", e, made, args)
+    pages.write_page("small", e, made, args)
     drawn = np.asarray(Image.open("results/small.png").convert("RGB"))
     for colour in colours.values():
         assert (drawn == colour).all(2).sum() > 5000
@@ -358,7 +358,7 @@ def test_grids_of_samples_lie_side_by_side(small):
     assert text.startswith("# A title (pictures)\n") and "| one |" not in text
     assert "seed" not in text.split("![")[0] and "Measured" not in text
     made, args = numbered(e, "small --features net.pt2 --data a b --seeds 2", "mean grey")
-    pages.write("small", e, made, args)
+    pages.write_page("small", e, made, args)
     assert "The figure shows a, seed 0." in Path("results/small.md").read_text(encoding="utf-8")
 
 
@@ -375,7 +375,7 @@ def test_figures(small, more, panels, monkeypatch):
     monkeypatch.setattr(pages.files, "save_figure", lambda path, figure, dpi: kept.append(figure))
     e = dataclasses.replace(SMALL, paper={}, **more)
     made, args = numbered(e, "small --seeds 2 --features net.pt2")
-    pages.write("small", e, made, args)
+    pages.write_page("small", e, made, args)
     (figure,) = kept
     assert len(figure.axes) == panels
     texts = [t.get_text() for axes in figure.axes for t in axes.get_legend().get_texts()]
@@ -392,7 +392,7 @@ def test_a_page_of_a_program_shows_its_figure(small):
     made, args = numbered(e)
     made[0].picture().parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", (30, 20), 77).save(made[0].picture())
-    pages.write("small", e, made, args)
+    pages.write_page("small", e, made, args)
     text = Path("results/small.md").read_text(encoding="utf-8")
     assert "One seed. Look here." in text and "| one | 0.0000 |" in text
     assert "Sampled with" not in text and "Columns" not in text

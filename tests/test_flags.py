@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+import config
 import denoiser
 from conftest import ENV, ROOT
 from programs import PROGRAMS, parse
@@ -398,7 +399,10 @@ def test_the_average_follows_its_flag(plain, place):
     ["--save-every 1", "--sample-every 1", "--workers 0", "--deterministic", "--recompute"],
 )
 def test_a_flag_that_should_not_change_the_weights_does_not(extra, plain, place):
-    assert_close(weights_of(place, extra.split()), plain, rtol=0, atol=1e-7)
+    # Recomputed, the gradients of a map that two layers use add up in another order. Adam divides
+    # by a gradient's size, so where it is almost 0, its rounding shows: 0.1 % of a step is allowed.
+    atol = 1e-3 * config.RECIPES["tiny"]["lr"] if extra == "--recompute" else 0
+    assert_close(weights_of(place, extra.split()), plain, rtol=0, atol=atol)
 
 
 # ------------------------------------------------------------------ notes on what is unusual

@@ -219,7 +219,7 @@ def test_seeds_share_no_noise(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(
         samplers, "SeededNoise", lambda seeds, *a: seen.append(list(seeds)) or real(seeds, *a)
     )
-    monkeypatch.setattr(gap, "plot", lambda *a: None)
+    monkeypatch.setattr(gap, "plot_gaps", lambda *a: None)
     monkeypatch.setattr(gap.measure, "save_measurement", lambda *a: None)
     for seed in "0", "1":
         words = ["base", "-n", "2", "--steps", "2", "--seed", seed]

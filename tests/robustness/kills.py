@@ -9,9 +9,9 @@ that takes no more bytes (a limit that the system enforces: write() fails, as on
 one save or for good.
 
 After each fault: the checkpoint can be read, is no older than the one before, and at most one
-temporary file is left, which the next start removes. At the end: weights, average and optimizer
-bit for bit those of an undisturbed run; every picture whole, and equal to that of an undisturbed
-call.
+temporary file is left (of pictures, one a thread), which the next start removes. At the end:
+weights, average and optimizer bit for bit those of an undisturbed run; every picture whole, and
+equal to that of an undisturbed call.
 
 Not here: power cuts. They also lose what the system has not written yet; that the bytes are flushed
 before the rename is checked here only by their order.
@@ -71,8 +71,6 @@ def arm(kind, nth, pattern):
             if self.now and kind in ("half", "full", "full for good"):
                 # bytes: somewhere inside a checkpoint, or inside a picture of 8 × 8
                 limit = 1000 + nth * 997 % 9000 if "checkpoint" in pattern else 50 + nth * 37 % 150
-                soft = signal.SIG_DFL if kind == "half" else signal.SIG_IGN
-                signal.signal(signal.SIGXFSZ, soft)  # the system's own way to stop a writer
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             if self.now and kind == "flush":
                 os.fsync = lambda f: die()
@@ -92,6 +90,8 @@ def arm(kind, nth, pattern):
                     no = resource.RLIM_INFINITY
                     resource.setrlimit(resource.RLIMIT_FSIZE, (no, no))
 
+    if kind in ("half", "full", "full for good"):  # the system's own way to stop a writer
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kind == "half" else signal.SIG_IGN)
     for module in list(sys.modules.values()):  # wherever it was imported to
         if getattr(module, "atomic_write", None) is real:
             module.atomic_write = Spoilt
@@ -262,7 +262,7 @@ def kill_sampling(folder, kills, seed):
             run.outside(kind, "run:", 0.4)
         else:
             run.inside(kind, dice.randint(1, 4))
-        assert len(run.leftovers()) <= 1, run.leftovers()
+        assert len(run.leftovers()) <= 3, run.leftovers()  # threads write a batch of pictures
         now = len(list(out.glob("[0-9]*.png")))
         assert now >= had
         had = now
