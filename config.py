@@ -90,7 +90,12 @@ class Config:
     images: int = flag(41_600, "train until this many were seen", resume=True,
                        shown="the preset's")
     steps: int = flag(0, "the same as --images STEPS x BATCH_SIZE", resume=True)
+    optimizer: str = flag("adam", "adam, as the papers; muon: orthogonalised momentum for weight "
+                          "matrices, Adam for the rest", choices=("adam", "muon"))
     lr: float = flag(2e-4, "Adam's learning rate", resume=True, shown="the preset's")
+    muon_lr: float = flag(0.02, "with --optimizer muon: the learning rate of matrices", resume=True)
+    lr_decay: str = flag("none", "how the learning rates fall to 0 at the end of the run",
+                         choices=("none", "linear", "cosine"))
     beta2: float = flag(0.999, "Adam's beta2", shown="the preset's")
     warmup: int = flag(0, "steps over which the learning rate rises from 0", shown="the preset's")
     ema: float = flag(0.9999, "decay of the averaged weights", shown="the preset's")
@@ -153,7 +158,10 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
             raise ValueError("--steps and --images both set the length: give one")
         if "steps" in self.given and self.steps < 1:
             raise ValueError(f"--steps must be above 0, not {self.steps}")
-        for name in ("batch_size", "images", "lr", "sample_every", "save_every", "image_size"):
+        if "muon_lr" in self.given and self.optimizer != "muon":
+            raise ValueError("--muon-lr has no effect without --optimizer muon")
+        for name in ("batch_size", "images", "lr", "muon_lr", "sample_every", "save_every",
+                     "image_size"):
             self.require(name, 0 < getattr(self, name) < math.inf, "must be above 0")
         for name in ("warmup", "workers", "seed", "grad_clip", "sa_weight"):
             self.require(name, 0 <= getattr(self, name) < math.inf, "must be 0 or more")
@@ -225,6 +233,8 @@ papers/. The presets: python -c "import config; print(config.RECIPES)\""""
             getattr(self, k) for k in ("schedule", "prediction") if getattr(self, k) != recipe[k])
         parts += ["continuous"] * self.continuous + [f"sa{self.sa_k}"] * (self.sa_k > 1)
         parts += ["etsdm"] * self.etsdm
+        parts += [self.optimizer] * (self.optimizer != "adam")
+        parts += [f"{self.lr_decay}-decay"] * (self.lr_decay != "none")
         return parts + [f"{self.train_times}-times"] * (self.train_times != usual_times)
 
     def default_name(self):

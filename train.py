@@ -13,7 +13,7 @@ global batch and keeps its own rows. So a resumed run, and a run on another numb
 uses the same numbers (except for dropout), and there is no random state to save.
 
 Not here: the losses (losses.py), flags and presets (config.py), checkpoints, logs and processes
-(support/), other objectives (papers/), learning-rate decay (neither paper uses any).
+(support/), other objectives (papers/), optimizers (support/optimizers.py).
 
 B images in the global batch, b in this process's share, k consecutive timesteps (SA-DPM).
 """
@@ -35,6 +35,7 @@ from denoiser import build_denoiser
 from support import checkpoint, distributed, precision, rng
 from support.cli import parse_into
 from support.images import grid
+from support.optimizers import make_optimizer, set_learning_rate
 from support.programs import StopSignal, ignore_write_errors, run_main
 from support.run import RunFolder
 
@@ -96,9 +97,7 @@ class TrainState:
     def __init__(self, objective, config):
         self.objective, self.net = objective, objective.net
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
-        trained = [p for p in self.net.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=config.lr, betas=(0.9, config.beta2),
-                                          fused=True)
+        self.optimizer = make_optimizer(self.net, config)
         self.step = self.skipped = 0
 
     def state_dict(self):
@@ -156,8 +155,7 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
     # 3. Update, or skip the step if a number is not finite (the same on all processes, since DDP
     # has averaged). A loss can overflow where its gradient, twice the residual, does not.
     if all(map(math.isfinite, (*means, norm))):
-        for group in state.optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, (state.step + 1) / max(config.warmup, 1))
+        set_learning_rate(state.optimizer, config, state.step)  # warm-up and decay
         state.optimizer.step()
         update_ema(state.ema, state.net, config.ema, state.step - state.skipped)
     else:
@@ -248,7 +246,7 @@ def main(argv=None, make_objective=DiffusionObjective, config_class=Config):
         dist.print0(f"data: {dataset.summary}\nnetwork: "
                     f"{sum(p.numel() for p in state.net.parameters()):,} parameters")
         for line in (*config.warnings(dataset, dist.world_size), *objective.warnings,
-                     *run.changes(saved, dataset, config.dropout)):
+                     *run.changes(saved, dataset, config)):
             dist.print0(f"note: {line}")
         del saved  # gigabytes, for large networks
         run.create(config.settings(), state.state_dict(), dataset)

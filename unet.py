@@ -78,6 +78,9 @@ class UNet(nn.Module):
     ValueError: a size that cannot be halved often enough, widths that do not divide.
     """
 
+    # No hidden matrices: what support/optimizers.py leaves to Adam.
+    edge_layers = ("input_blocks.0.", "out_conv.", "time_embed.", "second_head.")
+
     def __init__(self, image_size, in_channels=3, out_channels=3, channels=128,
                  channel_mult=(1, 2, 2, 2), res_blocks=2, attention_resolutions=(16,),
                  head_channels=64, dropout=0.0, time_channels=None, scale_shift=True,

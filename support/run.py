@@ -85,12 +85,16 @@ class RunFolder:
                          f"next: {next_command}")
         return True
 
-    def changes(self, saved, dataset, dropout):
+    def changes(self, saved, dataset, config):
         """Lines about what differs from the checkpoint, and makes the run continue differently."""
         lines = []
-        if saved and saved["processes"] != self.dist.world_size and dropout:
+        if saved and saved["processes"] != self.dist.world_size and config.dropout:
             lines.append(f"{saved['processes']} processes before, {self.dist.world_size} now: "
                          "dropout uses other numbers from here on; all else stays the same")
+        if saved and config.lr_decay != "none" and config.images != saved["settings"]["images"]:
+            steps = config.images // config.batch_size
+            lines.append(f"--lr-decay {config.lr_decay} falls to 0 at step {steps} now: from step "
+                         f"{saved['step']} on the learning rate is another than before")
         if saved and saved["dataset"] != len(dataset):
             lines.append(f"{saved['dataset']:,} images before, {len(dataset):,} now: their order "
                          "changes from here on. Another --name keeps the two apart")
