@@ -5,7 +5,7 @@ r"""How fast this code is: ratios of two ways to do the same work, measured side
     python -m benchmarks all                  # all parts, 40 minutes on 2 CPU cores
 
 An absolute time describes a machine more than a program. So each number is a ratio: both sides run
-in the same minutes, taking turns, each in a process of its own. The first turns are thrown away;
+in the same minutes, taking turns, each in its own process. The first turns are thrown away;
 medians of the others count. "Plain" is defined in plain.py. If the library diffusers is installed,
 its networks and schedulers are measured too.
 
@@ -355,7 +355,7 @@ def memory(report, config):
 # ------------------------------------------------------------------ whole runs
 
 def trained(folder, name, *flags, processes=1, threads=None):
-    """The columns of log.csv of a run of train.py, in a process of its own, under `folder`."""
+    """The columns of log.csv of a run of train.py, in its own process, under `folder`."""
     environment = dict(os.environ, **{"OMP_NUM_THREADS": str(threads)} if threads else {})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc_per_node", str(processes), str(ROOT / "train.py"), "--name", name,

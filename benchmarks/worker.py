@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Side:
-    """One side of a comparison: module.make(*arguments) -> work(), in a process of its own.
+    """One side of a comparison: module.make(*arguments) -> work(), in its own process.
 
     tuned: with support's settings. threads None: as many as the user set. The arguments are plain
     values. ValueError: the work could not be made, or failed."""
@@ -79,7 +79,7 @@ def serve(module, make, arguments, tuned, threads):
     """The worker: make the work, then do it once for each line of input, and print the seconds."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started us
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # what a library prints is not an answer
 
     def answer(value):
         print(json.dumps(value), file=answers, flush=True)

@@ -109,7 +109,7 @@ def declare(budget, weight=None):
     found["sa-figure1"] = Experiment(
         "Errors of one size that add up, or cancel",
         claim="with equal errors at every step, one trajectory ends far from the true one, and "
-              "another beside it",
+              "another next to it",
         rows=tuple(Row(name, None) for name in ("errors add up", "errors cancel")),
         program=("papers.figures", "illustration"),
         figure="One dimension, two bell curves, the exact network; errors of ±0.15 are added by "
@@ -121,7 +121,7 @@ def declare(budget, weight=None):
     found["sa-figure4"] = Experiment(
         "The gap along sampling", steps=4000,
         claim="at the last step SA-2's gap is about 1/2.5 of the base model's; SA-3 and SA-4 are "
-              "beside them",
+              "next to them",
         rows=(Row("base"), *(Row(f"SA-{k}", ("--sa-k", str(k), *lam)) for k in (2, 3, 4))),
         program=("gap.py", "-n", "4000", "--batch-size", "250",
                  *(("--steps", "50") if small else ())),

@@ -5,7 +5,7 @@ r"""Where the numbers are computed, cuda, mps or cpu, and how tensors get there.
     double(tensor)                    float64, on the CPU if the device has none
 
 Apple's GPUs (mps) have no float64, and a copy to them that does not wait silently gives wrong
-numbers (PyTorch issues 139550, 189690). They run one process, in float32. Nobody has tried this on
+numbers (PyTorch issues 139550, 189690). They run one process, in float32. This was not tried on
 a Mac yet: auto never chooses mps.
 
 Not here: precision and compilation (precision.py), several processes (distributed.py).

@@ -98,7 +98,7 @@ class ImageFolder:
         files.save_png(self.path(i), grid(image[None], 1), sweep=False)
 
     def read(self, n):
-        """Images 0 to n - 1, whoever wrote them: uint8 (n, H, W, C)."""
+        """Images 0 to n - 1, of all processes: uint8 (n, H, W, C)."""
         images = np.stack([np.asarray(Image.open(self.path(i))) for i in range(n)])
         return images.reshape(*images.shape[:3], -1)
 

@@ -174,3 +174,22 @@ def test_the_sampler(names):
     assert (one - exact).abs().max() > 5 * errors[-1]
     start = torch.randn(3, 1)  # single precision stays so
     assert names["adams"](denoiser, start, 5).dtype == torch.float32
+
+
+# Words that readers stumbled over. "There is no file" may stay; "a loss that is no loss" may not.
+WORDS = re.compile(
+    r"\b(said|told|beside|nobody|somebody|whoever)\b|(?<!there )\b(is|are) no [a-z]+", re.I
+)
+PROGRAM_FILES = [p for g in ("*.py", "*/*.py") for p in ROOT.glob(g) if "tests" not in p.parts]
+EVERY_PAGE = [ROOT / "CONTRIBUTING.md", README, *(ROOT / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("path", PROGRAM_FILES + EVERY_PAGE, ids=label)
+def test_plain_words(path):
+    text = re.sub(r"(def |\.)beside\(", "", path.read_text(encoding="utf-8"))
+    assert not [m[0] for m in WORDS.finditer(re.sub(r"\s+#?\s*", " ", text))]
+
+
+def test_plain_words_notices():
+    assert WORDS.search("It is told what it said.") and WORDS.search("a loss that is no loss")
+    assert not WORDS.search("There is no checkpoint: train first.")
