@@ -12,17 +12,17 @@ The paper does not mention that ε* does not minimise L_SA. The k noises are ind
 the same, so the part of the error that x_0 causes adds up over the window, while the part that
 noise causes averages out: the first counts k times as much. On Gaussian data the minimum of L
 belongs to the ideal network of data whose variance is (1 + weight)/(1 + weight/k) times as large,
-4/3 for k = 2 and weight 1 (tests/test_theory.py). Samples of real runs vary more, too, by nearly as
-much. DDIM in few steps, whose samples vary too little, gains by it (docs/lab-notebook.md).
+4/3 for k = 2 and weight 1 (tests/test_theory.py). Samples of trained runs also vary more, by nearly
+as much. DDIM in few steps gives samples that vary too little, so it gains (docs/lab-notebook.md).
 
-Two choices the code shows and the paper leaves open:
+Two choices that the paper leaves open:
 
   * x_{t−i} has an independent noise ε_i: one image at k noise levels, not one trajectory.
 
-  * Both losses are residuals of ε whatever the network predicts, because the theory is about ε.
-    With v-prediction that is α² times the plain loss in v, and where α = 0 (t = T of
-    zero-terminal-snr) nothing would be learnt. So L_simple can be measured in another space
-    (`space`, train.py --loss-space); L_SA stays in ε.
+  * Both losses are residuals of ε, whatever the network predicts, because the theory is about ε.
+    With v-prediction, L_simple in ε is α² times the loss in v. If α = 0 (t = T of
+    zero-terminal-snr), the network would learn nothing. So L_simple can be measured in another
+    space (`space`, train.py --loss-space). L_SA stays in ε.
 
 Not here: averages over the batch, precision, processes (train.py); the losses of second heads
 (papers/heads.py), DDPM-r and SA-reuse (papers/alternatives.py).
@@ -70,8 +70,8 @@ def sa_loss(denoiser: Denoiser, x0: Tensor, t: Tensor, noises: Tensor,
 
 
 def consecutive_times(t: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """t (B,) -> (times t − i (k, B), valid (k, B)). Where t − i < 1 there is no such step: t fills
-    its place, and does not count."""
+    """t (B,) -> (times t − i (k, B), valid (k, B)). A step t − i < 1 does not exist: t takes its
+    place, and does not count."""
     times = t - torch.arange(k, device=t.device)[:, None]
     valid = times >= 1
     valid[0] = True  # real t below 1 (continuous time) is trained on; it has no predecessor
@@ -84,13 +84,13 @@ def mean_square(r: Tensor) -> Tensor:
 
 
 def residual_in(space: str, denoiser: Denoiser, eps: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """The residuals of ε and x_0, (B, ...), as that of another quantity, of LOSS_SPACES."""
+    """From the residuals of ε and x_0, (B, ...): the residual in this space, of LOSS_SPACES."""
     if space in ("eps", "x0"):
         return eps if space == "eps" else x0
     alpha, sigma = denoiser.schedule.alpha_sigma(t)
     if space == "v":  # v = α ε − σ x_0, and so is its residual
         return expand(alpha, x0) * eps - expand(sigma, x0) * x0
-    if space == "edm":  # F's: x_0's times r/(σ d), whose square is EDM's weight (σ² + d²)/(σ d)²
+    if space == "edm":  # of F: times r/(σ d). Its square is EDM's weight, (σ² + d²)/(σ d)²
         return expand(denoiser.marginal_std(t) / (sigma * denoiser.data_std), x0) * x0
     raise ValueError(f"unknown loss space {space!r}: choose from {' '.join(LOSS_SPACES)}")
 
