@@ -5,12 +5,12 @@ r"""Training losses: DDPM's, SA-DPM's for any k, EDM's.
 
 Why a second term: the error at the end of a sampling run is a weighted *sum* of the errors of its
 steps, Σ_t τ_t r(t), with weights τ_t that follow from the schedule (theorem 1). L_simple makes
-every r(t) small, but does not care whether neighbours add up or cancel. L_SA measures the sum of k
-neighbours, and bounds the total more tightly (theorem 2).
+every r(t) small, but neighbours may still add up. L_SA measures the mean of k neighbours, and
+bounds the total more tightly (theorem 2).
 
-The paper does not mention that ε* does not minimise L_SA. The k noises are independent but x_0 is
-the same, so the part of the error that x_0 causes adds up over the window, while the part that
-noise causes averages out: the first counts k times as much. On Gaussian data the minimum of L
+ε*, the ideal network, does not minimise L_SA. The paper does not mention this. The k noises are
+independent, but x_0 is the same. So the error from x_0 adds up over the k steps, and the error from
+the noises averages out: the first counts k times as much. On Gaussian data the minimum of L
 belongs to the ideal network of data whose variance is (1 + weight)/(1 + weight/k) times as large,
 4/3 for k = 2 and weight 1 (tests/test_theory.py). Samples of trained runs also vary more, by nearly
 as much. DDIM in few steps gives samples that vary too little, so it gains (docs/lab-notebook.md).
@@ -21,7 +21,7 @@ Two choices that the paper leaves open:
 
   * Both losses are residuals of ε, whatever the network predicts, because the theory is about ε.
     With v-prediction, L_simple in ε is α² times the loss in v. If α = 0 (t = T of
-    zero-terminal-snr), the network would learn nothing. So L_simple can be measured in another
+    zero-terminal-snr), the network learns nothing there. So L_simple can be measured in another
     space (`space`, train.py --loss-space). L_SA stays in ε.
 
 Not here: averages over the batch, precision, processes (train.py); the losses of second heads
@@ -70,11 +70,11 @@ def sa_loss(denoiser: Denoiser, x0: Tensor, t: Tensor, noises: Tensor,
 
 
 def consecutive_times(t: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """t (B,) -> (times t − i (k, B), valid (k, B)). A step t − i < 1 does not exist: t takes its
-    place, and does not count."""
+    """t (B,) -> (times t − i (k, B), valid (k, B)). If t − i < 1, there is no such step: t
+    takes its place, with valid False."""
     times = t - torch.arange(k, device=t.device)[:, None]
     valid = times >= 1
-    valid[0] = True  # real t below 1 (continuous time) is trained on; it has no predecessor
+    valid[0] = True  # in continuous time t may be below 1: it counts, but has no predecessor
     return torch.where(valid, times, t), valid
 
 
@@ -88,9 +88,9 @@ def residual_in(space: str, denoiser: Denoiser, eps: Tensor, x0: Tensor, t: Tens
     if space in ("eps", "x0"):
         return eps if space == "eps" else x0
     alpha, sigma = denoiser.schedule.alpha_sigma(t)
-    if space == "v":  # v = α ε − σ x_0, and so is its residual
+    if space == "v":  # v = α ε − σ x_0; the residuals obey the same formula
         return expand(alpha, x0) * eps - expand(sigma, x0) * x0
-    if space == "edm":  # of F: times r/(σ d). Its square is EDM's weight, (σ² + d²)/(σ d)²
+    if space == "edm":  # of F: the factor is the root of EDM's weight, (σ² + d²)/(σ d)²
         return expand(denoiser.marginal_std(t) / (sigma * denoiser.data_std), x0) * x0
     raise ValueError(f"unknown loss space {space!r}: choose from {' '.join(LOSS_SPACES)}")
 
@@ -98,7 +98,7 @@ def residual_in(space: str, denoiser: Denoiser, eps: Tensor, x0: Tensor, t: Tens
 def time_range(schedule: Schedule, prediction: str) -> tuple[float, int]:
     """(lowest, highest) t to train on: 1..T, or from T/1e5 in continuous time, since σ = 0 at 0.
 
-    Where ᾱ(T) = 0, x_T holds nothing of x_0, and ε gives no x_0: eps-prediction ends at T − 1.
+    If ᾱ(T) = 0, x_T contains no x_0, and ε does not give x_0: eps-prediction ends at T − 1.
     """
     skip = int(prediction == "eps" and schedule.alpha_bar(schedule.T) == 0)
     return (schedule.T / 1e5 if schedule.continuous else 1), schedule.T - skip

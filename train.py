@@ -80,8 +80,8 @@ class DiffusionObjective:
         return simple + self.config.sa_weight * sa, dict(simple=simple, sa=sa)
 
     def preview(self, net, images, **arguments):
-        """Samples by DDIM in 25 calls, from the same noise each time -> uint8 (n, C, H, W), and how
-        many of them form a group. images uint8 (n, C, H, W): what conditional models see."""
+        """DDIM samples in 25 calls, always from the same noise -> (uint8 (n, C, H, W), images per
+        group). images uint8 (n, C, H, W): the input of conditional models."""
         denoiser = self.denoiser.replace(net=net).encode(data.to_float(images))[1]
         arguments = dict(nfe=25, t_start=samplers.initial_time(denoiser)) | arguments
         x0 = samplers.sample_from_seeds(denoiser, range(len(images)), images.device, **arguments)
@@ -101,7 +101,7 @@ class TrainState:
         self.step = self.skipped = 0
 
     def state_dict(self):
-        """Of the bare module: names that DDP or compile prefix would fit nowhere else."""
+        """Of the bare network: DDP and torch.compile put a prefix before each name."""
         return dict(net=self.net.state_dict(), ema=self.ema.state_dict(), step=self.step,
                     optimizer=self.optimizer.state_dict(), skipped=self.skipped,
                     extra=self.objective.extra_state)
@@ -137,7 +137,7 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
     # gradient is that of the mean over the global batch.
     state.optimizer.zero_grad(set_to_none=True)
     parts = math.ceil(b / (config.microbatch or b))
-    micro, means = math.ceil(b / parts), 0.0  # parts of one size: torch.compile makes code for each
+    micro, means = math.ceil(b / parts), 0.0  # at most two sizes: torch.compile makes code for each
     for start in range(0, b, micro):
         part = slice(start, start + micro)
         share = len(images[part]) / b
@@ -154,8 +154,8 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
     values = torch.cat([means, norm[None].to(means)]).cpu().double()  # the one wait for a GPU
     means, norm = (dist.all_reduce(values[:-1]) / dist.world_size).tolist(), values[-1].item()
 
-    # 3. Update, or skip the step if a number is not finite (the same on all processes, since DDP
-    # has averaged). A loss can overflow where its gradient, twice the residual, does not.
+    # 3. Update, or skip the step if a number is not finite (the same on all processes: losses and
+    # gradients are averages). A loss can overflow even if its gradient does not: that is linear.
     if all(map(math.isfinite, (*means, norm))):
         for group in state.optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, (state.step + 1) / max(config.warmup, 1))
@@ -170,7 +170,7 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
 @torch.no_grad()
 def update_ema(ema, net, decay, updates):
     """ema ← d ema + (1 − d) net,  d = min(decay, (1 + n)/(10 + n)) after n updates: without this
-    warm-up an average with decay 0.9999 is still its random start after a thousand steps."""
+    warm-up, decay 0.9999 leaves 90 % of the random start after a thousand steps."""
     d = min(decay, (1 + updates) / (10 + updates))
     averages, values = ema.state_dict(), net.state_dict()
     floats = [k for k, v in averages.items() if v.is_floating_point()]
@@ -179,7 +179,7 @@ def update_ema(ema, net, decay, updates):
 
 # ------------------------------------------------------------------ the loop
 def train(state, dataset, config, run, dist, stop):
-    """Train until config.images images were seen, or a signal asks to stop."""
+    """Train until the network has seen config.images images, or a signal asks to stop."""
     total_steps = config.images // config.batch_size
     amp_dtype = precision.autocast_dtype(config.precision, dist.device)
     # state.net stays the bare network, for the optimizer, the average and the checkpoint.
@@ -210,7 +210,7 @@ def train(state, dataset, config, run, dist, stop):
                              f"to step {state.step}; {run.last_checkpoint()}. Try a lower --lr, "
                              "--grad-clip 1, or --precision fp32")
 
-        # No checkpoint is made after a step that went wrong, except the last.
+        # After a bad step no checkpoint is made, except at the end of the run.
         done = state.step == total_steps
         if done or (state.step % config.save_every == 0 and not nonfinite):
             run.save(state.state_dict(), final=done)
