@@ -246,7 +246,7 @@ def main(argv=None, make_objective=DiffusionObjective, config_class=Config):
         dist.print0(f"data: {dataset.summary}\nnetwork: "
                     f"{sum(p.numel() for p in state.net.parameters()):,} parameters")
         for line in (*config.warnings(dataset, dist.world_size), *objective.warnings,
-                     *run.changes(saved, dataset, config.dropout)):
+                     *run.changes(saved, dataset, config)):
             dist.print0(f"note: {line}")
         del saved  # gigabytes, for large networks
         run.create(config.settings(), state.state_dict(), state.optimizer, dataset)

@@ -38,6 +38,17 @@ def test_a_run_starts_from_the_average_of_another(runs):
     assert D.load_run("new").step == 4
 
 
+def test_a_run_that_has_weights_keeps_them(runs, capsys):
+    """A note if --init is another one when it is resumed."""
+    train.main([*SMALL, "--init", "base", "--name", "kept"])
+    shutil.copytree("runs/base", "runs/other")
+    for init, noted in (("base", False), ("other", True)):
+        capsys.readouterr()
+        steps = str(D.load_run("kept").step + 1)
+        train.main([*SMALL[:4], "--steps", steps, "--init", init, "--name", "kept"])
+        assert ("--init other has no effect" in capsys.readouterr().out) == noted
+
+
 def test_imported_networks_keep_their_count(sa, tmp_path, monkeypatch):  # noqa: F811
     """They count from 0: with E-TSDM the time input is f(t - 1)."""
     monkeypatch.chdir(tmp_path)
