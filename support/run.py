@@ -99,8 +99,8 @@ class RunFolder:
             lines.append(f"{saved['processes']} processes before, {self.dist.world_size} now: "
                          "dropout uses other numbers from here on; all else stays the same")
         if saved and config.init not in ("", saved["settings"].get("init")):
-            lines.append(f"--init {config.init} has no effect: this run has weights. Another --name "
-                         "starts a new run from it")
+            lines.append(f"--init {config.init} has no effect: this run has weights. Another "
+                         "--name starts a new run from it")
         if saved and saved["dataset"] != len(dataset):
             lines.append(f"{saved['dataset']:,} images before, {len(dataset):,} now: their order "
                          "changes from here on. Another --name keeps the two apart")
