@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-import config
 import denoiser
 from conftest import ENV, ROOT
 from programs import PROGRAMS, parse
@@ -399,9 +398,9 @@ def test_the_average_follows_its_flag(plain, place):
     ["--save-every 1", "--sample-every 1", "--workers 0", "--deterministic", "--recompute"],
 )
 def test_a_flag_that_should_not_change_the_weights_does_not(extra, plain, place):
-    # Recomputed, the gradients of a map that two layers use add up in another order. Adam divides
-    # by a gradient's size, so where it is almost 0, its rounding shows: 0.1 % of a step is allowed.
-    atol = 1e-3 * config.RECIPES["tiny"]["lr"] if extra == "--recompute" else 0
+    # Recomputed gradients differ by rounding (test_unet.py: to 1e-13 in float64). Adam divides by a
+    # gradient's size, so this shows where it is almost 0: 3e-7 was seen, in 4 of 1.1 million.
+    atol = 1e-6 if extra == "--recompute" else 0
     assert_close(weights_of(place, extra.split()), plain, rtol=0, atol=atol)
 
 
