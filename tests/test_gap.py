@@ -175,7 +175,7 @@ def test_figure_4(runs, monkeypatch, capsys):
         assert values["reducible_mean"] <= values["reducible_norm"]
     less = float(rows[18]["systematic"]) - float(rows[-1]["systematic"])
     assert float(rows[-1]["less"]) == pytest.approx(less) and float(rows[18]["less"]) == 0
-    assert f"base has {less:.3f} more" in out and not rows[17]["less"]
+    assert f"{less:.3f} less than base" in out and not rows[17]["less"]
     before = [r["norm"] for r in rows if r["run"] == "base"]
     gap.main(["base", "-n", "8", "--steps", "20", "--out", "again.png"])
     with open("again.csv", newline="") as f:
@@ -243,7 +243,7 @@ def test_an_endless_set_has_no_ideal(tmp_path, monkeypatch):
 
 def test_a_table_knows_whole_t_only(runs, monkeypatch):
     monkeypatch.chdir(runs)
-    with pytest.raises(ValueError, match="--steps 5000: base knows the 1000 whole t alone"):
+    with pytest.raises(ValueError, match="--steps 5000: base has only 1000 discrete timesteps"):
         gap.main(["base", "-n", "2", "--steps", "5000"])
 
 

@@ -757,7 +757,7 @@ def test_bf16_features_are_near_and_say_what_they_are(here, measure, call, refus
     found = measure("fid fewer.npy half.npz --inception", path)
     assert any("bf16 on one side only" in w for w in found["warnings"])
     for words in ("psnr few.npy few.npy", "fid half.npz half.npz"):
-        assert "there is none" in refused(f"{words} --precision bf16")
+        assert "leave it out" in refused(f"{words} --precision bf16")
 
 
 @pytest.mark.slow
@@ -893,7 +893,7 @@ def test_psnr_refuses(here, refused):
         ("fid mine --seed -1", "error: --seed"),
         ("fid mine --eta 0.5 --sampler ddpm", "error: --eta has no effect on ddpm"),
         ("fid mine --nfe 0", "error: --nfe must be from 1 to 100000, not 0"),
-        ("fid mine a --image-size 9", "error: --image-size: leave it out"),
+        ("fid mine a --image-size 9", "error: --image-size does not fit the run's images, 3x8x8"),
         ("fid a mixed.npy", "error: a and mixed.npy: images of different shapes"),
     ],
 )
@@ -1072,7 +1072,7 @@ def test_shapes_are_endless_and_num_says_how_many(empty):
     assert np.array_equal(pictures(side), np.stack(drawn))
     write_folder(empty / "set", photos(3))
     assert open_one("set").n == 3
-    assert "sets on disk are used whole" in not_open("set", "-n", "2")
+    assert "other sets are used whole" in not_open("set", "-n", "2")
     assert [s.n for s in open_sets("set", "shapes", "-n", "2", "--image-size", "8")] == [3, 2]
 
 
@@ -1172,7 +1172,7 @@ def test_sets_are_brought_to_the_shape_of_the_run(empty):
     assert "1x8x8 and 3x12x12" in not_open("gray", "colour")
     for flag, value in (("--image-size", "16"), ("--channels", "3")):
         message = not_open("gray", "set", flag, value)
-        assert message == f"{flag}: leave it out, the run's images are 1x8x8"
+        assert message == f"{flag} does not fit the run's images, 1x8x8: leave it out"
     open_sets("gray", "set", "--image-size", "8", "--channels", "1")  # says what is so anyway
 
 
@@ -1201,4 +1201,4 @@ def test_files_that_are_not_runs(empty):
 def test_flags_about_sampling_need_a_run(empty):
     write_folder(empty / "set", photos(3))
     for words in (["--nfe", "7"], ["--seed", "1"], ["--weights", "raw"], ["--sampler", "ddpm"]):
-        assert f"{words[0]} is for sampling a run" in not_open("set", *words)
+        assert f"{words[0]} is only for sampling a run" in not_open("set", *words)

@@ -181,7 +181,7 @@ def test_whom_it_serves(runs):
     assert sorted(os.listdir("photos-original")) == ["0.png", "1.png", "2.png"]
     with pytest.raises(ValueError, match="^sr enlarges images: python -m papers.superres enlarge"):
         sample.main(["sr"])
-    with pytest.raises(ValueError, match="sr enlarges images: python -m papers.superres enlarge"):
+    with pytest.raises(ValueError, match="sr is a super-resolution run"):
         metrics.main(["fid", "sr", "shapes", "-n", "4", "--features", __file__])
 
 
