@@ -20,7 +20,7 @@ Two choices that the paper leaves open:
 
   * x_{t−i} has an independent noise ε_i: the image at k noise levels, not along a trajectory.
 
-  * Both losses are residuals of ε, whatever the network predicts, because the theory is about ε.
+  * Both losses are residuals of ε for every prediction type, because the theory is about ε.
     With v-prediction, L_simple in ε is α² times the loss in v. If α = 0 (t = T of
     zero-terminal-snr), the network learns nothing at that t. So L_simple can be measured in another
     space (`space`, train.py --loss-space). L_SA stays in ε.

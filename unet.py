@@ -102,7 +102,7 @@ class UNet(nn.Module):
             here = level is None or image_size // patch >> level in attention_resolutions
             return [Attention(width, head_channels, norm_groups, heads)] if here else []
 
-        # ---- down: the output of each stage goes on the stack of skips
+        # ---- down: the output of each stage is pushed on the stack of skips
         width = channels * channel_mult[0]
         first = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
         self.input_blocks = nn.ModuleList([Stage([first])])

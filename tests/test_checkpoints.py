@@ -106,7 +106,7 @@ def test_a_file_becomes_a_run(gold, tmp_path, monkeypatch, capsys, learn_sigma):
 def test_the_program(gold, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save(to_guided_diffusion(awake(unet.UNet(**unet.PRESETS["tiny"])).state_dict()), "own.pt")
-    with pytest.raises(ValueError, match="^own.pt: 12 channels in and 12 out"):  # in patches
+    with pytest.raises(ValueError, match="^own.pt: 12 input and 12 output"):  # in patches
         checkpoints.main(["own.pt"])
     torch.save(gold.state, "my weights.pt")
     for words, message in (
@@ -120,7 +120,7 @@ def test_the_program(gold, tmp_path, monkeypatch, capsys):
         ),
         (["my weights.pt", "--heads", "0"], "^--heads must be at least 1"),
         (["my weights.pt", "--name", "a/b"], "^--name 'a/b' must be a plain name"),
-        (["none.pt"], "^FILE none.pt: there is no such file"),
+        (["none.pt"], "^none.pt: no such file or folder"),
         ([], "^FILE_OR_FOLDER is missing"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -138,9 +138,9 @@ def test_the_program(gold, tmp_path, monkeypatch, capsys):
     [
         (b"<html>not found</html>", "a web page"),
         (b"", "the file is empty"),
-        ({"x": torch.zeros(2)}, "not a guided-diffusion U-Net.*but x"),
+        ({"x": torch.zeros(2)}, "not a U-Net of guided-diffusion.*layers are x"),
         ({"step": 3}, "not a state dict of a network: it holds 1 entries: step"),
-        (None, r"it does not have all layers of a U-Net \(at 'time_embed.0.weight'\)"),
+        (None, r"it lacks a layer of a U-Net \(at 'time_embed.0.weight'\)"),
         ({FIRST: torch.zeros(1), "label_emb.weight": torch.zeros(1)}, "class-conditional"),
         ({FIRST: torch.zeros(128, 3, 3, 3), "out.2.qkv_proj.weight": torch.zeros(9)}, "classifier"),
         (
@@ -151,8 +151,8 @@ def test_the_program(gold, tmp_path, monkeypatch, capsys):
             {FIRST: torch.zeros(8, 3, 3, 3), LAST: torch.zeros(0)},
             "its first and last layers are not convolutions",
         ),
-        ({FIRST: torch.zeros(1, 0, 3, 3), LAST: torch.zeros(3, 1, 3, 3)}, "0 channels in"),
-        ({FIRST: torch.zeros(1, 6, 3, 3), LAST: torch.zeros(3, 1, 3, 3)}, "6 channels in.*upsampl"),
+        ({FIRST: torch.zeros(1, 0, 3, 3), LAST: torch.zeros(3, 1, 3, 3)}, "0 input and 3 output"),
+        ({FIRST: torch.zeros(1, 6, 3, 3), LAST: torch.zeros(3, 1, 3, 3)}, "6 input.*upsampler"),
         (
             {FIRST: torch.zeros(1, 3, 3, 3), LAST: torch.zeros(3, 1, 3, 3), 5: torch.zeros(())},
             "not a state dict",
@@ -161,14 +161,14 @@ def test_the_program(gold, tmp_path, monkeypatch, capsys):
         ({}, "not a state dict of a network"),
         ([torch.zeros(2)], "not a state dict of a network: it holds a list"),
         ("run", "a run of train.py, which needs no conversion"),
-        ({"temb.dense.0.weight": torch.zeros(8, 4)}, "not have all layers of a U-Net"),
+        ({"temb.dense.0.weight": torch.zeros(8, 4)}, "it lacks a layer of a U-Net"),
         ({"temb.dense.0.weight": torch.zeros(8), "down.x.": torch.zeros(1)}, "invalid literal"),
-        ({"time_embedding.linear_1.weight": torch.zeros(8)}, "config.json must lie next to it"),
+        ({"time_embedding.linear_1.weight": torch.zeros(8)}, "config.json is missing: put it next"),
         ({"unet.transformer_blocks.0.weight": torch.zeros(8)}, "like Stable Diffusion's"),
         ({"model.diffusion_model.out.0.weight": torch.zeros(8)}, "a latent diffusion model"),
         ({"state_dict": {"model.diffusion_model.0": torch.zeros(8)}}, "a latent diffusion model"),
-        (b"\x80\x03ctorch_utils.persistence\n_reconstruct", "a pickle of Python objects, as EDM's"),
-        ({"args": torch.nn.Identity()}, "SA-DPM's ckpt_N.pth does: give its model_N_ema.pth"),
+        (b"\x80\x03ctorch_utils.persistence\n_reconstruct", "a pickle of Python objects, like EDM"),
+        ({"args": torch.nn.Identity()}, "SA-DPM's ckpt_N.pth, use model_N_ema.pth"),
     ],
     ids=range(24),
 )
@@ -328,7 +328,7 @@ def test_a_level_without_attention_needs_the_size(tmp_path, monkeypatch):
         16, channels=32, channel_mult=(1, 1), attention_resolutions=(), head_channels=32
     )
     torch.save(to_guided_diffusion(net.state_dict()), "w.pt")
-    with pytest.raises(ValueError, match="^w.pt: its keys do not give the image size: add --imag"):
+    with pytest.raises(ValueError, match="^w.pt: its keys do not determine the image size: add"):
         checkpoints.main(["w.pt"])
     checkpoints.main(["w.pt", "--image-size", "16", "--heads", "2"])
     assert D.load_run("w").net.middle_block[1].heads == 2
@@ -416,7 +416,7 @@ def test_the_installed_diffusers_gives_these_numbers(name):
         ),
         (dict(num_class_embeds=10), {}, "config.json has num_class_embeds 10"),
         (dict(time_embedding_type="fourier"), {}, "config.json has time_embedding_type 'fourier'"),
-        (dict(sample_size=[32, 64]), {}, "only squares"),
+        (dict(sample_size=[32, 64]), {}, "only square images"),
         (dict(norm_num_groups=5), {}, "its sizes do not fit: .* do not divide into 5 groups"),
         ({}, dict(beta_end=0.012), "its scheduler has beta_end 0.012"),
         ({}, dict(beta_schedule="scaled_linear"), "its scheduler has scaled_linear betas"),
@@ -435,15 +435,17 @@ def test_other_diffusers_are_refused(tmp_path, monkeypatch, config, scheduler, w
 def test_damaged_or_missing_parts_of_diffusers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="^empty: no diffusion_pytorch_model.safetensors or .bin"):
+    with pytest.raises(ValueError, match="^empty: neither this folder nor its unet/ has a diff"):
         checkpoints.main(["empty"])
     diffusers_folder(tmp_path / "hf", "other")
     (tmp_path / "hf/config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="^hf: config.json next to it is damaged"):
+    with pytest.raises(ValueError, match="^hf: config.json next to it is not valid"):
         checkpoints.main(["hf"])
     (tmp_path / "w.safetensors").write_bytes(b"x" * 9)
     monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
-    with pytest.raises(ValueError, match="^w.safetensors: safetensors is needed .* pip install"):
+    with pytest.raises(
+        ValueError, match="^w.safetensors: safetensors is not installed.*pip install"
+    ):
         checkpoints.main(["w.safetensors"])
 
 

@@ -134,7 +134,7 @@ def test_sets_without_labels(tmp_path):
     for i, image in enumerate(pixels(3, 8, 8, 3)):
         (tmp_path / "flat").mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "flat" / f"{i}.png")
-    assert "3 labels of 1 classes cannot be learnt" in refused(tmp_path / "flat")
+    assert "3 labels and 1 classes do not fit" in refused(tmp_path / "flat")
     np.save(tmp_path / "x.npy", pixels(3, 8, 8, 3))
     assert "no labels next to" in refused(tmp_path / "x.npy")
     np.savez(tmp_path / "x.npz", images=pixels(3, 8, 8, 3))
@@ -178,7 +178,7 @@ def test_broken_labels(tmp_path):
     idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 1, 0])
     assert "4 images with 3 labels" in refused(path)
     idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 0, 0, 0])
-    assert "1 classes cannot be learnt" in refused(path)
+    assert "1 classes do not fit" in refused(path)
     labels.unlink()
     assert "no labels next to" in refused(path.parent)
 
@@ -294,7 +294,7 @@ def test_what_the_program_rejects(tmp_path, monkeypatch, capsys):
     for words, text in {
         "nothing": "no such file",
         "set --out x.pt": "--out x.pt must be a .pt2",
-        "set --out none/x.pt2": "in a folder that exists",
+        "set --out none/x.pt2": "in an existing folder",
         "set --epochs 0": "--epochs must be at least 1",
         "set --image-size 0": "--image-size must be",
     }.items():

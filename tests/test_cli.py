@@ -126,7 +126,7 @@ def test_other_settings_do_not_mix_with_old_pictures(inside, flags):
     before = {p: p.read_bytes() for p in out.iterdir()}
     with pytest.raises(ValueError) as info:
         samples(inside, "--num", "6", "--nfe", "3", *flags.split())
-    assert message_of(info).startswith(f"--out {out} holds images made in another way")
+    assert message_of(info).startswith(f"--out {out} holds images with other settings")
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 
 

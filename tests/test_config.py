@@ -117,7 +117,7 @@ def test_contradictions(flags, words):
         ("--etsdm --remap sqrt", AlternativeConfig, "--remap and --etsdm are alternatives"),
         ("--sa-reuse", AlternativeConfig, "--sa-reuse needs --sa-k 2"),
         ("--sa-reuse --sa-k 2 --sa-weight 0", AlternativeConfig, "--sa-reuse needs"),
-        ("--prediction edm --remap sqrt", AlternativeConfig, "--remap cannot go with edm"),
+        ("--prediction edm --remap sqrt", AlternativeConfig, "--remap does not work with edm"),
         ("--image-size 36", SuperResConfig, "--image-size must be a multiple"),
         ("--image-size 30", AutoencoderConfig, "--image-size must be a multiple of 4"),
         ("npr nobody", HeadConfig, "no run nobody"),

@@ -604,7 +604,7 @@ def test_errors_of_a_run_say_what_to_do(runs, estimated, monkeypatch, tmp_path):
     path.write_bytes(found)
     covariance.variance_from_run(denoiser.replace(folder=tmp_path), "analytic", True)
     _, text = error(step=4000)
-    assert "is of step 2, ema weights; the run is at 4000" in text and "again" in text
+    assert "belongs to step 2, ema weights, not to step 4000" in text and "again" in text
     _, text = error(weights="raw")
     assert "--weights raw" in text
     for broken in (found[:200], b"", b"text"):
@@ -617,9 +617,9 @@ def test_errors_of_a_run_say_what_to_do(runs, estimated, monkeypatch, tmp_path):
     settings = dict(denoiser.settings, head="npr", trunk="first")
     _, text = error("sn", denoiser.folder, settings=settings)
     assert "has an npr head" in text and text.endswith("papers.heads sn first")
-    assert "opened by load_run" in error(folder=False or None, kind="best")[1]
+    assert "load_run must have opened" in error(folder=False or None, kind="best")[1]
     bare = D.Denoiser(lambda x, c: x, LINEAR)
-    with pytest.raises(ValueError, match="opened by load_run"):
+    with pytest.raises(ValueError, match="load_run must have opened"):
         covariance.variance_from_run(bare, "analytic", True)
 
 

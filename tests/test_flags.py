@@ -433,7 +433,7 @@ def test_training_warns_of_what_hardly_can_be_meant(extra, words, place, capsys)
     "extra, words",
     [
         ("--sampler dpm-solver --nfe 2", "with --nfe 2 it is order 1"),
-        ("--sampler dpm-solver --nfe 3 --order 3", "--order 3 takes 4 calls"),
+        ("--sampler dpm-solver --nfe 3 --order 3", "--order 3 needs 4 calls"),
         ("--sampler heun --nfe 4", "it makes 3 of the 4 calls"),
         ("--nfe 1 --eta 0.5", "--eta has no effect"),
         ("--nfe 1 --spacing logsnr --sampler ddpm --variance large", "--variance has no effect"),

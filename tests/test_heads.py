@@ -185,7 +185,7 @@ def test_a_head_on_every_kind_of_run(runs, trunk):
     [
         ("npr", "KIND and RUN are both needed"),
         ("sn nowhere", "no run nowhere"),
-        ("sn code", "code is an autoencoder: a head serves a denoiser"),
+        ("sn code", "code is an autoencoder: a head needs a denoiser"),
         ("sn base --batch-size 0", "--batch-size must be above 0"),
     ],
 )

@@ -126,7 +126,7 @@ def test_contents_beyond_the_listed_formats_are_not_tried(tmp_path):
 
 def test_nothing_left_is_an_error_even_with_skip_bad(tmp_path):
     broken_files(tmp_path)
-    with pytest.raises(ValueError, match="none is left") as info:
+    with pytest.raises(ValueError, match="no others are left") as info:
         data.load(tmp_path, 8, 3, skip_bad=True)
     message_of(info)
 

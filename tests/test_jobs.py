@@ -174,7 +174,7 @@ def test_a_program_that_ends_well_before_it_is_done(tmp_path, make):
     """train.py, stopped by a signal from elsewhere, exits with 0."""
     job = make("a")
     job.done = lambda: False
-    with pytest.raises(ValueError, match="a ended early: run the same command to go on"):
+    with pytest.raises(ValueError, match="a ended early: run the same command to continue"):
         run(job)
 
 

@@ -369,7 +369,7 @@ def test_help_teaches(monkeypatch, capsys):
         (["base", "-n", "0"], "error: --num must be at least 1"),
         (["base", "--seed", "-1"], "error: --seed must be at least 0"),
         (["base", "--out", "x.pdf"], "must be a .png"),
-        (["base", "--out", "nowhere/x.png"], "in a folder that exists"),
+        (["base", "--out", "nowhere/x.png"], "in an existing folder"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
@@ -400,6 +400,6 @@ def test_the_step_across_each_edge_is_measured(trained, tmp_path, monkeypatch, d
 def test_a_dt_that_float32_loses_is_refused(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(trained)
     words = ["real", "-n", "1", "--out", f"{tmp_path}/a.png", "--dt"]
-    with pytest.raises(ValueError, match="^--dt 1e-05 is lost in the rounding of t = .*--max-t"):
+    with pytest.raises(ValueError, match="^--dt 1e-05 is lost in rounding at t = .*--max-t"):
         lipschitz.main([*words, "1e-5"])
     lipschitz.main([*words, "1e-5", "--max-t", "0.01"])

@@ -525,15 +525,15 @@ def test_statistics_that_do_not_compare(here, call, refused, small):
     call("stats a small.npz")
     message = refused("fid maps.npz b --features means.pt2")
     assert "maps.npz has statistics of maps.pt2" in message and "this is means.pt2" in message
-    assert "do not compare" in refused("fid maps.npz b")
+    assert "cannot be compared" in refused("fid maps.npz b")
     message = refused("fid maps.npz means.npz")
-    assert "maps.pt2" in message and "means.pt2" in message and "do not compare" in message
-    assert "do not compare" in refused("fid small.npz means.npz")
+    assert "maps.pt2" in message and "means.pt2" in message and "cannot be compared" in message
+    assert "cannot be compared" in refused("fid small.npz means.npz")
     # another file's weights under the same name are another network
     with np.load("maps.npz") as file:
         np.savez("other.npz", **{**file, "sha256": "0" * 64})
-    assert "do not compare" in refused("fid other.npz maps.npz")
-    assert "do not compare" in refused("fid other.npz b --features maps.pt2")
+    assert "cannot be compared" in refused("fid other.npz maps.npz")
+    assert "cannot be compared" in refused("fid other.npz b --features maps.pt2")
     np.savez("three.npz", mu=np.zeros(3), sigma=np.eye(3))
     assert "error: three.npz and maps.npz: statistics of different sizes" in refused(
         "fid three.npz maps.npz"
@@ -554,7 +554,7 @@ def test_pickled_statistics_are_refused_with_the_way_out(here, measure, refused)
     for name in ("it's theirs", "edm2"):
         source = next(p for p in os.listdir() if p.startswith(name) and p[-4:] != ".npz")
         message = refused("fid", Path(source), "plain.npz")
-        assert f"error: {source} is a pickle, and opening one can run a program" in message
+        assert f"error: {source} is a pickle, and a pickle can run code" in message
         python, *words = shlex.split(message.split("sigma:  ")[1])
         assert python == "python"
         subprocess.run([sys.executable, *words], check=True, cwd=here)
@@ -566,14 +566,14 @@ def test_pickled_statistics_are_refused_with_the_way_out(here, measure, refused)
 def test_statistics_of_other_sizes_are_pointed_out(here, measure, call):
     call("stats a a12.npz --features means.pt2 --image-size 12")
     found = measure("fid a12.npz b --features means.pt2")
-    assert "images of 8 and 12 pixels are compared" in found["warnings"]
+    assert "the images have different sizes: 8 and 12 pixels" in found["warnings"]
 
 
 def test_where_statistics_may_go(here, call, refused):
     words = "--features means.pt2"
     np.savez("images.npz", photos(3))
     before = (here / "images.npz").read_bytes()
-    assert "images.npz exists and holds no statistics" in refused("stats a images.npz", words)
+    assert "images.npz exists but does not hold statistics" in refused("stats a images.npz", words)
     assert (here / "images.npz").read_bytes() == before
     for name in ("out", "out.npy", "out.npz.bak"):
         assert ".npz" in refused(f"stats a {name}", words)
@@ -602,10 +602,10 @@ def test_feature_files_that_are_something_else(here, refused):
         "page.pt2": "web page",
         "noise.pt2": "first bytes",
         "empty.pt": "empty",
-        "weights.pt": "zip of something else",
+        "weights.pt": "another kind of zip",
         "cut.pt2": "cut short",
         "half.pt2": "cut short",
-        "runs/mine/checkpoint.pt": "zip of something else",
+        "runs/mine/checkpoint.pt": "another kind of zip",
     }.items():
         message = refused("fid a b --features", name)
         assert f"{name} is not a network saved by torch.export.save" in message
@@ -632,8 +632,8 @@ class NotFinite(torch.nn.Module):
 @pytest.mark.parametrize(
     "net, how, words",
     [
-        (Pair, {}, "must give one tensor (N, features) for N images; for 9 it gave tuple"),
-        (Scalar, {}, "for 9 it gave ()"),
+        (Pair, {}, "must return one tensor (N, features) for N images; for 9 it returned tuple"),
+        (Scalar, {}, "for 9 it returned ()"),
         (NotFinite, {}, "a and b: statistics with values that are not finite"),
         (Means, dict(channels=1), "(exported for other images: --image-size, --channels?)"),
         (Means, dict(size=16, dynamic="N"), "(exported for other images: "),
@@ -790,7 +790,7 @@ def test_a_wrong_inception_file(here, refused):
     (here / "page.pth").write_text("<html>")
     assert "web page" in refused("fid a b --inception page.pth")
     assert "no such file" in refused("fid a b --inception none.pth")
-    assert "not both" in refused("fid a b --inception page.pth --features means.pt2")
+    assert "do not give --inception" in refused("fid a b --inception page.pth --features means.pt2")
 
 
 # ------------------------------------------------------------------ pairs
@@ -864,13 +864,9 @@ def test_psnr_refuses(here, refused):
     write_folder(here / "nine", photos(9))
     Path("nine/004.png").rename("nine/004b.png")
     assert "error: a and nine: 004 and 004b are not a pair" in refused("psnr a nine")
-    assert "error: a and b: psnr compares pairs, and there are 9 images and 12" in refused(
-        "psnr a b"
-    )
+    assert "error: a and b: psnr needs pairs, but these are 9 and 12 images" in refused("psnr a b")
     for words in ("psnr mine a", "psnr a mine"):
-        assert "error: mine is a run, whose images have no partners" in refused(
-            words, "-n 9 --nfe 1"
-        )
+        assert "error: mine is a run, whose images have no pairs" in refused(words, "-n 9 --nfe 1")
     assert "psnr takes A B" in refused("psnr a")
     np.savez("s.npz", mu=np.zeros(2), sigma=np.eye(2))
     assert "s.npz" in refused("psnr s.npz a")

@@ -65,7 +65,7 @@ def test_enlarging_is_bicubic_as_in_pillow():
 @pytest.mark.parametrize("factor", [1, 3])
 def test_impossible_factors_are_refused(factor, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    message = f"^--factor {factor} must be at least 2 and divide the 8 pixels of --image-size"
+    message = f"^--factor {factor} must be at least 2 and divide --image-size 8"
     with pytest.raises(ValueError, match=message):
         superres.main(["train", "--image-size", "8", "--factor", str(factor)])
     assert not Path("runs").exists()
@@ -119,7 +119,7 @@ def test_small_images_are_enlarged_as_they_are(tmp_path, monkeypatch, capsys):
     assert (picture("other/000000.png") != first).any()
     # other contents under the same name: pictures of two kinds do not mix
     Image.fromarray(255 - gray[1, 0].numpy()).save("small/1.png")
-    with pytest.raises(ValueError, match="^--out two holds images made in another way"):
+    with pytest.raises(ValueError, match="^--out two holds images with other settings"):
         enlarge("sr", "small", out="two")
 
 
@@ -167,7 +167,7 @@ def test_whom_it_serves(runs):
         Image.new("RGB", (20, 20)).save(f"photos-original/{i}.png")
     for words, flags in (
         ("IMAGES are missing", ["enlarge", "sr"]),
-        ("plain was not trained to enlarge", ["enlarge", "plain", "shapes"]),
+        ("plain is not a super-resolution run", ["enlarge", "plain", "shapes"]),
         ("--out .*: its comparisons go to photos-original, which holds something else",
          ["enlarge", "sr", "photos-original", "--out", "photos"]),
         ("--nfe must be from 1", ["enlarge", "sr", "shapes", "--nfe", "0"]),

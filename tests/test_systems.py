@@ -138,7 +138,7 @@ def test_alternatives_train_resume_and_sample(tmp_path, monkeypatch, capsys, wor
         ("--lipschitz-reg 0", "--lipschitz-reg must be above 0"),
         ("--lipschitz-reg -1", "--lipschitz-reg must be 0 or more"),
         ("--train-times remap", "--train-times remap needs --remap"),
-        ("--prediction edm --remap sqrt", "--remap cannot go with edm"),
+        ("--prediction edm --remap sqrt", "--remap does not work with edm"),
         ("--remap sqrt --etsdm", "--remap and --etsdm are alternatives"),
         ("--sa-reuse", "--sa-reuse needs --sa-k 2"),
         ("--sa-reuse --sa-k 2 --sa-weight 0", "--sa-reuse needs --sa-k 2"),

@@ -472,7 +472,7 @@ NPY = {
     "negative": npy(described((-1, 8, 8)), bytes(192)),
     "no tuple": npy(described("text")),
     "no header": npy(""),
-    "no dictionary": npy("[1, 2]\n"),
+    "not of a dictionary": npy("[1, 2]\n"),
     "no Python": npy("{'descr': \n"),
     "a call": npy("__import__('os').system('touch owned')\n"),
     "bytes": npy(b"\xff\xfe\0\n"),
@@ -701,7 +701,7 @@ def test_tars_that_are_cut_double_or_huge(tmp_path):
 def test_binary_batches_of_another_length(tmp_path):
     for i in range(1, 6):
         (tmp_path / f"data_batch_{i}.bin").write_bytes(bytes(3073 * 2 - (i == 3)))
-    refused(tmp_path, r"data_batch_3\.bin is not made of records", size=32)
+    refused(tmp_path, r"data_batch_3\.bin has other records", size=32)
     (tmp_path / "data_batch_3.bin").write_bytes(bytes(3073))
     assert len(load(tmp_path, size=32)) == 9
     (tmp_path / "data_batch_3").write_bytes(FINE)
