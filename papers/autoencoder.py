@@ -12,7 +12,7 @@ near each other. Diffusion gives the decoder latents that belong to no image. Th
 decoder for this: all points around a latent decode to the same image.
 
 The cost of kl_weight is known. To first order, the noise of latent i of D adds a_i exp(l_i) to the
-squared error. L is minimal in l_i if this is kl_weight/2 · (1 − exp(l_i))/D. The sum over i is
+squared error. L is minimal in l_i if this term is kl_weight/2 · (1 − exp(l_i))/D. Summed over i,
 
     error with noise − error without  =  kl_weight/2 · mean (1 − exp(l))  <=  kl_weight/2.
 
