@@ -282,14 +282,18 @@ class Features(torch.nn.Module):
         return self.conv(x).relu().mean((2, 3))
 
 
-def kill_statistics(folder, kills, seed):
-    """metrics.py stats -> faults by kind."""
-    dice = random.Random(seed)
+def export_features(path):
+    """A file for --features: of images of 8 × 8."""
     torch.manual_seed(0)
     sizes = ({0: torch.export.Dim("batch", min=1, max=64)},)
     zeros = (torch.zeros(2, 3, 8, 8),)
-    program = torch.export.export(Features().eval(), zeros, dynamic_shapes=sizes)
-    torch.export.save(program, Path(folder) / "features.pt2")
+    torch.export.save(torch.export.export(Features().eval(), zeros, dynamic_shapes=sizes), path)
+
+
+def kill_statistics(folder, kills, seed):
+    """metrics.py stats -> faults by kind."""
+    dice = random.Random(seed)
+    export_features(Path(folder) / "features.pt2")
     words = ["-n", 3000, "--image-size", 8, "--features", "features.pt2"]
     Run(folder, "metrics", ["stats", "shapes", "whole.npz", *words], "", dice).finish()
     run = Run(folder, "metrics", ["stats", "shapes", "killed.npz", *words], r"killed\.npz", dice)
