@@ -26,9 +26,9 @@ SIZE = dict(
 )
 
 
-def small_net(seed=0):
+def small_net(seed=0, **changes):
     torch.manual_seed(seed)
-    net = unet.UNet(**SIZE)
+    net = unet.UNet(**SIZE | changes)
     for p in net.parameters():  # the last layer starts at zero, and would hide everything before it
         if not p.any():
             p.data.normal_(0, 0.1)
