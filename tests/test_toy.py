@@ -64,4 +64,3 @@ def test_shared_oracle_is_the_average_over_the_sub_interval(prediction):
         if c[0] == 0:  # t = 0 is never trained on: its place among the twenty goes to t = 1
             expected = torch.cat([expected[:1], expected])
         assert_close(net(x, c), expected.mean(0), rtol=1e-10, atol=1e-12)
-    assert_close(net(x, torch.full((4,), 20.0)), net(x, torch.full((4,), 20.0)))
