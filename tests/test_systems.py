@@ -145,6 +145,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
             assert len(list(Path(sampler).glob("*.png"))) == 2
 
 
+def test_edm_runs_may_have_uniform_times():
+    objective = train.DiffusionObjective(parse("train.py", "--schedule edm --train-times uniform"))
+    assert objective.quantile is None and objective.denoiser.schedule.continuous
+
+
 def test_names_distinguish_systems(place):
     flags = {
         "train.py": "|--schedule edm|--schedule linear-mns|--train-times lognormal",
