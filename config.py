@@ -32,7 +32,8 @@ INHERITED = ("image_size", "channels", "schedule", "continuous", "prediction", "
 # How each preset is trained: SA-DPM's configuration files (epochs as images), E-TSDM's table
 # A1, which gives no length: 48 M is ours. loss_space None: that of the prediction.
 PAPER = dict(schedule="linear", prediction="eps", loss_space="eps", lr=2e-4, beta2=0.999,
-             ema=0.9999, grad_clip=1.0, warmup=0, flip=False, sample_every=5000, save_every=1000)
+             ema=0.9999, grad_clip=1.0, warmup=0, flip=False, sample_every=5000, save_every=1000,
+             optimizer="adam", lr_decay="none")
 LARGE = dict(PAPER, lr=1e-4, grad_clip=0.0)
 RECIPES = {
     # Ours, for minutes on a CPU, in which eps on the linear schedule still gives coloured fog.
@@ -94,7 +95,12 @@ class Config:
                            "more time, the same gradients", resume=True)
     images: int = by_preset(41_600, "train until this many were seen", resume=True, above=0)
     steps: int = flag(0, "the same as --images STEPS x BATCH_SIZE", resume=True)
+    optimizer: str = by_preset("adam", "adam, as the papers; muon: orthogonalised momentum for "
+                               "weight matrices, Adam for the rest", choices=("adam", "muon"))
     lr: float = by_preset(2e-4, "Adam's learning rate", resume=True, above=0)
+    muon_lr: float = flag(0.02, "muon: learning rate of matrices", resume=True, above=0)
+    lr_decay: str = by_preset("none", "how the learning rates fall to 0 at the end of the run",
+                              choices=("none", "linear", "cosine"))
     beta2: float = by_preset(0.999, "Adam's beta2", low=0, below=1)
     warmup: int = by_preset(0, "steps over which the learning rate rises from 0", low=0)
     ema: float = by_preset(0.9999, "decay of the averaged weights", low=0, below=1)
@@ -166,6 +172,7 @@ papers/."""
                 ("sa_weight", self.sa_k == 1, "requires --sa-k 2 or more"),
                 ("etsdm_interval", not self.etsdm, "has no effect without --etsdm"),
                 ("etsdm_n", not self.etsdm, "has no effect without --etsdm"),
+                ("muon_lr", self.optimizer == "adam", "has no effect without --optimizer muon"),
                 ("continuous", edm and self.continuous, "has no effect with --schedule edm, which "
                  "is continuous: leave it out"),
                 ("image_size", self.init, f"is that of --init {self.init}: leave it out"),
@@ -219,7 +226,8 @@ papers/."""
         parts += dict.fromkeys(  # edm is both
             getattr(self, k) for k in ("schedule", "prediction") if getattr(self, k) != recipe[k])
         parts += ["continuous"] * self.continuous + [f"sa{self.sa_k}"] * (self.sa_k > 1)
-        parts += ["etsdm"] * self.etsdm
+        parts += ["etsdm"] * self.etsdm + [self.optimizer] * (self.optimizer != recipe["optimizer"])
+        parts += [f"{self.lr_decay}-decay"] * (self.lr_decay != recipe["lr_decay"])
         return parts + [f"{self.train_times}-times"] * (self.train_times != usual_times)
 
     def default_name(self):
