@@ -53,7 +53,7 @@ def test_the_slope_costs_one_forward_pass_and_leaves_the_other_terms_alone():
     t, noises = torch.tensor([1, 2, 500, 1000]), torch.randn(2, 4, 2)
     plain = losses.sa_loss(d, x0, t, noises)
     *terms, slope = alternatives.regularized_loss(d, x0, t, noises)
-    assert calls == [8, 12]
+    assert calls == [8, 12]  # the levels of L_SA share one pass, and the slope goes with them
     assert_close(tuple(terms), plain)
     assert_close(slope, torch.ones(4), rtol=1e-3, atol=0)  # (c + 1 - c)^2, in float32
 

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, ROOT, TINY, assert_same, run_program, torchrun
+from conftest import ENV, ROOT, TINY, assert_same, torchrun
 from kills import read_pictures
 from programs import main_of
 from torch.testing import assert_close
@@ -107,12 +107,6 @@ def error_line(done, program):
     lines = [x for x in done.stderr.splitlines() if re.search(rf"(^|\]){program}: error: ", x)]
     assert len(lines) == 1, done.stderr[-3000:]
     return lines[0]
-
-
-def test_an_error_is_one_line_and_status_2_without_torchrun(tmp_path):
-    done = run_program(TRAIN, "--lr", "-1", cwd=tmp_path, status=2)
-    assert done.stderr.startswith("train.py: error: --lr must be above 0")
-    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -83,26 +83,6 @@ def test_one_pass_equals_k_passes_in_value_and_gradient(k, prediction, shared):
         assert_close(g, e, rtol=1e-5, atol=1e-9)
 
 
-def test_float32_gradients_agree_to_1e_5():
-    net = small_net()
-    denoiser = D.Denoiser(net, LINEAR)
-    torch.manual_seed(2)
-    x0, noises = torch.randn(4, 3, 8, 8), torch.randn(3, 4, 3, 8, 8)
-    found = []
-    for loss in (losses.sa_loss, by_hand):
-        total = sum(loss(denoiser, x0, torch.tensor([2, 50, 500, 999]), noises)).mean()
-        grads = torch.autograd.grad(total, list(net.parameters()))
-        found.append(torch.cat([g.flatten() for g in grads]))
-    assert_close(found[0], found[1], rtol=0, atol=1e-5 * found[1].abs().max().item())
-
-
-def test_the_k_levels_share_one_forward_pass():
-    sizes, x0, noises = [], torch.randn(5, 3, 4, 4), torch.randn(4, 5, 3, 4, 4)
-    d = D.Denoiser(lambda x, c: sizes.append(len(x)) or x, LINEAR)
-    simple, sa = losses.sa_loss(d, x0, torch.full((5,), 9), noises)
-    assert sizes == [20] and simple.shape == sa.shape == (5,)
-
-
 def test_k_of_one_is_the_plain_loss_and_missing_terms_keep_the_divisor():
     """At t = 1 only the step itself exists: L_SA = L_simple / k^2, not L_simple."""
     denoiser, noises = D.Denoiser(small_net(), LINEAR), torch.randn(3, 3, 3, 8, 8)

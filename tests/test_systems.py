@@ -20,7 +20,7 @@ from support import distributed, rng
 
 OBJECTIVES = {  # name: program, objective, flags, terms of the loss
     "plain": ("train.py", train.DiffusionObjective, "--image-size 8", "simple sa"),
-    "sa": ("train.py", train.DiffusionObjective, "--image-size 8 --sa-k 3", "simple sa"),
+    "sa": ("train.py", train.DiffusionObjective, "--image-size 8 --sa-k 3 --flip", "simple sa"),
     "reg": (
         "papers.alternatives",
         alternatives.AlternativeObjective,
@@ -72,18 +72,19 @@ def test_each_objective_logs_its_terms_and_adds_up_microbatches(place, name):
     assert list(objective.loss_names) == columns
     found = []
     with distributed.init() as dist:
-        for config.microbatch in (None, 3):
+        for config.microbatch in (None, 1, 3, 4, 100) if name == "sa" else (None, 3):
             state = train.TrainState(objective, config)
             weights = {k: v.clone() for k, v in state.net.state_dict().items()}
             values = train.train_step(state, state.net, images, config, dist, None)
             gradients = (p.grad for p in state.net.parameters())
             found.append((values, [g.clone() for g in gradients if g is not None]))
             state.net.load_state_dict(weights)
-    (values, expected), (again, got) = found
+    (values, expected), *others = found
     assert len(values) == 1 + len(columns) + 1  # loss, terms, norm
-    assert_close(again, values, rtol=1e-4, atol=1e-6)
     scale = max(g.abs().max().item() for g in expected)
-    assert_close(got, expected, rtol=0, atol=1e-5 * scale)
+    for again, got in others:
+        assert_close(again, values, rtol=1e-4, atol=1e-6)
+        assert_close(got, expected, rtol=0, atol=1e-5 * scale)
     # the total is the weighted sum of the terms
     weights = dict(slope=5.0, kl=getattr(config, "kl_weight", 0))
     total = sum(weights.get(c, 1.0) * v for c, v in zip(columns, values[1:], strict=False))
