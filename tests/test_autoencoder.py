@@ -133,17 +133,6 @@ def test_images_do_not_see_their_batch_mates():
     assert_close(alone, tuple(x[:1] for x in whole))
 
 
-def test_attention_is_softmax_of_products():
-    torch.manual_seed(0)
-    layer = autoencoder.Attention(8, None, 4).double()
-    nn.init.normal_(layer.proj.weight)
-    x = torch.randn(2, 8, 3, 3).double()
-    q, k, v = layer.qkv(layer.norm(x)).flatten(2).split(8, dim=1)  # each (B, C, N)
-    weights = torch.softmax(torch.einsum("bcn,bcm->bnm", q, k) / 8**0.5, dim=2)
-    h = torch.einsum("bnm,bcm->bcn", weights, v).reshape(x.shape)
-    assert_close(layer(x), x + layer.proj(h))
-
-
 def test_every_pixel_reaches_every_latent():
     net = small(mult=(1, 1), image_size=16)
     images, _ = inputs(net, 1, size=16)
