@@ -20,9 +20,8 @@ from typing import ClassVar
 import etsdm
 import schedules
 import unet
-from support.checkpoint import RUNS
-from support.cli import device_flag, flag, flag_name
-from support.run import run_name, settings_of
+from support.cli import device_flag, flag, flag_name, require
+from support.run import check_run_name, run_name, settings_of
 
 PREDICTIONS = LOSS_SPACES = ("eps", "v", "x0", "edm")
 TIME_DISTRIBUTIONS = ("uniform", "lognormal")
@@ -58,7 +57,7 @@ class Config:
     data: str = flag("shapes", "shapes (built in), cifar10, or a path: folder or zip of images, "
                      ".npy, .npz[:KEY], MNIST-like IDX, CIFAR-10 archive", group="images")
     image_size: int | None = by_preset(None, "side in pixels; images are resized and cropped",
-                                       above=0)
+                                       above=0, below=8193)
     channels: int = flag(3, "3 RGB, 1 true gray", choices=(1, 3))
     flip: bool = by_preset(False, "random horizontal flips")
     skip_bad_images: bool = flag(False, "continue without files that cannot be read", resume=True)
@@ -161,20 +160,18 @@ papers/."""
         """ValueError for flags that contradict or would have no effect. Fill in the run's name."""
         if {"steps", "images"} <= self.given:
             raise ValueError("--steps and --images both set the length: give one")
-        self.require("steps", "steps" not in self.given or self.steps > 0, "must be above 0")
-        self.require("image_size", self.image_size <= 8192, "must be at most 8192 pixels")
+        require(self, "steps", "steps" not in self.given or self.steps > 0, "must be above 0")
         self.check_divisible()
-        self.require("images", self.images >= self.batch_size,
-                     f"is less than one batch of {self.batch_size}")
-        self.require("sa_k", 1 <= self.sa_k <= self.T, f"must be 1 to {self.T}")
+        require(self, "images", self.images >= self.batch_size,
+                f"is less than one batch of {self.batch_size}")
+        require(self, "sa_k", 1 <= self.sa_k <= self.T, f"must be 1 to {self.T}")
         edm = self.schedule == "edm"
         for name, useless, why in (
                 ("sa_weight", self.sa_k == 1, "requires --sa-k 2 or more"),
                 ("etsdm_interval", not self.etsdm, "has no effect without --etsdm"),
                 ("etsdm_n", not self.etsdm, "has no effect without --etsdm"),
                 ("muon_lr", self.optimizer == "adam", "has no effect without --optimizer muon"),
-                ("continuous", edm and self.continuous, "has no effect with --schedule edm, which "
-                 "is continuous: leave it out"),
+                ("continuous", edm, "has no effect with --schedule edm, which is continuous"),
                 ("image_size", self.init, f"is that of --init {self.init}: leave it out"),
                 ("channels", self.init, f"is that of --init {self.init}: leave it out")):
             if name in self.given and useless:
@@ -182,23 +179,16 @@ papers/."""
         if self.etsdm:
             etsdm.check_sharing(self.etsdm_interval, self.etsdm_n, self.T)
         if edm and self.prediction != "edm":
-            raise ValueError(f"--prediction {self.prediction} cannot go with --schedule edm, whose "
-                             "x_t is up to 80 wide: leave it out")
+            raise ValueError(f"--prediction {self.prediction} cannot go with --schedule edm")
         self.name = self.name or self.default_name()
-        if Path(self.name).name != self.name or self.name[0] == "." or not self.name.isprintable():
-            raise ValueError(f"--name {self.name!r} must be a plain name: runs go to {RUNS}/NAME")
+        check_run_name(self.name)
 
     def check_divisible(self):
         """ValueError if the network cannot halve the images as often as it must."""
         net = self.network()
         unit = net.get("patch", 1) * 2 ** (len(net["channel_mult"]) - 1)
-        self.require("image_size", net["image_size"] % unit == 0,
-                     f"must be a multiple of {unit} for --preset {self.preset}")
-
-    def require(self, name, condition, text):
-        """ValueError that begins with the flag, unless the condition holds."""
-        if not condition:
-            raise ValueError(f"{flag_name(name)} {text}, not {getattr(self, name)}")
+        require(self, "image_size", net["image_size"] % unit == 0,
+                f"must be a multiple of {unit} for --preset {self.preset}")
 
     def network(self):
         """The arguments of unet.UNet."""

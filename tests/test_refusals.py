@@ -33,9 +33,10 @@ REFUSED = {
         --lr -1 | --lr must be above 0
         --lr inf | --lr must be above 0
         --lr nan | --lr must be above 0, not nan
+        --muon-lr 0.1 | --muon-lr has no effect without --optimizer muon
         --ema 1.5 | --ema must be at least 0 and below 1
         --dropout 1 | --dropout must be at least 0 and below 1
-        --image-size 90000 | --image-size must be at most 8192
+        --image-size 90000 | --image-size must be above 0 and below 8193
         --image-size 36 | --image-size must be a multiple of 8
         --microbatch 0 | --microbatch must be at least 1
         --grad-clip -1 | --grad-clip must be 0 or more
