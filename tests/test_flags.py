@@ -69,7 +69,7 @@ TRAIN = table("""
     --seed 0 7 -1 | --workers 0 1 -1 | --skip-bad-images | --factor 2 4 3 | --downsamplings 1 2 9 |
     --head-size simple block large | --beta2 0.99 0 1 | --kl-weight 0.001 -1 |
     --latent-channels 2 0 | --data shapes images.npy nowhere page.zip | --sample-every 1 0 |
-    --save-every 1 0
+    --save-every 1 0 | --optimizer adam muon sgd | --muon-lr 0.1 0 | --lr-decay none linear cosine
 """)
 SAMPLE = table("""
     --sampler ddpm ddim dpm-solver dpm-solver++ heun euler | --nfe 1 2 3 4 0 -5 |
@@ -84,7 +84,7 @@ DEFAULTS = table("""
     --prediction v edm | --loss-space v edm eps x0 | --train-times uniform lognormal |
     --warmup 100 | --dropout 0 | --factor 4 | --downsamplings 2 | --beta2 0.99 |
     --head-size simple | --grad-clip 1 0 | --precision auto | --ema 0.995 | --lr 0.001 | --seed 0 |
-    --sa-k 1 | --channels 3 | --data shapes
+    --sa-k 1 | --channels 3 | --data shapes | --optimizer adam | --lr-decay none
 """)
 
 
@@ -283,7 +283,8 @@ CHANGES = """--sa-k 2 | --sa-k 2 --sa-weight 0.3 | --sa-k 2 --sa-reuse | --etsdm
     | --remap sqrt --train-times remap | --remap inverse-sigmoid | --schedule linear | --continuous
     | --prediction x0 | --loss-space x0 | --lipschitz-reg 30 | --dropout 0.3 | --flip
     | --precision bf16 | --grad-clip 0.001 | --lr 0.0001 | --beta2 0.5 | --warmup 5 | --seed 3
-    | --batch-size 8 | --data images.npy | --schedule edm | --schedule zero-terminal-snr"""
+    | --batch-size 8 | --data images.npy | --schedule edm | --schedule zero-terminal-snr
+    | --optimizer muon | --optimizer muon --muon-lr 0.1 | --lr-decay cosine"""
 
 
 @pytest.mark.slow
