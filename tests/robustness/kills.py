@@ -20,6 +20,7 @@ before the rename is checked here only by their order.
 
 import argparse
 import collections
+import contextlib
 import importlib
 import os
 import random
@@ -59,43 +60,37 @@ def arm(kind, nth, pattern):
     """Prepare this process to fail at its nth write of a file that matches `pattern`."""
     real, seen = files.atomic_write, []
 
-    class Spoilt:
+    @contextlib.contextmanager
+    def spoilt(path, *rest, **more):
         """files.atomic_write, with one fault in it."""
-
-        def __init__(self, path, *rest, **more):
-            self.real, self.now = real(path, *rest, **more), False
-            if re.search(pattern, Path(path).name):
-                seen.append(path)
-                self.now = len(seen) == nth or kind == "full for good" and len(seen) >= nth
-
-        def __enter__(self):
-            if self.now and kind in ("half", "full", "full for good"):
-                # bytes: somewhere inside a checkpoint, or inside a picture of 8 × 8
-                limit = 1000 + nth * 997 % 9000 if "checkpoint" in pattern else 50 + nth * 37 % 150
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            if self.now and kind == "flush":
-                os.fsync = lambda f: die()
-            if self.now and kind == "rename":
-                os.replace = lambda a, b: die()
-            if self.now and kind == "term while saving":
-                os.kill(os.getpid(), signal.SIGTERM)
-            return self.real.__enter__()
-
-        def __exit__(self, *exc):
-            try:
-                return self.real.__exit__(*exc)
-            finally:
-                if self.now and kind == "renamed":
-                    die()
-                if self.now and kind == "full":
-                    no = resource.RLIM_INFINITY
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (no, no))
+        now = False
+        if re.search(pattern, Path(path).name):
+            seen.append(path)
+            now = len(seen) == nth or kind == "full for good" and len(seen) >= nth
+        if now and kind in ("half", "full", "full for good"):
+            # bytes: somewhere inside a checkpoint, or inside a picture of 8 × 8
+            limit = 1000 + nth * 997 % 9000 if "checkpoint" in pattern else 50 + nth * 37 % 150
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        if now and kind == "flush":
+            os.fsync = lambda f: die()
+        if now and kind == "rename":
+            os.replace = lambda a, b: die()
+        if now and kind == "term while saving":
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            with real(path, *rest, **more) as temporary:
+                yield temporary
+        finally:
+            if now and kind == "renamed":
+                die()
+            if now and kind == "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, 2 * (resource.RLIM_INFINITY,))
 
     if kind in ("half", "full", "full for good"):  # the system's own way to stop a writer
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kind == "half" else signal.SIG_IGN)
     for module in list(sys.modules.values()):  # wherever it was imported to
         if getattr(module, "atomic_write", None) is real:
-            module.atomic_write = Spoilt
+            module.atomic_write = spoilt
 
 
 def victim(program, kind, nth, pattern, words):
@@ -121,13 +116,12 @@ class Run:
 
     def start(self, kind=None, nth=1):
         """The process; with a fault of INSIDE in it, or none."""
-        command = [sys.executable, str(ROOT / f"{self.program}.py")]
+        command = [str(ROOT / f"{self.program}.py")]
         if kind:
-            command = [sys.executable, __file__, "--victim", self.program, kind, str(nth)]
-            command += [self.pattern, "--"]
+            command = [__file__, "--victim", self.program, kind, str(nth), self.pattern, "--"]
         log = open(self.folder / "output.txt", "w")  # on the full disk, too
         return subprocess.Popen(
-            [*command, *self.words],
+            [sys.executable, *command, *self.words],
             cwd=self.folder,
             env={**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"},
             stdout=log,
