@@ -7,8 +7,6 @@ import pickle
 import platform
 import re
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -262,8 +260,7 @@ def test_atomic_write_is_all_or_nothing(tmp_path):
 
 
 def test_the_next_write_removes_what_dead_writers_left_of_the_same_file(tmp_path):
-    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
-                          capture_output=True, text=True)  # fmt: skip
+    done = run_program("-c", "import os; print(os.getpid())", cwd=tmp_path)
     here, dead, alive = platform.node().replace(".", "-"), done.stdout.strip(), os.getppid()
     ours = f".a.npz.{here}.{dead}.tmp"
     others = [f".a.npz.{here}.{alive}.tmp", f".b.npz.{here}.{dead}.tmp", f".a.npz.far.{dead}.tmp"]
