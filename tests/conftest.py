@@ -59,6 +59,13 @@ def message_of(info):
     return str(info.value)
 
 
+def error_of(call, *inputs, match=None, **options):
+    """The message, one line, of the ValueError or OSError that call(*inputs, **options) raises."""
+    with pytest.raises((ValueError, OSError), match=match) as info:
+        call(*inputs, **options)
+    return message_of(info)
+
+
 def pytest_collection_modifyitems(items):
     if os.environ.get("CUDA_TESTS"):
         return
