@@ -50,11 +50,11 @@ def folder_of(path, count=6, size=8):
 
 
 def zip_of(folder):
-    """A zip of a folder's files, next to it -> its path."""
+    """A zip of a folder, next to it -> its path."""
     path = folder.with_suffix(".zip")
     with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.iterdir()):
-            archive.write(file, file.name)
+        for file in sorted(folder.rglob("*.*")):
+            archive.write(file, file.relative_to(folder))
     return path
 
 
