@@ -78,39 +78,26 @@ UPRIGHT = {
 
 # A batch as Python 2 wrote it: protocol 2, byte strings, numpy.core. Row 0 is 0 1 2 ... 255 0 ...
 def cifar_pickle(rows):
-    def text(s):
-        return b"U" + bytes([len(s)]) + s
-
-    return (
-        b"\x80\x02}(" + text(b"data") + b"cnumpy.core.multiarray\n_reconstruct\n"
-        b"cnumpy\nndarray\nK\0\x85"
-        + text(b"b")
-        + b"\x87R(K\x01K"
-        + bytes([len(rows)])
-        + b"M\0\x0c\x86cnumpy\ndtype\n"
-        + text(b"u1")
-        + b"K\0K\x01\x87R(K\x03"
-        + text(b"|")
-        + b"NNN"
-        + b"J\xff\xff\xff\xff" * 2
-        + b"K\0tb\x89"
-        + b"T"
-        + struct.pack("<I", rows.size)
-        + rows.tobytes()
-        + b"tb"
-        + text(b"labels")
-        + b"]u."
-    )
+    text = lambda s: b"U" + bytes([len(s)]) + s  # noqa: E731
+    head = b"\x80\x02}(" + text(b"data") + b"cnumpy.core.multiarray\n_reconstruct\n"
+    head += b"cnumpy\nndarray\nK\0\x85" + text(b"b") + b"\x87R(K\x01K" + bytes([len(rows)])
+    head += b"M\0\x0c\x86cnumpy\ndtype\n" + text(b"u1") + b"K\0K\x01\x87R(K\x03"
+    head += text(b"|") + b"NNN" + b"J\xff\xff\xff\xff" * 2 + b"K\0tb\x89T"
+    return head + struct.pack("<I", rows.size) + rows.tobytes() + b"tb" + text(b"labels") + b"]u."
 
 
-def cifar_files(binary, rows):
-    """(name, content) of the five batches of two images: uint8 rows (10, 3072)."""
+def cifar_files(binary, rows, labels=None):
+    """(name, content) of the five batches of two images: uint8 rows (10, 3072). Without labels, as
+    Python 2 wrote them."""
     for i in range(5):
-        part = rows[2 * i : 2 * i + 2]
+        part, y = rows[2 * i : 2 * i + 2], (labels or [7] * 10)[2 * i : 2 * i + 2]
         if binary:
-            yield f"data_batch_{i + 1}.bin", b"".join(b"\x07" + row.tobytes() for row in part)
+            content = b"".join(bytes([k]) + row.tobytes() for k, row in zip(y, part, strict=True))
+        elif labels or not i:
+            content = pickle.dumps({b"data": part} | ({b"labels": y} if labels else {}))
         else:
-            yield f"data_batch_{i + 1}", cifar_pickle(part) if i else pickle.dumps({b"data": part})
+            content = cifar_pickle(part)
+        yield f"data_batch_{i + 1}" + ".bin" * binary, content
 
 
 def tar_of(path, members, mode="w:gz"):

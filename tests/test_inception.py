@@ -245,7 +245,7 @@ def test_download_once_then_the_cache(weights, cache, monkeypatch):
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "file:///none/such.pth"])
 def test_no_network(cache, monkeypatch, url):
     monkeypatch.setattr(inception, "URL", url)
-    message = str(refused("", inception.load))
+    message = str(refused(None, inception.load))
     assert f"cannot download {url} (" in message and inception.SHA256 in message
     assert str(cache) in message and "--inception" in message and "--data" not in message
     assert "()" not in message and "None" not in message  # it says why
@@ -318,7 +318,7 @@ FOREIGN = {
 def test_a_given_file_that_is_something_else(words, weights, cache, monkeypatch, tmp_path):
     fall_back(cache, weights, monkeypatch)
     wrong = put(tmp_path / "wrong.pth", FOREIGN[words]())
-    message = str(refused("", inception.load, wrong))
+    message = str(refused(None, inception.load, wrong))
     assert str(wrong) in message and words in message
     assert "ported from TensorFlow" in message and "mseitzer/pytorch-fid" in message
 

@@ -175,7 +175,7 @@ def test_download(tmp_path, monkeypatch):
     none = (tmp_path / "none").as_uri()
     for url in (source.as_uri(), none, "http://127.0.0.1:9/x", "nonsense"):
         sha256 = right if url != source.as_uri() else "0" * 64
-        message = str(refused("", readers.download, url, str(target), sha256))
+        message = str(refused(None, readers.download, url, str(target), sha256))
         assert url in message and sha256 in message and str(target) in message
         assert not list(target.parent.iterdir())
     readers.download(source.as_uri(), str(target), right)
