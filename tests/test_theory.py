@@ -378,38 +378,7 @@ def test_what_training_under_sharing_converges_to(dimensions, n, gain):
     assert error[1] < error[0] / gain
 
 
-# ------------------------------------------------------------------ E-TSDM: eq. 8, and sampling
-
-
-def lipschitz(denoiser, t, t_other, x):
-    """K(t, t′) = E ‖net(x_t, f(t)) − net(x_t, f(t′))‖₂ / |t − t′|, x_t the same for both."""
-    difference = denoiser.prediction_at(x, t) - denoiser.prediction_at(x, t_other)
-    return (difference.norm(dim=1).mean() / abs(t - t_other)).item()
-
-
-@pytest.mark.parametrize("continuous", [False, True], ids=["table", "continuous"])
-@pytest.mark.parametrize("name", ["linear", "cosine-mns"])
-def test_lipschitz_constant_under_sharing(name, continuous):
-    """Eq. 8. Inside a part K(t, t + 1) is exactly 0; from one part to the next it is not; beyond
-    the interval it is that of the network that receives t."""
-    schedule = schedules.make_schedule(name, continuous=continuous)
-    shared_net, plain_net = shared(PAIR, schedule), D.Denoiser(toy.oracle(PAIR, schedule), schedule)
-    rows = []
-    for t in range(1, 120):
-        x, _ = draw(PAIR, schedule, t, 100)
-        rows.append([lipschitz(k, t, t + 1, x) for k in (plain_net, shared_net)])
-    K, K_shared = torch.tensor(rows, dtype=torch.float64).T
-    t = torch.arange(1, 120)
-    into_next = (t < 100) & ((t + 1) % 20 == 0)
-    inside = (t < 100) & ~into_next
-    some = [0, 49, 98, 109]
-    show(name, "K(t, t + 1) at t = 1, 50, 99, 110", plain=K[some], shared=K_shared[some])
-    assert into_next.sum() == 5 and inside.sum() == 94
-    assert (K > 0).all() and (K_shared[inside] == 0).all() and (K_shared[into_next] > 0).all()
-    assert_close(K_shared[99:], K[99:], rtol=0, atol=0)
-    x, _ = draw(PAIR, schedule, 10, 100)  # not only neighbours; and real times, however close
-    for t, t_other in ((1, 19), (0.001, 0.002), (20, 39.999), (80, 99)):
-        assert lipschitz(shared_net, t, t_other, x) == 0 < lipschitz(plain_net, t, t_other, x)
+# ------------------------------------------------------------------ E-TSDM: sampling
 
 
 def mixture_cdf(mixture):
