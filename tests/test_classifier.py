@@ -34,9 +34,6 @@ def bars(n, size=8, seed=0, channels=1):
     return torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
 
 
-# ------------------------------------------------------------------ labels
-
-
 def idx_files(folder, images, labels, packed=True, name="train"):
     """An IDX pair: images (N, H, W) and labels (N,), as Fashion-MNIST has them."""
     folder.mkdir(exist_ok=True)
@@ -146,9 +143,6 @@ def test_drawings_are_their_own_labels(monkeypatch):
     assert area[kinds == square].min() > area[kinds == star].max()
 
 
-# ------------------------------------------------------------------ the network and its training
-
-
 def test_features_are_64_means_of_what_the_last_layer_sees():
     net = classifier.Classifier(10).eval()
     x = torch.rand((3, 3, 13, 9), generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -211,9 +205,6 @@ def test_the_exported_file_gives_the_same_features(trained, tmp_path):
     classifier.export(trained, path, 8, logits=True)
     with torch.no_grad():
         assert_close(torch.export.load(path).module()(x), trained(x), rtol=1e-5, atol=1e-6)
-
-
-# ------------------------------------------------------------------ the program
 
 
 @pytest.mark.slow

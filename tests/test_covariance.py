@@ -346,18 +346,6 @@ def test_gamma_between_the_integers():
 # ------------------------------------------------------------------ second heads
 
 
-def test_the_fake_head_is_exact():
-    """Var[ε | x_t] of the mixture by importance sampling over x_0, independently of exact_var."""
-    mixture, (a, s) = toy.two_bumps(), LINEAR.alpha_sigma(300)
-    x0 = mixture.sample(500_000, torch.Generator().manual_seed(0)).flatten()
-    for x in (-0.5, 0.1, 0.8):
-        eps = (x - a * x0) / s
-        w = torch.exp(-(eps**2) / 2)
-        expected = w @ eps**2 / w.sum() - (w @ eps / w.sum()) ** 2
-        got = exact_var(mixture, f64([[x]]), a, s)
-        assert_close(got.item(), expected.item(), rtol=0.02, atol=0)
-
-
 def ks(x, mixture):
     """Kolmogorov's distance of samples (n, 1) from the mixture."""
     x = x.flatten().sort().values

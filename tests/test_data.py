@@ -18,9 +18,6 @@ import data
 from support import image_files, readers
 
 
-# ------------------------------------------------------------------ numbers
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_uint8_survives_the_trip_through_float(dtype):
     every = torch.arange(256, dtype=torch.uint8)
@@ -35,9 +32,6 @@ def test_to_uint8_rounds_half_up_and_clamps():
     assert data.to_uint8(x).tolist() == [0, 0, 128, 255, 255, 255, 128, 128]
     levels = torch.tensor([10.49, 10.51]) / 127.5 - 1
     assert data.to_uint8(levels).tolist() == [10, 11]  # truncation would say 10, 10
-
-
-# ------------------------------------------------------------------ one image
 
 
 @pytest.mark.parametrize("name", ["shapes", "cifar10"])
@@ -84,9 +78,6 @@ def test_wrong_sources_are_named_in_one_line(tmp_path):
         assert str(path) in str(refused(expected.get(path.name), data.load, path, 8, 3))
     refused("absent: no such file or folder", data.load, tmp_path / "absent", 8, 3)
     refused("channels", data.load, "shapes", 8, 4)
-
-
-# ------------------------------------------------------------------ the order
 
 
 def test_every_epoch_is_a_permutation_of_its_own():

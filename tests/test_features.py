@@ -20,9 +20,6 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
 
 
-# ------------------------------------------------------------------ sums
-
-
 def moments(f, batch=64, dist=ALONE):
     sums = features.FeatureSums(f.shape[1])
     for part in f.split(batch):
@@ -91,9 +88,6 @@ def test_one_image_has_no_covariance():
     refused("at least 2 images, not 1", moments, torch.zeros(1, 3))
 
 
-# ------------------------------------------------------------------ files of statistics
-
-
 def test_statistics_of_every_make(here):
     mu, sigma = np.arange(3.0), np.eye(3)
     ours = features.Statistics("ours.npz", mu, sigma, 50, 8, "net", "ab", "bf16")
@@ -131,9 +125,6 @@ def test_broken_npz_files_are_named_in_one_line(here):
     for name in "cut spoilt array page empty object words shape".split():
         message = str(refused(f"^{name}.npz", features.read_statistics, f"{name}.npz"))
         assert "web page" in message or name != "page"
-
-
-# ------------------------------------------------------------------ networks
 
 
 def test_a_network_goes_to_the_device(here, monkeypatch):

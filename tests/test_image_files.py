@@ -26,9 +26,6 @@ from support.programs import StopSignal
 from test_data import readers_alive, take
 
 
-# ------------------------------------------------------------------ data sets from files
-
-
 def test_folder_of_everything(tmp_path):
     arrays = folder_of(tmp_path / "b deep" / "é ü 図")
     Image.fromarray(arrays[0]).save(tmp_path / "A.PNG")
@@ -117,9 +114,6 @@ def test_a_file_that_vanishes_later_is_named(tmp_path):
     d = streamed(tmp_path)
     (tmp_path / "002.png").unlink()
     assert "002.png" in str(refused(None, d.__getitem__, 2))
-
-
-# ------------------------------------------------------------------ what was checked before
 
 
 @pytest.fixture
@@ -248,9 +242,6 @@ def test_a_signal_during_the_check_does_not_wait_for_the_rest(tmp_path, decoded,
     assert len(streamed(tmp_path)) == 200 and len(decoded()) == 195
 
 
-# ------------------------------------------------------------------ which images these are
-
-
 def test_the_digest_is_of_the_images_and_not_of_their_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     digest = lambda *source, **how: data.load(*source, *[8, 3][len(source) - 1 :], **how).digest  # noqa: E731
@@ -294,9 +285,6 @@ def test_the_digest_is_of_the_images_and_not_of_their_place(tmp_path, monkeypatc
     assert len(zips) == 2
 
 
-# ------------------------------------------------------------------ what is not the set
-
-
 def test_runs_inside_the_folder_are_never_read(tmp_path):
     folder_of(tmp_path / "photos")
     for run in ("runs/first", "old"):
@@ -325,9 +313,6 @@ def test_pillow_warnings_do_not_leak(tmp_path, monkeypatch):
         warnings.simplefilter("error")
         assert len(data.load(tmp_path, 8, 3)) == 6
         assert data.load(tmp_path, 8, 3, memory_limit=0)[0].shape == (3, 8, 8)
-
-
-# ------------------------------------------------------------------ threads
 
 
 def test_four_threads_read_one_zip(tmp_path):

@@ -50,9 +50,6 @@ def images(n, height=32, width=None, seed=0):
     return torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
 
 
-# ------------------------------------------------------------------ the graph
-
-
 @pytest.mark.parametrize(
     "name, dtype, rtol", [("A32", torch.float32, 1e-4), ("A64", torch.float64, 1e-9)]
 )
@@ -147,9 +144,6 @@ def test_logits_have_no_bias_and_nothing_has_a_gradient():
     assert_close(net(x)[1], 2 * logits)
 
 
-# ------------------------------------------------------------------ the images
-
-
 def bilinear(line, size):
     """One axis of a bilinear resize without antialiasing: (..., H) -> (..., size)."""
     source = np.clip((np.arange(size) + 0.5) * line.shape[-1] / size - 0.5, 0, None)
@@ -175,9 +169,6 @@ def test_images_of_another_kind_are_refused(shape):
     x = torch.zeros(shape, dtype=torch.float32 if shape == (2, 3, 8, 8) else torch.uint8)
     message = str(refused("takes uint8 images", inception.preprocess, x))  # [0, 1] or [-1, 1]?
     assert str(shape) in message
-
-
-# ------------------------------------------------------------------ the weights
 
 
 @pytest.fixture(scope="module")

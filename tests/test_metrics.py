@@ -237,6 +237,17 @@ def workplace(tmp_path_factory):
     write_folder(folder / "b", photos_b())
     make_run(folder, "mine")
     make_run(folder, "gray", "--channels 1")
+    make_run(folder, "moved", data="nowhere")
+    (folder / "runs" / "half").mkdir()  # a run that never saved
+    for name, size in (("nine", 8), ("mixed", 12), ("bad", 8)):
+        write_folder(folder / name, photos(9, size))
+    (folder / "nine" / "004.png").rename(folder / "nine" / "004b.png")
+    (folder / "mixed" / "000.png").write_bytes((folder / "a" / "000.png").read_bytes())
+    (folder / "bad" / "001.png").write_text("<html>")
+    np.save(folder / "large.npy", photos(3, 12))
+    np.save(folder / "lone.npy", photos(1))
+    np.save(folder / "oblong.npy", photos(2)[:, :6])
+    np.savez(folder / "s.npz", mu=np.zeros(2), sigma=np.eye(2))
     export(folder / "means.pt2", means)
     export(folder / "maps.pt2", maps, dynamic="N")
     return folder
@@ -351,7 +362,8 @@ def test_a_run_alone_is_compared_with_its_own_data(here, measure):
 
 def test_a_gray_run_is_compared_in_gray(here, measure):
     """Against a colour set, turned gray; the network is shown three equal channels."""
-    found = measure("fid gray a --features means.pt2 -n 5 --nfe 2")
+    same = "--image-size 8 --channels 1"  # says what is so anyway
+    found = measure("fid gray a --features means.pt2 -n 5 --nfe 2", same)
     assert [side["shape"] for side in found["sides"]] == [[1, 8, 8]] * 2
     gray = [np.asarray(Image.open(p).convert("L")) for p in sorted((here / "a").iterdir())]
     np.save("gray.npy", np.stack(gray)[..., None].repeat(3, 3))
@@ -655,46 +667,49 @@ def test_psnr_of_equal_pairs(here, measure, call):
 
 # ------------------------------------------------------------------ the command line
 
-F = " --features means.pt2"
+SHAPES = "images of different shapes do not compare"
+REFUSED = {  # `+` stands for --features means.pt2
+    "fid nothing a +": "nothing is not a file, folder or data set (shapes cifar10): no run",
+    "fid half a +": "half is not a file",
+    "fid a +": "a is not a run: name the images to compare it with",
+    "fid s.npz +": "s.npz is not a run: name the images to compare it with",
+    "fid shapes +": "shapes is not a run: name the images to compare it with",
+    "fid moved +": "moved was trained on 'nowhere', which does not",
+    "fid a b mine": "fid takes A or A B, not 3 names",
+    "fid a b -n 0": "--num must be from 1",
+    "fid a b --batch-size 0": "--batch-size must be from 1",
+    "fid a b --image-size 0": "--image-size must be",
+    "fid a b --image-size 9000": "--image-size must be",
+    "fid mine --seed -1": "--seed",
+    "fid mine --eta 0.5 --sampler ddpm": "--eta has no effect on ddpm",
+    "fid mine --nfe 0": "--nfe must be from 1 to 100000, not 0",
+    "fid mine a --image-size 9 +": "--image-size: leave it out, the run's images are 3x8x8",
+    "fid gray a --channels 3 +": "--channels: leave it out, the run's images are 1x8x8",
+    "fid a large.npy +": f"a and large.npy: {SHAPES} (3x8x8 and 3x12x12): give --image-size",
+    "fid gray mine +": f"gray and mine: {SHAPES} (1x8x8 and 3x8x8)",
+    "is mixed +": "mixed: images of several sizes (8x8 12x12): give --image-size",
+    "is oblong.npy +": "oblong.npy: the images are 8x6, not square: give --image-size",
+    "is bad +": "1 of 9 images cannot be read: bad/001.png",
+    "fid lone.npy a +": "lone.npy: a covariance needs at least 2 images, not 1",
+    "psnr a nine": "a and nine: 004 and 004b are not a pair",
+    "psnr a b": "a and b: psnr compares pairs, and there are 9 images and 12",
+    "psnr mine a -n 9 --nfe 1": "mine is a run, whose images have no partners",
+    "psnr a mine -n 9 --nfe 1": "mine is a run, whose images have no partners",
+    "psnr a": "psnr takes A B",
+    "psnr s.npz a": "s.npz",
+    "psnr a a +": "--features has no effect",
+    "is a --nfe 7 +": "--nfe is for sampling a run",
+    "is a --seed 1 +": "--seed is for sampling a run",
+    "is a --weights raw +": "--weights is for sampling a run",
+    "is a --sampler ddpm +": "--sampler is for sampling a run",
+    "fid a b -n 2 +": "--num is for a run or for shapes: sets on disk are used whole",
+}
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ("fid nothing a" + F, "nothing is not a file, folder or data set (shapes cifar10)"),
-        ("fid a" + F, "a is not a run: name the images to compare it with"),
-        ("fid a b mine", "fid takes A or A B, not 3 names"),
-        ("fid a b -n 0", "--num must be from 1"),
-        ("fid a b --batch-size 0", "--batch-size must be from 1"),
-        ("fid a b --image-size 0", "--image-size must be"),
-        ("fid a b --image-size 9000", "--image-size must be"),
-        ("fid mine --seed -1", "--seed"),
-        ("fid mine --eta 0.5 --sampler ddpm", "--eta has no effect on ddpm"),
-        ("fid mine --nfe 0", "--nfe must be from 1 to 100000, not 0"),
-        ("fid mine a --image-size 9" + F, "--image-size: leave it out"),
-        ("fid a mixed.npy" + F, "a and mixed.npy: images of different shapes"),
-        ("fid lone.npy a" + F, "lone.npy: a covariance needs at least 2 images, not 1"),
-        ("psnr a nine", "a and nine: 004 and 004b are not a pair"),
-        ("psnr a b", "a and b: psnr compares pairs, and there are 9 images and 12"),
-        ("psnr mine a -n 9 --nfe 1", "mine is a run, whose images have no partners"),
-        ("psnr a mine -n 9 --nfe 1", "mine is a run, whose images have no partners"),
-        ("psnr a", "psnr takes A B"),
-        ("psnr s.npz a", "s.npz"),
-        ("psnr a a" + F, "--features has no effect"),
-        ("is a --nfe 7" + F, "--nfe is for sampling a run"),
-        ("is a --seed 1" + F, "--seed is for sampling a run"),
-        ("is a --weights raw" + F, "--weights is for sampling a run"),
-        ("is a --sampler ddpm" + F, "--sampler is for sampling a run"),
-        ("fid a b -n 2" + F, "--num is for a run or for shapes: sets on disk are used whole"),
-    ],
-)
-def test_what_is_refused_in_one_line(here, refused, words, message):
-    np.save("mixed.npy", photos(3, 12))
-    np.save("lone.npy", photos(1))
-    np.savez("s.npz", mu=np.zeros(2), sigma=np.eye(2))
-    write_folder(here / "nine", photos(9))
-    Path("nine/004.png").rename("nine/004b.png")
-    assert refused(words).startswith(message)
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_is_refused_in_one_line(here, refused, words):
+    line = refused(words.replace("+", "--features means.pt2"))
+    assert line.startswith(REFUSED[words])
 
 
 @pytest.mark.parametrize("words, missing", [("", "METRIC, A [B]"), ("is", "A [B]")])
@@ -776,12 +791,6 @@ def test_an_error_is_printed_by_one_process(here):
 # ------------------------------------------------------------------ sets of images
 
 
-@pytest.fixture
-def empty(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def open_sets(words, metric="fid"):
     found = parse_into(metrics.MetricsConfig, [metric, *words.split()])
     return metrics.open_sets(found.sources, found, ALONE)
@@ -796,70 +805,32 @@ def pictures(images, *indices):
     return images.batch(list(indices or range(images.n))).permute(0, 2, 3, 1).numpy()
 
 
-def not_open(words, *parts, metric="is"):
-    """A set, or two for metric="fid", is refused in a line with these parts."""
-    with pytest.raises((ValueError, OSError)) as info:
-        open_sets(words, metric=metric)
-    assert all(part in message_of(info) for part in parts), info.value
+def test_stored_images(here, monkeypatch):
+    side = open_one("a")
+    assert side.n == 9 and side.names == [f"{i:03}" for i in range(9)]
+    assert np.array_equal(pictures(side), photos(9))
+    side = open_one("bad --skip-bad-images")
+    assert side.n == 8 and np.array_equal(pictures(side), photos(9)[[0, *range(2, 9)]])
+    assert open_one("mixed --image-size 6 --channels 1").shape == (1, 6, 6)
+    assert [s.shape for s in open_sets("a large.npy --image-size 10")] == [(3, 10, 10)] * 2
+    # a set beyond the memory limit is read when asked for, by threads
+    monkeypatch.setattr(data, "load", functools.partial(data.load, memory_limit=0))
+    side = open_one("a")
+    assert "streamed" in side.summary
+    assert np.array_equal(pictures(side, 8, 2, 4), photos(9)[[8, 2, 4]])
 
 
-@pytest.mark.parametrize("kind", ["folder", "zip", "npz", "streamed"])
-def test_stored_images_keep_every_bit_and_their_own_size(tmp_path, kind, monkeypatch):
-    array = photos(5, 12)
-    source = write_folder(tmp_path / "folder", array)
-    if kind == "zip":
-        source = zip_of(source)
-    elif kind == "npz":
-        np.savez(tmp_path / "x.npz", images=array, other=array[:1])
-        source = f"{tmp_path}/x.npz:images"
-    elif kind == "streamed":  # a set beyond the memory limit is read when asked for, by threads
-        monkeypatch.setattr(data, "load", functools.partial(data.load, memory_limit=0))
-    side = open_one(str(source))
-    assert side.n == 5 and side.shape == (3, 12, 12) and "5 images" in side.summary
-    assert ("streamed" in side.summary) == (kind == "streamed")
-    assert np.array_equal(pictures(side), array)
-    assert np.array_equal(pictures(side, 3, 0), array[[3, 0]])
-    assert side.names == ([] if kind == "npz" else [f"{i:03}" for i in range(5)])
-
-
-def test_shapes_are_endless_and_num_says_how_many(empty):
-    side = open_one("shapes --image-size 16")
-    assert side.n == 10_000 and side.shape == (3, 16, 16)
+def test_shapes_are_endless_and_num_says_how_many(here):
+    assert open_one("shapes --image-size 16").n == 10_000
     side = open_one("shapes -n 4 --image-size 16")
     drawn = [data.draw_shape((0, i), 16) for i in range(4)]
     assert side.n == 4 and np.array_equal(pictures(side), np.stack(drawn))
-    write_folder(empty / "set", photos(3))
-    assert [s.n for s in open_sets("set shapes -n 2 --image-size 8")] == [3, 2]
+    assert [s.n for s in open_sets("a shapes -n 2")] == [9, 2]
 
 
-def test_sizes(empty):
-    for name, size in (("small", 8), ("large", 12)):
-        write_folder(empty / name, photos(2, size))
-    write_folder(empty / "mixed", [photos(1, size)[0] for size in (8, 9, 10)])
-    write_folder(empty / "oblong", photos(2, 8)[:, :6])
-    not_open("small large", "3x8x8 and 3x12x12", "--image-size", metric="fid")
-    not_open("mixed", "mixed", "8x8 9x9 10x10", "--image-size")
-    not_open("oblong", "8x6", "--image-size")
-    for side in open_sets("small large --image-size 10"):
-        assert side.shape == (3, 10, 10)
-    assert open_one("mixed --image-size 6 --channels 1").shape == (1, 6, 6)
-
-
-def test_names_that_are_nothing(empty):
-    make_run(empty, "mine")
-    (empty / "runs" / "half").mkdir()  # a run that never saved
-    write_folder(empty / "set", photos(3))
-    (empty / "set" / "001.png").write_text("<html>")
-    why = "no run myne; under runs/ there are: mine"
-    not_open("myne", f"myne is not a file, folder or data set (shapes cifar10): {why}")
-    not_open("half", "half is not a file")
-    not_open("set", "001.png", "--skip-bad-images")
-    side = open_one("set --skip-bad-images")
-    assert side.n == 2 and np.array_equal(pictures(side), photos(3)[[0, 2]])
-
-
-def test_a_run_by_name_folder_and_checkpoint(empty):
-    make_run(empty, "mine")
+def test_a_run_by_name_folder_and_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path, "mine")
     for source in ("mine", "runs/mine", "runs/mine/checkpoint.pt"):
         side = open_one(f"{source} -n 6 --nfe 2")
         assert side.n == 6 and side.shape == (3, 8, 8)
@@ -869,9 +840,9 @@ def test_a_run_by_name_folder_and_checkpoint(empty):
     side = open_one(f"mine {words}")
     for part in ("raw weights, seed 3, dpm-solver", "order-2", "spacing-logsnr", "clip-on"):
         assert part in side.summary
-    make_run(empty, "late", "--prediction eps --schedule zero-terminal-snr")  # cannot start at T
+    make_run(tmp_path, "late", "--prediction eps --schedule zero-terminal-snr")  # has no x_0 at T
     assert open_one("late").summary.endswith("ddim-50-step7, from t = 999")
-    write_folder(empty / "mine", photos(3))  # a folder of images comes before a run of its name
+    write_folder(tmp_path / "mine", photos(3))  # a folder of images comes before a run of its name
     assert isinstance(open_one("mine"), metrics.Stored) and open_one("mine").n == 3
     assert isinstance(open_one("runs/mine -n 1"), metrics.Generated)
 
@@ -879,42 +850,11 @@ def test_a_run_by_name_folder_and_checkpoint(empty):
 @pytest.mark.parametrize(
     "words", ["--nfe 3", "--nfe 4 --sampler ddpm --weights raw", "--nfe 3 --eta 0.5 --clip off"]
 )
-def test_images_of_a_run_are_those_of_sample(empty, words):
-    make_run(empty, "mine")
-    sample.main(f"mine --num 5 --seed 11 --out out {words}".split())
-    files = np.stack([np.asarray(Image.open(p)) for p in sorted((empty / "out").glob("0*.png"))])
+def test_images_of_a_run_are_those_of_sample(here, tmp_path, words):
+    sample.main(f"mine --num 5 --seed 11 --out {tmp_path} {words}".split())
+    files = np.stack([np.asarray(Image.open(p)) for p in sorted(tmp_path.glob("0*.png"))])
     side = open_one(f"mine -n 5 --seed 11 {words}")
     assert pictures(side).dtype == np.uint8 and pictures(side).shape == (5, 8, 8, 3)
     assert files.std() > 20 and not np.array_equal(files[0], files[1])
     for order in ([0, 1, 2, 3, 4], [3, 1]):  # alone, or in another order, they are the same
         assert np.abs(pictures(side, *order).astype(int) - files[order]).max() <= 1
-
-
-def test_sets_are_brought_to_the_shape_of_the_run(empty):
-    make_run(empty, "gray", "--channels 1")
-    make_run(empty, "colour", "--image-size 16")
-    array = photos(3, 16)
-    write_folder(empty / "set", array)
-    generated, stored = open_sets("gray set -n 2 --nfe 1")
-    assert generated.shape == stored.shape == (1, 8, 8)
-    assert stored.batch([1]).shape == generated.batch([1]).shape == (1, 1, 8, 8)
-    by_pillow = Image.fromarray(array[1]).resize((8, 8), Image.Resampling.LANCZOS)
-    by_pillow = np.asarray(by_pillow.convert("L")).astype(int)
-    assert np.abs(pictures(stored, 1)[0, :, :, 0].astype(int) - by_pillow).max() <= 2
-    assert [side.shape for side in open_sets("set colour")] == [(3, 16, 16)] * 2
-    not_open("gray colour", "1x8x8 and 3x16x16", metric="fid")
-    for words in ("--image-size 16", "--channels 3"):
-        why = f"{words.split()[0]}: leave it out, the run's images are 1x8x8"
-        not_open(f"gray set {words}", why, metric="fid")
-    open_sets("gray set --image-size 8 --channels 1")  # says what is so anyway
-
-
-def test_a_run_alone_brings_its_data(empty):
-    make_run(empty, "mine")
-    assert [side.source for side in open_sets("mine -n 2")] == ["mine", "shapes"]
-    write_folder(empty / "set", photos(2))
-    np.savez("s.npz", mu=np.zeros(2), sigma=np.eye(2))
-    for other in ("set", "s.npz", "shapes"):
-        not_open(other, f"{other} is not a run: name the images to compare", metric="fid")
-    make_run(empty, "moved", data="nowhere")
-    not_open("moved", "moved was trained on 'nowhere', which does not", metric="fid")

@@ -19,9 +19,6 @@ from support import readers
 from support.images import prepare
 
 
-# ------------------------------------------------------------------ arrays
-
-
 NAMES = "x.idx3-ubyte x-ubyte.gz f/train-images-idx3-ubyte.gz f/train-images.idx3-ubyte"
 
 
@@ -114,9 +111,6 @@ def test_unfit_arrays_are_refused(tmp_path):
             refused(match, data.load, tmp_path / name, 8, 3)
 
 
-# ------------------------------------------------------------------ CIFAR-10
-
-
 @pytest.mark.parametrize("binary", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_cifar(tmp_path, binary, packed):
@@ -191,9 +185,6 @@ def test_cifar10_by_name_uses_the_cache_and_else_says_where_to_put_it(tmp_path, 
     assert str(path) in message and readers.CIFAR_SHA256 in message
     tar_of(path, cifar_files(False, pixels(10, 3072)))
     assert len(data.load("cifar10", 32, 3)) == 10
-
-
-# ------------------------------------------------------------------ real data
 
 
 def test_real_fashion_mnist():

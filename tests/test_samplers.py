@@ -555,24 +555,6 @@ def test_flags_become_arguments_that_sample_takes():
             samplers.sample_from_seeds(run_of(), [0], **arguments)
 
 
-@pytest.mark.parametrize(
-    "words, expected",
-    [
-        ("--sampler heun --nfe 20", "heun takes two network calls per step: it makes 19 of the 20"),
-        ("--sampler heun --nfe 19", None),
-        ("--nfe 20", None),
-        ("--nfe 1", None),
-        ("--nfe 1 --eta 0.5", "--eta has no effect: a single network call makes no step"),
-        ("--sampler dpm-solver --nfe 3", "--order 3 takes 4 calls, the last of them for x_0: with"),
-        ("--sampler dpm-solver --nfe 4", None),
-    ],
-)
-def test_warnings(words, expected):
-    lines = flags(words).warnings(run_of())
-    assert len(lines) == (expected is not None)
-    assert expected is None or lines[0].startswith(expected)
-
-
 @pytest.mark.parametrize("sampler", ["ddim", "dpm-solver", "heun"])
 def test_remap_spacing_is_the_denoisers_own_grid(sampler):
     """papers.alternatives attaches the function sampling_grid(points, t_start, t_end)."""
