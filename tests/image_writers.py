@@ -116,25 +116,6 @@ def tar_of(path, members, mode="w:gz"):
 # ------------------------------------------------------------------ TIFF, BMP, PNG
 
 
-def packbits(raw):
-    """PackBits without any run: pieces of up to 128 bytes, each after its length - 1."""
-    return b"".join(
-        bytes([len(raw[i : i + 128]) - 1]) + raw[i : i + 128] for i in range(0, len(raw), 128)
-    )
-
-
-def lzw(raw):
-    """LZW without any repetition: cleared (code 256) before codes would need more than 9 bits."""
-    codes = []
-    for i in range(0, len(raw), 250):
-        codes += [256, *raw[i : i + 250]]
-    bits = "".join(f"{code:09b}" for code in [*codes, 257])
-    return int(bits + "0" * (-len(bits) % 8), 2).to_bytes(-(-len(bits) // 8), "big")
-
-
-COMPRESS = {1: bytes, 5: lzw, 8: zlib.compress, 32773: packbits}  # by the number in the TIFF
-
-
 def tiff(
     pixels,
     white=None,
@@ -151,7 +132,7 @@ def tiff(
 
     white: the photometric interpretation; extra: the kinds of the extra samples (0 unspecified, 1
     premultiplied alpha, 2 alpha); bits: of a sample, if `pixels` are bytes of several (in strips
-    only); more: further tags (number, type, values).
+    only); more: further tags (number, type, values); compression: 1 none, 8 deflate.
     """
     height, width, samples = pixels.shape
     if white is None:
@@ -167,7 +148,7 @@ def tiff(
                 if predictor:  # differences along the row, modulo 2^bits
                     piece = np.diff(piece, axis=1, prepend=np.zeros_like(piece[:, :1]))
                 raw = piece.astype(piece.dtype.newbyteorder(order)).tobytes()
-                pieces.append(COMPRESS[compression](raw))
+                pieces.append(zlib.compress(raw) if compression == 8 else raw)
     start, offsets = 8, []
     for piece in pieces:
         offsets.append(start)
