@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import struct
 import threading
 import time
 import warnings
@@ -68,52 +67,10 @@ def test_a_set_over_the_memory_limit_is_streamed_and_equal(tmp_path):
             assert np.array_equal(hwc(kept[i]), array) and torch.equal(kept[i], streamed[i])
 
 
-def broken_files(path):
-    """Seven files that all say .png, and a reason that each must be named with."""
-    good = encode(pixels(64, 64, 3))
-    bomb = bytearray(good)
-    bomb[16:24] = struct.pack(">2I", 60000, 60000)
-    broken = {
-        "a-truncated": good[: len(good) // 2],
-        "b-empty": b"",
-        "c-html": b"<html></html>",
-        "d-bomb": bytes(bomb),
-        "e-eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-        "f-float": encode(np.zeros((8, 8), np.float32), "TIFF"),
-    }
-    for name, content in broken.items():
-        (path / f"{name}.png").write_bytes(content)
-    (path / "g-dangling.png").symlink_to(path / "nowhere")
-    return 7
-
-
-def test_broken_images_stop_with_a_list_or_are_skipped_and_counted(tmp_path, recwarn):
-    count = broken_files(tmp_path)
-    assert "none is left" in str(refused(None, data.load, tmp_path, 8, 3, skip_bad=True))
-    arrays = folder_of(tmp_path, 3)
-    message = str(refused(None, data.load, tmp_path, 8, 3))
-    assert f"{count} of {count + 3} images" in message and "and 2 more" in message
-    assert "--skip-bad-images" in message and "b-empty.png (empty file)" in message
-    assert "c-html.png (not an image of a known format)" in message
-    assert sum(f"/{letter}-" in message for letter in "abcdefg") == 5
-    for limit in (0, 2**30):
-        d = data.load(tmp_path, 8, 3, skip_bad=True, memory_limit=limit)
-        assert len(d) == 3 and d.summary.endswith(f", {count} bad skipped")
-        assert all(np.array_equal(hwc(d[i]), array) for i, array in enumerate(arrays))
-    assert not [str(w.message) for w in recwarn]
-
-
 def test_contents_beyond_the_listed_formats_are_not_tried(tmp_path):
     # PCX stands for EPS here, which Pillow would hand to an interpreter of programs
     (tmp_path / "x.png").write_bytes(encode(Image.new("L", (8, 8)), "PCX"))
     refused("not an image of a known format", data.load, tmp_path, 8, 3)
-
-
-def test_a_file_that_vanishes_later_is_named(tmp_path):
-    folder_of(tmp_path)
-    d = streamed(tmp_path)
-    (tmp_path / "002.png").unlink()
-    assert "002.png" in str(refused(None, d.__getitem__, 2))
 
 
 @pytest.fixture
@@ -182,12 +139,13 @@ def test_what_has_changed_is_decoded_again(tmp_path, decoded, monkeypatch):
 
 def test_a_bad_file_stays_bad_with_the_same_line(tmp_path, decoded):
     folder_of(tmp_path, 3)
-    broken_files(tmp_path)
-    first = str(refused(None, streamed, tmp_path))
+    (tmp_path / "page.png").write_bytes(b"<html></html>")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere")
+    first = str(refused("2 of 5 images", streamed, tmp_path))
     decoded()
     assert str(refused(None, streamed, tmp_path)) == first
-    assert decoded() == ["g-dangling.png"]  # what cannot be asked for its age
-    assert streamed(tmp_path, skip_bad=True).summary.endswith(", 7 bad skipped")
+    assert decoded() == ["dangling.png"]  # what cannot be asked for its age
+    assert streamed(tmp_path, skip_bad=True).summary.endswith(", 2 bad skipped")
 
 
 def test_an_error_of_the_system_is_not_remembered(tmp_path, monkeypatch):

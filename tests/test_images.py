@@ -1,6 +1,7 @@
 """images.py: the pixels of one picture. Every TIFF, BMP and PNG of a sweep is read rightly, or
 refused in one line.
 
+Pictures of each kind, alone and in a folder, are in robustness/test_corpus.py; here is the sweep.
 image_writers.py writes the sweep, so its pixels are known without any decoder. The kinds that must
 be read are listed: a reader that refuses everything would pass the rest.
 """
@@ -15,7 +16,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import message_of
 from image_writers import PICTURE, UPRIGHT, bmp, bmp_rows, chunk, encode, hwc, pixels, png
 from image_writers import png_rows, tiff
 from PIL import Image
@@ -66,20 +66,6 @@ def opened(content):
     return Image.open(io.BytesIO(content))
 
 
-def shown(image, size, channels):
-    """prepare() -> its levels as nested lists (size, size, channels), or (size, size) if gray."""
-    out = hwc(prepare(image, size, channels))
-    return (out[..., 0] if channels == 1 else out).tolist()
-
-
-@pytest.mark.parametrize("shape,channels", [((16, 16, 3), 3), ((16, 16), 1)])
-def test_image_of_the_right_size_keeps_every_bit(shape, channels):
-    array = pixels(*shape)
-    out = prepare(Image.fromarray(array), 16, channels)
-    assert out.dtype == torch.uint8 and out.shape == (channels, 16, 16) and out.is_contiguous()
-    assert np.array_equal(hwc(out), array.reshape(16, 16, channels))
-
-
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])  # Pillow turns a TIFF itself: not twice, then
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_exif_orientation(orientation, kind):
@@ -90,72 +76,18 @@ def test_exif_orientation(orientation, kind):
     assert np.array_equal(hwc(prepare(image, 8, 3)), UPRIGHT[orientation](array))
 
 
-def test_sixteen_bit_gray_is_scaled_and_rounded():
-    levels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
-    big = levels.astype(">u2").tobytes()
-    images = [Image.frombytes(mode, (16, 16), levels.tobytes()) for mode in ("I;16", "I;16L")]
-    images += [Image.frombytes("I;16B", (16, 16), big)]
-    for image in (*images, opened(encode(levels)), opened(b"P5 16 16 65535\n" + big)):
-        assert prepare(image, 16, 1).flatten().tolist() == list(range(256)), image
-    levels = np.array([[0, 128], [129, 65535]], dtype=np.uint16)
-    assert shown(Image.fromarray(levels), 2, 1) == [[0, 0], [1, 255]]
-    for dtype in (np.float32, np.int32):  # modes without a range
-        with pytest.raises(ValueError, match="convert it") as info:
-            prepare(Image.fromarray(np.zeros((4, 4), dtype)), 4, 3)
-        message_of(info)
-
-
-def test_transparency_is_composited_over_white():
+def test_transparent_pictures_in_gray():
+    """Over white, whatever the mode; colours become gray as Pillow has it."""
     rgba = np.zeros((2, 2, 4), np.uint8)
     rgba[..., 3] = [[0, 255], [51, 0]]  # 51/255 of black over white: 204
     image = Image.fromarray(rgba)
     palette = Image.new("P", (2, 2)).convert("PA")  # its only colour, 0, is black
     palette.putalpha(image.getchannel("A"))
     for source in (image, image.convert("LA"), palette):
-        assert shown(source, 2, 1) == [[255, 0], [204, 255]], source.mode
-        assert shown(source, 2, 3) == [[[255] * 3, [0] * 3], [[204] * 3, [255] * 3]], source.mode
-    image = Image.frombytes("P", (2, 2), bytes([0, 1, 2, 0]))
-    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
-    assert shown(image, 2, 3)[0][0] == [255, 0, 0]  # without transparency, the entry is a colour
-    image = opened(encode(image, transparency=0))
-    assert shown(image, 2, 3) == [[[255] * 3, [0, 255, 0]], [[0, 0, 255], [255] * 3]]
-    gray = opened(encode(np.array([[7, 9]] * 2, np.uint8), transparency=7))
-    assert shown(gray, 2, 1) == [[255, 9]] * 2
-
-
-def test_cmyk_one_bit_and_gray():
-    cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))  # no cyan: red
-    assert shown(cmyk, 4, 3)[0][0] == [255, 0, 0]
-    jpeg = opened(encode(cmyk, "JPEG", quality=100))
-    assert close(hwc(prepare(jpeg, 4, 3))[0, 0].astype(int), [255, 0, 0], 3)
-    bits = Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).convert("1")
-    assert shown(bits, 2, 1) == [[0, 255], [255, 0]]
-    three = prepare(Image.fromarray(pixels(4, 4)), 4, 3)
-    assert torch.equal(three[0], three[1]) and torch.equal(three[0], three[2])
+        assert prepare(source, 2, 1).tolist() == [[[255, 0], [204, 255]]], source.mode
     colour = Image.fromarray(pixels(4, 4, 3))
-    assert shown(colour, 4, 1) == np.asarray(colour.convert("L")).tolist()
-
-
-def test_of_an_animation_the_first_frame():
-    frames = [Image.new("L", (4, 4), level) for level in (10, 200)]
-    for kind in ("GIF", "PNG"):
-        content = encode(frames[0], kind, save_all=True, append_images=frames[1:])
-        assert (prepare(opened(content), 4, 1) == 10).all(), kind
-
-
-def test_the_shortest_side_is_resized_and_the_centre_cropped():
-    array = pixels(8, 14, 3)
-    for turned in (array, array.transpose(1, 0, 2)):
-        middle = turned[:, 3:11] if turned is array else turned[3:11]
-        assert np.array_equal(hwc(prepare(Image.fromarray(turned.copy()), 8, 3)), middle)
-    array = np.zeros((40, 80), np.uint8)
-    array[:, 20:60] = 255  # the central square, which alone should be left
-    assert (prepare(Image.fromarray(array), 20, 1) > 235).all()  # else black bars
-    assert prepare(Image.fromarray(pixels(7, 5)), 16, 1).shape == (1, 16, 16)  # enlarged
-    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
-    small = prepare(Image.fromarray(board), 8, 1).float()  # antialiased:
-    # every eighth pixel of the chessboard, taken as it is, would be all black
-    assert (small - 127.5).abs().max() < 12
+    out = prepare(colour, 4, 1)
+    assert np.array_equal(out[0], np.asarray(colour.convert("L"))) and out.dtype == torch.uint8
 
 
 # ------------------------------------------------------------------ TIFF

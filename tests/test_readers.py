@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import os
-import pickle
 import struct
 import warnings
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, refused
-from image_writers import cifar_files, cifar_pickle, hwc, idx, pixels, tar_of
+from image_writers import cifar_files, hwc, idx, pixels, tar_of
 from PIL import Image
 
 import data
@@ -98,17 +97,9 @@ def test_npz_keys(tmp_path):
         assert "a uint8 (3, 8, 8, 3), b uint8 (5, 8, 8), f float64 (3,)" in message
 
 
-def test_unfit_arrays_are_refused(tmp_path):
-    for array, match in (
-        (np.zeros((3, 8, 8), np.float32), "float32 is not uint8.*astype"),
-        (np.zeros((3, 8, 8, 7), np.uint8), "none of"),
-        (np.zeros((0, 8, 8), np.uint8), "no images"),
-        (np.array([{}], dtype=object), "allow_pickle"),
-    ):
-        np.save(tmp_path / "x.npy", array)
-        np.savez(tmp_path / "x.npz", key=array)
-        for name in ("x.npy", "x.npz", "x.npz:key"):
-            refused(match, data.load, tmp_path / name, 8, 3)
+def test_an_array_of_floats_is_refused_with_the_way_out(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((3, 8, 8), np.float32))
+    refused("float32 is not uint8.*astype", data.load, tmp_path / "x.npy", 8, 3)
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -139,27 +130,6 @@ def test_a_damaged_archive_is_noticed_by_its_checksum(tmp_path):
     packed[len(packed) // 2] ^= 1
     (tmp_path / "x.tar.gz").write_bytes(packed)
     refused("CRC", data.load, tmp_path / "x.tar.gz", 32, 3)
-
-
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-def test_pickles_that_are_not_arrays_are_refused(tmp_path):
-    for payload, match in (
-        (pickle.dumps({b"data": Evil(tmp_path / "owned")}), "refused: the pickle asks for posix"),
-        (pickle.dumps([1]), None),
-        (pickle.dumps({b"data": "text"}), None),
-        (cifar_pickle(pixels(2, 3072))[:500], None),
-    ):
-        for i in range(5):
-            (tmp_path / f"data_batch_{i + 1}").write_bytes(payload)
-        refused(match, data.load, tmp_path, 32, 3)
-        assert not (tmp_path / "owned").exists()
 
 
 def test_download(tmp_path, monkeypatch):
