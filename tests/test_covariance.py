@@ -22,7 +22,7 @@ import schedules
 import toy
 import train
 from papers import covariance, superres
-from support import programs, rng
+from support import rng
 
 LINEAR = schedules.make_schedule("linear")
 EVERY = [(name, continuous) for name in schedules.SCHEDULES for continuous in (False, True)]
@@ -514,21 +514,3 @@ def test_errors_of_a_run_say_what_to_do(estimated, monkeypatch, tmp_path):
     refused("has an npr head", "papers.heads sn first", kind="sn", folder=run, settings=settings)
     refused("opened by load_run", kind="best")
     refused("opened by load_run", folder=None)
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ("--num 0", "at least 1"),
-        ("--batch-size 0", "at least 1"),
-        ("--seed -1", "--seed must be at least 0"),
-        ("", "no run under"),
-        ("none", "no run none"),
-    ],
-)
-def test_errors_are_one_line(words, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as end:
-        programs.run_main(lambda: covariance.main(words.split()))
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
