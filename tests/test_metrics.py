@@ -652,7 +652,7 @@ REFUSED = {  # `+` stands for --features means.pt2
     "fid gray a --channels 3 +": "--channels: leave it out, the run's images are 1x8x8",
     "fid a large.npy +": f"a and large.npy: {SHAPES} (3x8x8 and 3x12x12): give --image-size",
     "fid gray mine +": f"gray and mine: {SHAPES} (1x8x8 and 3x8x8)",
-    "is mixed +": "mixed: images of several sizes (8x8 12x12): give --image-size",
+    "is mixed +": "mixed: the images are not squares of one size (8x8 12x12): give --image-size",
     "is oblong.npy +": "oblong.npy: the images are 8x6, not square: give --image-size",
     "is bad +": "1 of 9 images cannot be read: bad/001.png",
     "fid lone.npy a +": "lone.npy: a covariance needs at least 2 images, not 1",
@@ -791,7 +791,7 @@ def test_shapes_are_endless_and_num_says_how_many(here):
     side = open_one("shapes -n 4 --image-size 16")
     drawn = [data.draw_shape((0, i), 16) for i in range(4)]
     assert side.n == 4 and np.array_equal(pictures(side), np.stack(drawn))
-    assert [s.n for s in open_sets("a shapes -n 2")] == [9, 2]
+    assert [s.n for s in open_sets("a shapes -n 2 --image-size 8")] == [9, 2]
 
 
 def test_a_run_by_name_folder_and_checkpoint(tmp_path, monkeypatch):
