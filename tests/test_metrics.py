@@ -652,7 +652,7 @@ REFUSED = {  # `+` stands for --features means.pt2
     "fid shapes +": "shapes is not a run: name the images to compare it with",
     "fid moved +": "moved was trained on 'nowhere', which does not",
     "fid a b mine": "fid takes A or A B, not 3 names",
-    "fid mine a --image-size 9 +": "--image-size does not fit the run's images, 3x8x8: leave it out",
+    "fid mine a --image-size 9 +": "--image-size does not fit the run's images, 3x8x8",
     "fid gray a --channels 3 +": "--channels does not fit the run's images, 1x8x8: leave it out",
     "fid a large.npy +": f"a and large.npy: {SHAPES} (3x8x8 and 3x12x12): give --image-size",
     "fid gray mine +": f"gray and mine: {SHAPES} (1x8x8 and 3x8x8)",

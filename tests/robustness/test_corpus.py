@@ -434,7 +434,7 @@ NPY = {
     "negative": described((-1, 8, 8), bytes(192)),
     "no tuple": described("text"),
     "no header": npy(""),
-    "not of a dictionary": npy("[1, 2]\n"),
+    "no dictionary": npy("[1, 2]\n"),
     "no Python": npy("{'descr': \n"),
     "a call": npy("__import__('os').system('touch owned')\n"),
     "bytes": npy(b"\xff\xfe\0\n"),
