@@ -115,7 +115,7 @@ def sampling_record(config, denoiser, arguments: dict) -> dict:
     record = dict(step=denoiser.step, weights=denoiser.weights, weights_hash=denoiser.hash,
                   seed=config.seed, precision=config.precision,
                   **{**arguments, "variance": config.variance})
-    if digest := getattr(arguments["variance"], "digest", None):  # Γ, if it is estimated again
+    if digest := getattr(arguments["variance"], "digest", None):  # it differs for a new Γ
         record["variance_digest"] = digest
     return record
 
