@@ -26,26 +26,30 @@ from support.run import run_name, settings_of
 
 PREDICTIONS = LOSS_SPACES = ("eps", "v", "x0", "edm")
 TIME_DISTRIBUTIONS = ("uniform", "lognormal")
-INHERITED = ("image_size", "channels", "schedule", "continuous", "prediction", "dropout", "etsdm",
-             "etsdm_interval", "etsdm_n")  # by --init, unless a flag says otherwise
+INHERITED = ("image_size", "channels", "schedule", "continuous", "betas", "prediction", "dropout",
+             "etsdm", "etsdm_interval", "etsdm_n")  # by --init, unless a flag says otherwise
 
-# How each preset is trained: SA-DPM's configuration files (epochs as images), E-TSDM's table
-# A1, which gives no length: 48 M is ours. loss_space None: that of the prediction.
-PAPER = dict(schedule="linear", prediction="eps", loss_space="eps", lr=2e-4, beta2=0.999,
-             ema=0.9999, grad_clip=1.0, warmup=0, flip=False, sample_every=5000, save_every=1000)
-LARGE = dict(PAPER, lr=1e-4, grad_clip=0.0)
+# How each preset is trained: SA-DPM's configuration files (epochs as images), E-TSDM's table A1,
+# which gives no length: 48 M is ours. SA-DPM's loss is a sum over C·H·W numbers and ours is their
+# mean, so its clip of 1 and Adam's ε of 1e-8 become that many times smaller: the clip always acts.
+PAPER = dict(schedule="linear", prediction="eps", lr=2e-4, beta2=0.999, ema=0.9999, grad_clip=1.0,
+             warmup=0, flip=False, sample_every=5000, save_every=1000)
+LARGE = dict(PAPER, lr=1e-4, grad_clip=0.0, flip=True)  # flips are DDPM's, which E-TSDM follows
 RECIPES = {
     # Ours, for minutes on a CPU, in which eps on the linear schedule still gives coloured fog.
     "tiny": dict(PAPER, batch_size=32, images=41_600, schedule="cosine", prediction="v",
-                 loss_space=None, lr=2e-3, beta2=0.99, ema=0.995, warmup=100, sample_every=650,
+                 lr=2e-3, beta2=0.99, ema=0.995, warmup=100, sample_every=650,
                  save_every=200),
-    "cifar10": dict(PAPER, batch_size=128, images=60_000_000),
-    "celeba64": dict(PAPER, batch_size=128, images=195_000_000, flip=True),
-    "celebahq256": dict(PAPER, batch_size=24, images=24_000_000, lr=2e-5, ema=0.999, grad_clip=0.0),
+    "cifar10": dict(PAPER, batch_size=128, images=60_000_000, grad_clip=1 / 3072,
+                    adam_eps=1e-8 / 3072),
+    "celeba64": dict(PAPER, batch_size=128, images=195_000_000, flip=True, grad_clip=1 / 12288,
+                     adam_eps=1e-8 / 12288),
+    "celebahq256": dict(PAPER, batch_size=24, images=24_000_000, lr=2e-5, ema=0.999, grad_clip=0.0,
+                        adam_eps=1e-8 / 196608),
     # microbatch: what an 80 GB card holds (python -m benchmarks memory), a divisor of the batch
     "ffhq256": dict(LARGE, batch_size=96, images=48_000_000, microbatch=24),
     "ffhq256-large": dict(LARGE, batch_size=64, images=48_000_000, microbatch=8),
-    "adm256": dict(LARGE, batch_size=256, images=128_000_000, microbatch=8),
+    "adm256": dict(LARGE, flip=False, batch_size=256, images=128_000_000, microbatch=8),
 }
 
 
@@ -71,6 +75,7 @@ class Config:
     schedule: str = by_preset("linear", "noise schedule: " + ", ".join(schedules.SCHEDULES),
                               choices=schedules.SCHEDULES, metavar="NAME")
     continuous: bool = flag(False, "real-valued t, schedule in closed form")
+    betas: tuple[float, float] | None = flag(None, "first and last", nargs=2, shown="1e-4 0.02")
     prediction: str = by_preset("eps", "what the network predicts", choices=PREDICTIONS)
     etsdm: bool = flag(False, "E-TSDM: share the time input near t = 0")
     etsdm_interval: float = flag(100.0, "... below this t")
@@ -81,8 +86,8 @@ class Config:
     sa_k: int = flag(1, "SA-DPM: train k consecutive steps together; 1 is the plain loss",
                      group="loss")
     sa_weight: float = flag(1.0, "SA-DPM: weight of the sequence-aware loss", low=0)
-    loss_space: str | None = by_preset(None, "quantity that the plain loss measures",
-                                       choices=LOSS_SPACES)
+    loss_space: str | None = flag(None, "quantity that the plain loss measures",
+                                  choices=LOSS_SPACES, shown="that of --prediction")
     train_times: str | None = flag(None, "distribution of t: uniform, or log-normal in the noise "
                                    "level", choices=TIME_DISTRIBUTIONS,
                                    shown="uniform; lognormal for --schedule edm")
@@ -96,6 +101,7 @@ class Config:
     steps: int = flag(0, "the same as --images STEPS x BATCH_SIZE", resume=True)
     lr: float = by_preset(2e-4, "Adam's learning rate", resume=True, above=0)
     beta2: float = by_preset(0.999, "Adam's beta2", low=0, below=1)
+    adam_eps: float = by_preset(1e-8, "Adam's epsilon", resume=True, above=0)
     warmup: int = by_preset(0, "steps over which the learning rate rises from 0", low=0)
     ema: float = by_preset(0.9999, "decay of the averaged weights", low=0, below=1)
     grad_clip: float = by_preset(1.0, "largest gradient norm; 0: no clipping", resume=True, low=0)
@@ -140,10 +146,7 @@ papers/."""
         schedule = given.get("schedule", values["schedule"])
         if schedule in ("edm", "zero-terminal-snr") and not base:  # eps has no x_0 at T there
             values["prediction"] = "edm" if schedule == "edm" else "v"
-        prediction = given.get("prediction", values["prediction"])
-        # eps's residual, the papers' choice, is alpha times v's: it teaches nothing at alpha = 0
-        if values["loss_space"] is None or prediction == "edm" or schedule == "zero-terminal-snr":
-            values["loss_space"] = prediction
+        values["loss_space"] = given.get("prediction", values["prediction"])
         values["train_times"] = "lognormal" if schedule == "edm" else "uniform"
         if "microbatch" in values:  # one pass holds each image k times
             values["microbatch"] = max(1, values["microbatch"] // max(1, given.get("sa_k", 1)))
@@ -160,12 +163,15 @@ papers/."""
         self.check_divisible()
         self.require("images", self.images >= self.batch_size,
                      f"is less than one batch of {self.batch_size}")
+        self.require("betas", not self.betas or 0 < self.betas[0] < self.betas[1] < 1, "must rise")
         self.require("sa_k", 1 <= self.sa_k <= self.T, f"must be 1 to {self.T}")
         edm = self.schedule == "edm"
         for name, useless, why in (
                 ("sa_weight", self.sa_k == 1, "requires --sa-k 2 or more"),
                 ("etsdm_interval", not self.etsdm, "has no effect without --etsdm"),
                 ("etsdm_n", not self.etsdm, "has no effect without --etsdm"),
+                ("betas", not self.schedule.startswith(("linear", "quadratic", "zero")),
+                 f"has no effect on --schedule {self.schedule}"),
                 ("continuous", edm and self.continuous, "has no effect with --schedule edm, which "
                  "is continuous: leave it out"),
                 ("image_size", self.init, f"is that of --init {self.init}: leave it out"),
@@ -219,7 +225,7 @@ papers/."""
         parts += dict.fromkeys(  # edm is both
             getattr(self, k) for k in ("schedule", "prediction") if getattr(self, k) != recipe[k])
         parts += ["continuous"] * self.continuous + [f"sa{self.sa_k}"] * (self.sa_k > 1)
-        parts += ["etsdm"] * self.etsdm
+        parts += ["betas"] * bool(self.betas) + ["etsdm"] * self.etsdm
         return parts + [f"{self.train_times}-times"] * (self.train_times != usual_times)
 
     def default_name(self):

@@ -167,7 +167,8 @@ def build_denoiser(settings: dict, extra: dict | None = None) -> Denoiser:
     settings that do not describe a denoiser.
     """
     schedule = schedules.make_schedule(settings["schedule"], settings["T"], settings["continuous"],
-                                       settings["unet"]["image_size"])
+                                       settings["unet"]["image_size"],
+                                       settings.get("betas") or (1e-4, 0.02))
     time_input = None
     if settings["etsdm"]:
         time_input = etsdm.make_time_input(settings["etsdm_interval"], settings["etsdm_n"])
