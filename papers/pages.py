@@ -241,8 +241,6 @@ def describe_numbers(e, plans, config, sets, found):
     lines += [] if e.program else [describe_sampler(e)]
     if e.program and plans[0].runs and len(plans) > 1:
         lines += [f"The figure shows {data_name(sets[0])}, seed 0."]
-    lines += ["In 16-bit arithmetic (bf16) for 1,000 calls."] * any(
-        "bf16" in flags for flags in e.columns.values() if not e.program)
     lines += [e.figure] * bool(e.figure)
     return " ".join(line for line in lines if line)
 

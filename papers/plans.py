@@ -44,7 +44,9 @@ from support.cli import parse_into
 from support.jobs import Job
 
 # What every run of a budget has in common: flags for images, model and length; images that are
-# scored, and enlarged; images for Γ. The papers' own settings are the presets' recipes.
+# scored, and enlarged; images for Γ. The papers' own settings are the presets' recipes. The gpu
+# budget has SA-DPM's network for both papers. Training is in bf16 if the hardware has it; the
+# papers' is in fp32.
 BUDGETS = {
     "cpu": dict(image=("--image-size", "16"), model=("--schedule", "linear", "--prediction", "eps"),
                 length=("--batch-size", "64", "--lr", "1e-3"), n=1000, enlarged=300, gamma=64,
