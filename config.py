@@ -33,13 +33,13 @@ INHERITED = ("image_size", "channels", "schedule", "continuous", "betas", "predi
 # which gives no length: 48 M is ours. SA-DPM's loss is a sum over C·H·W numbers and ours is their
 # mean, so its clip of 1 and Adam's ε of 1e-8 become that many times smaller: the clip always acts.
 PAPER = dict(schedule="linear", prediction="eps", lr=2e-4, beta2=0.999, ema=0.9999, grad_clip=1.0,
-             warmup=0, flip=False, sample_every=5000, save_every=1000)
+             warmup=0, flip=False, sample_every=5000, save_every=1000, optimizer="adam",
+             lr_decay="none")
 LARGE = dict(PAPER, lr=1e-4, grad_clip=0.0, flip=True)  # flips are DDPM's, which E-TSDM follows
 RECIPES = {
     # Ours, for minutes on a CPU, in which eps on the linear schedule still gives coloured fog.
     "tiny": dict(PAPER, batch_size=32, images=41_600, schedule="cosine", prediction="v",
-                 lr=2e-3, beta2=0.99, ema=0.995, warmup=100, sample_every=650,
-                 save_every=200),
+                 lr=2e-3, beta2=0.99, ema=0.995, warmup=100, sample_every=650, save_every=200),
     "cifar10": dict(PAPER, batch_size=128, images=60_000_000, grad_clip=1 / 3072,
                     adam_eps=1e-8 / 3072),
     "celeba64": dict(PAPER, batch_size=128, images=195_000_000, flip=True, grad_clip=1 / 12288,
@@ -99,7 +99,12 @@ class Config:
                            "more time, the same gradients", resume=True)
     images: int = by_preset(41_600, "train until this many were seen", resume=True, above=0)
     steps: int = flag(0, "the same as --images STEPS x BATCH_SIZE", resume=True)
+    optimizer: str = by_preset("adam", "adam, as the papers; muon: orthogonalised momentum for "
+                               "weight matrices, Adam for the rest", choices=("adam", "muon"))
     lr: float = by_preset(2e-4, "Adam's learning rate", resume=True, above=0)
+    muon_lr: float = flag(0.02, "muon: learning rate of matrices", resume=True, above=0)
+    lr_decay: str = by_preset("none", "how the learning rates fall to 0 at the end of the run",
+                              choices=("none", "linear", "cosine"))
     beta2: float = by_preset(0.999, "Adam's beta2", low=0, below=1)
     adam_eps: float = by_preset(1e-8, "Adam's epsilon", resume=True, above=0)
     warmup: int = by_preset(0, "steps over which the learning rate rises from 0", low=0)
@@ -172,6 +177,7 @@ papers/."""
                 ("etsdm_n", not self.etsdm, "has no effect without --etsdm"),
                 ("betas", not self.schedule.startswith(("linear", "quadratic", "zero")),
                  f"has no effect on --schedule {self.schedule}"),
+                ("muon_lr", self.optimizer == "adam", "has no effect without --optimizer muon"),
                 ("continuous", edm and self.continuous, "has no effect with --schedule edm, which "
                  "is continuous: leave it out"),
                 ("image_size", self.init, f"is that of --init {self.init}: leave it out"),
@@ -226,6 +232,8 @@ papers/."""
             getattr(self, k) for k in ("schedule", "prediction") if getattr(self, k) != recipe[k])
         parts += ["continuous"] * self.continuous + [f"sa{self.sa_k}"] * (self.sa_k > 1)
         parts += ["betas"] * bool(self.betas) + ["etsdm"] * self.etsdm
+        parts += [self.optimizer] * (self.optimizer != recipe["optimizer"])
+        parts += [f"{self.lr_decay}-decay"] * (self.lr_decay != recipe["lr_decay"])
         return parts + [f"{self.train_times}-times"] * (self.train_times != usual_times)
 
     def default_name(self):

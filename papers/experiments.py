@@ -102,24 +102,24 @@ def sa_experiments(budget, weight):
     plain = tuple(row for row in rows if row.system in ("DDPM", "DDIM"))
     found = {}
     found["sa-table1"] = Experiment(
-        "SA-2 and four reverse variances over network calls", steps=4000, rows=rows,
+        "SA-2 and four reverse variances over network calls", rows=rows,
         claim="SA-2 improves the FID of every system, most in few calls; Analytic-, NPR- and "
               "SN-DPM add to it", columns=calls(*nfe))
     found["sa-steps"] = Experiment(
-        "50 and 100 calls against 1,000", steps=4000, rows=plain, columns=calls(50, 100, 1000),
+        "50 and 100 calls against 1,000", rows=plain, columns=calls(50, 100, 1000),
         claim="50 or 100 timesteps are sufficient for SA-2 to reach a similar FID as prior methods "
               "with 1,000")
     found["sa-table2"] = Experiment(
-        "SA-2 over network calls: the other score", steps=4000, score="is", rows=rows,
+        "SA-2 over network calls: the other score", score="is", rows=rows,
         claim="SA-2 improves the Inception Score too, also with Analytic-, NPR- and SN-DPM",
         columns=calls(*nfe))
     found["sa-table3"] = Experiment(
-        "SA-2 over network calls, on several data sets", steps=4000, rows=plain,
+        "SA-2 over network calls, on several data sets", rows=plain,
         claim="SA-2 is better for every number of steps, with DDPM and DDIM, on every data set",
         columns=calls(10, 50, 200) if small else calls(*nfe))
     weights = (0.1, 1, 4) if small else (0.1, 0.5, 1, 2, 4, 8)
     found["sa-table4"] = Experiment(
-        "k consecutive steps × weight λ of the loss, DDPM", steps=4000,
+        "k consecutive steps × weight λ of the loss, DDPM",
         claim="SA-k improves on the plain model (k = 1) for k = 2 to 4 and several weights λ, on "
               "CIFAR-10; much higher weights are slightly worse at 1,000 steps and significantly "
               "better at few", figure="The weights above 1 are ours: the paper's are not known.",
@@ -141,7 +141,7 @@ def sa_experiments(budget, weight):
               "its 95 %: from": "low", "to": "high", "less than base's": "less",
               "this 95 %: from": "less_low", "to:": "less_high", "mean of the norms": "norm"}
     found["sa-figure4"] = Experiment(
-        "The gap along sampling", steps=4000,
+        "The gap along sampling",
         claim="at the last step SA-2's gap is about 1/2.5 of the base model's; more consecutive "
               "steps give a smaller gap",
         rows=(Row("base"), *(Row(f"SA-{k}", ("--sa-k", str(k), *lam)) for k in (2, 3, 4))),
@@ -156,7 +156,7 @@ def sa_experiments(budget, weight):
                    ", if all 1,000 steps are taken: this run has 50." if small else "."),
         columns={label: lambda rows, key=key: rows[-1][key] for label, key in at_end.items()})
     found["sa-samples"] = Experiment(
-        "Samples from the same noise", steps=4000, score="picture",
+        "Samples from the same noise", score="picture",
         figure="16 samples each, of the same seeds; the CSV has their mean grey level, 0 to 255.",
         claim="figures 2 and 3 show samples of both models; their text compares nothing",
         rows=plain[2:] + plain[:2], columns=calls(10, 20, 50))
@@ -181,7 +181,7 @@ def etsdm_experiments(budget):
         rows=plain + (Row("E-TSDM, large", (*ETSDM, "--preset", "ffhq256-large"),
                           system="E-TSDM"),) * paper)
     slope = dict(
-        steps=4000, preset="ffhq256", program=("lipschitz.py", "-n", "64"),
+        preset="ffhq256", program=("lipschitz.py", "-n", "64"),
         figure="K(t, t + 1) is how far the network's output moves if its time input is that of "
                "t + 1 instead of t, with the same x_t: mean of 64 images, and the middle 80 % of "
                "them. The lower axis is linear up to t = 120, then logarithmic; the other is "
@@ -213,7 +213,7 @@ def etsdm_experiments(budget):
         found[f"etsdm-slope-{name}"] = Experiment(
             f"The network's slope in t: {name}", rows=rows, claim=claim, **slope)
     found["etsdm-figure2"] = Experiment(
-        "How far the predicted x_0 moves when x_t, t = 100, is perturbed", steps=4000,
+        "How far the predicted x_0 moves when x_t, t = 100, is perturbed",
         claim="E-TSDM's prediction moves less", preset="ffhq256",
         rows=plain, program=("lipschitz.py", "--perturb", "-n", "256"),
         figure="L2 norm over an image, pixels in [-1, 1]: mean of 256 images, and the middle 80 % "
@@ -246,21 +246,20 @@ def etsdm_experiments(budget):
         "Data sets", **asks, rows=plain, columns=full(10, 20, 50),
         claim="E-TSDM is better on FFHQ, CelebA-HQ, AFHQ-Cat, AFHQ-Wild, LSUN-Church, LSUN-Cat")
     # At t = T of zero-terminal-SNR nothing is left of x_0, and ε does not determine it. The paper
-    # predicts ε all the same. Small networks need v there, and a clip while they are young.
+    # predicts ε all the same. Small networks need v there.
     schedule["zero-terminal-snr"] += ("--prediction", "eps") if paper else v
     kinds = {"discrete": (), "continuous": ("--continuous",)}
     found["etsdm-table2"] = Experiment(
         "Noise schedules" + ("" if paper else "; zero-terminal-snr predicts v, the others ε"),
         claim="E-TSDM improves every schedule, discrete and continuous (FID-10k, FFHQ)",
         **asks, num_images=10_000, columns=full(20, 50),
-        rows=sum((pair(*schedule[name], *kinds[kind], name=f"{name}, {kind}",
-                       flags=() if paper else ("--clip", "on"))
+        rows=sum((pair(*schedule[name], *kinds[kind], name=f"{name}, {kind}")
                   for name, kind in product(by_schedule, kinds)), ()),
         paper={(f"{name}, {kind}, plain", LARGE): by_schedule[name][i]
                for name in by_schedule for i, kind in enumerate(kinds)})
     fast = {**named(SOLVER[1], 20, 50), **named(SOLVER[0], 20, 50), **named(DDIM, 50, 200)}
     found["etsdm-table3"] = Experiment(
-        "Fast samplers", steps=4000, **asks, rows=plain, columns=fast,
+        "Fast samplers", **asks, rows=plain, columns=fast,
         figure="DPM-Solver is singlestep, uniform in log SNR, and spends one of its calls on x_0 "
                "at t = 1.",
         claim="E-TSDM lowers the FID of DDIM and DPM-Solver by over 33 %, more for a higher order; "
@@ -305,7 +304,7 @@ def etsdm_experiments(budget):
         claim="v-prediction has the same singularity, and E-TSDM helps it too (table A2 prints "
               "FID-10k of 10.85 and 18.40; of which networks, we cannot tell)")
     found["etsdm-ldm"] = Experiment(
-        "Latent diffusion, LDM's quadratic schedule", preset="ffhq256", steps=4000,
+        "Latent diffusion, LDM's quadratic schedule", preset="ffhq256",
         rows=pair(*latents), axis="sampler, network calls",
         columns=named(DDIM, 200) if paper else named(DDIM, 20, 50, 200),
         claim="FID-50k 4.98 → 4.61 (LDM-4, FFHQ)",

@@ -49,8 +49,8 @@ from support.jobs import Job
 # papers' is in fp32.
 BUDGETS = {
     "cpu": dict(image=("--image-size", "16"), model=("--schedule", "linear", "--prediction", "eps"),
-                length=("--batch-size", "64", "--lr", "1e-3"), n=1000, enlarged=300, gamma=64,
-                batch_size=250),
+                length=("--batch-size", "64", "--lr", "1e-3", "--optimizer", "muon", "--lr-decay",
+                        "linear"), tag="-muon", n=1000, enlarged=300, gamma=64, batch_size=250),
     "gpu": dict(length=("--steps", "20000"), heads=("--steps", "20000"), n=10_000, enlarged=1000,
                 gamma=1000, batch_size=500),
     "paper": dict(n=50_000, enlarged=1000, gamma=50_000, batch_size=500),
@@ -84,7 +84,7 @@ class Experiment:
     columns: dict  # label -> flags; with a program: -> f(its CSV's rows of that run) -> value
     score: str = "fid"  # fid, is, psnr, colour, picture
     program: tuple = ()  # instead of a score: a program that receives all the runs, and its flags
-    steps: int = 2000  # at cpu
+    steps: int = 2000  # at cpu, the same for all, so that they share runs
     preset: str = "cifar10"  # at paper
     num_images: int = 0  # that are scored at paper, if not as many as usual
     axis: str = "network calls"
@@ -158,7 +158,7 @@ class Plan:
     def name(self, run):
         """Its folder under runs/."""
         preset = [self.recipe] * (self.options.budget == "paper")  # elsewhere there is only one
-        words = [self.options.budget, *preset, self.data_name, self.slug(run), *self.steps(run)[1:]]
+        words = [self.options.budget + self.budget.get("tag", ""), *preset, self.data_name, self.slug(run), *self.steps(run)[1:]]
         return "-".join([*words, f"seed{self.seed}"])
 
     def steps(self, run):
