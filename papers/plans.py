@@ -158,8 +158,8 @@ class Plan:
     def name(self, run):
         """Its folder under runs/."""
         preset = [self.recipe] * (self.options.budget == "paper")  # elsewhere there is only one
-        words = [self.options.budget + self.budget.get("tag", ""), *preset, self.data_name, self.slug(run), *self.steps(run)[1:]]
-        return "-".join([*words, f"seed{self.seed}"])
+        words = [self.options.budget + self.budget.get("tag", ""), *preset, self.data_name]
+        return "-".join([*words, self.slug(run), *self.steps(run)[1:], f"seed{self.seed}"])
 
     def steps(self, run):
         """How long it is trained, if not as long as the recipe says."""

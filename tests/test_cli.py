@@ -279,7 +279,7 @@ def test_an_error_is_one_line_and_status_2(tmp_path):
         ("train", "--images 100 --steps 2", "--steps and --images both set the length"),
         ("sample", "nobody", "no run nobody"),
         ("sample", "page.pt", "page.pt .*web page"),
-        ("papers.superres", "video", "video: the programs are train and enlarge"),
+        ("papers.superres", "video", "video: the programs are train, enlarge and colour"),
         ("papers.autoencoder", "draw", "draw: the programs are train and reconstruct"),
     ],
 )

@@ -21,7 +21,8 @@ def test_recipes_are_the_papers():
         batch_size=128,
         lr=2e-4,
         ema=0.9999,
-        grad_clip=1.0,
+        grad_clip=1 / 3072,
+        adam_eps=1e-8 / 3072,
         schedule="linear",
         prediction="eps",
         loss_space="eps",
@@ -34,7 +35,7 @@ def test_recipes_are_the_papers():
     assert {k: getattr(config, k) for k in expected} == expected
     assert config.settings()["unet"]["dropout"] == 0.1
     config = parse("--preset ffhq256 --etsdm")
-    assert (config.batch_size, config.lr, config.grad_clip) == (96, 1e-4, 0)
+    assert (config.batch_size, config.lr, config.grad_clip, config.flip) == (96, 1e-4, 0, True)
     assert (config.etsdm_interval, config.etsdm_n) == (100, 5)
 
 
@@ -49,7 +50,8 @@ def test_the_command_line_wins_over_a_preset():
     [
         ("--preset cifar10 --schedule zero-terminal-snr", "v", "v", "uniform"),
         ("--schedule zero-terminal-snr --prediction eps", "eps", "eps", "uniform"),
-        ("--preset cifar10 --prediction x0", "x0", "eps", "uniform"),
+        ("--preset cifar10 --prediction v", "v", "v", "uniform"),
+        ("--preset cifar10 --prediction v --loss-space eps", "v", "eps", "uniform"),
         ("--prediction x0", "x0", "x0", "uniform"),
         ("--preset cifar10 --schedule edm", "edm", "edm", "lognormal"),
     ],
@@ -99,6 +101,8 @@ def test_names_distinguish_runs():
         ("--image-size 36", "--image-size must be a multiple of 8"),
         ("--microbatch 0", "--microbatch must be at least 1"),
         ("--grad-clip -1", "--grad-clip must be 0 or more"),
+        ("--schedule linear --betas 0.02 1e-4", "--betas must rise"),
+        ("--betas 0.0015 0.0195", "--betas has no effect on --schedule cosine"),
         ("--schedule edm --prediction v", "--prediction v cannot go with --schedule edm"),
         ("--schedule edm --continuous", "--continuous has no effect with --schedule edm"),
         ("--name a/b", "--name 'a/b' must be a plain name"),
@@ -135,6 +139,6 @@ def test_what_may_change_on_resume():
     """How fast, how long, how often and where; never what is learnt, except for the learning rate
     and clipping, which the message about failed steps advises to change."""
     assert parse("").may_change() == set(
-        "data name init steps images lr grad_clip microbatch recompute precision device compile "
-        "deterministic workers skip_bad_images sample_every save_every".split()
+        "data name init steps images lr adam_eps grad_clip microbatch recompute precision device "
+        "compile deterministic workers skip_bad_images sample_every save_every".split()
     )
