@@ -104,7 +104,7 @@ def make_schedule(name: str, T: int = 1000, continuous: bool = False, image_size
     if int(T) != T or T < 2:
         raise ValueError(f"T must be a whole number of steps, at least 2, not {T}")
     if not 0 < betas[0] < betas[1]:
-        raise ValueError(f"betas must rise from above 0, not from {betas[0]} to {betas[1]}")
+        raise ValueError(f"--betas must rise from above 0, not from {betas[0]} to {betas[1]}")
     T = int(T)
     if name == "edm":
         return Schedule(name, T, True, *edm_form(T), variance_exploding=True)

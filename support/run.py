@@ -345,6 +345,12 @@ def settings_of(run, key):
         raise
 
 
+def check_run_name(name):
+    """ValueError for a --name that would lead out of runs/, or is hidden."""
+    if Path(name).name != name or name[0] == "." or not name.isprintable():
+        raise ValueError(f"--name {name!r} must be a plain name: runs go to {checkpoint.RUNS}/NAME")
+
+
 def run_name(run):
     """The name of a run, however the path of its folder or checkpoint is written."""
     try:
