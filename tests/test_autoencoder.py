@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from papers import autoencoder
 from support import checkpoint
+from support.cli import parse_into
 import data
 import metrics
 from conftest import SMALL as FLAGS
@@ -393,3 +394,11 @@ def test_what_the_programs_refuse(runs):
         with pytest.raises(SystemExit):  # they are not flags of this program
             autoencoder.main(words.split())
     assert Path("full/mine.txt").read_text() == "kept"
+
+
+def test_width_is_a_flag():
+    config = parse_into(autoencoder.AutoencoderConfig, ["--width", "64", "--image-size", "8"])
+    net = autoencoder.Autoencoder(**config.size())
+    assert net.encoder[0].out_channels == 64
+    with pytest.raises(ValueError, match="^--width must be a multiple of 8, not 36"):
+        parse_into(autoencoder.AutoencoderConfig, ["--width", "36"])

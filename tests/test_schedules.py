@@ -338,7 +338,7 @@ def test_logsnr_grid_of_a_schedule_without_signal_at_T():
     [
         (lambda: make_schedule("lineer"), "unknown schedule 'lineer': choose from linear"),
         (lambda: make_schedule("linear", T=0), "T must be"),
-        (lambda: make_schedule("linear", betas=(0.02, 1e-4)), "betas must rise"),
+        (lambda: make_schedule("linear", betas=(0.02, 1e-4)), "--betas must rise"),
         (lambda: schedules.time_grid(make_schedule("linear"), 0), "at least one point"),
         (lambda: schedules.time_grid(make_schedule("linear"), 5, "karras"), "unknown spacing"),
         (lambda: schedules.time_grid(make_schedule("linear"), 5, t_end=0), "times must satisfy"),
