@@ -33,7 +33,7 @@ import unet
 from papers import pages
 from papers.alternatives import REMAPS
 from papers.plans import BUDGETS, SETS, Experiment, Numbers, Plan, Row
-from papers.plans import data_name, forward_flops, typed
+from papers.plans import begins_with, data_name, forward_flops, typed
 from support import inception, jobs, readers
 from support.cli import flag, parse_into
 from support.programs import run_main
@@ -334,8 +334,8 @@ class ExperimentsConfig:
                      group="experiment")
     budget: str = flag("cpu", "cpu: 16x16, a tiny network; gpu: the cifar10 preset, 20,000 steps; "
                        "paper: the papers' own", choices=tuple(BUDGETS))
-    rows: tuple[str, ...] = flag((), "only rows whose name has one of these words; the page names "
-                                 "the rest", nargs="+", metavar="WORD")
+    rows: tuple[str, ...] = flag((), "only rows whose name, or a part of it after a comma, begins "
+                                 "so; the page names the rest", nargs="+", metavar="WORD")
     columns: tuple[str, ...] = flag((), "the same for columns", nargs="+", metavar="WORD")
     seeds: int = flag(1, "training runs of each kind")
     data: tuple[str, ...] = flag((), "images, as train.py takes them; several sets are done in "
@@ -416,7 +416,7 @@ results/numbers.csv keeps each number next to its command."""
             e = declare(self.budget)[self.name]
             for flag_, labels in (("rows", [row.label for row in e.rows]), ("columns", e.columns)):
                 for word in getattr(self, flag_):
-                    if not any(word in label for label in labels):
+                    if not any(begins_with(label, [word]) for label in labels):
                         raise ValueError(f"--{flag_} {word}: choose from {'; '.join(labels)}")
 
 

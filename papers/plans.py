@@ -340,8 +340,8 @@ class Plan:
         if self.e.program:
             return self.figure()
         return {(row.label, column): self.cell(row, column)
-                for row in self.e.rows if has_word(row.label, self.options.rows)
-                for column in self.e.columns if has_word(column, self.options.columns)}
+                for row in self.e.rows if begins_with(row.label, self.options.rows)
+                for column in self.e.columns if begins_with(column, self.options.columns)}
 
     def picture(self):
         """The figure that this experiment's program draws, with its CSV next to it."""
@@ -398,9 +398,10 @@ def typed(words):
     return shlex.join(["python", *words])
 
 
-def has_word(label, words):
-    """True if a label has one of these words; if there are none, always."""
-    return not words or any(word in label for word in words)
+def begins_with(label, words):
+    """True if a label, or a part of it after a comma, begins with one of these words; if there are
+    none, always."""
+    return not words or any(f", {word}" in f", {label}" for word in words)
 
 
 def data_name(data):
