@@ -188,7 +188,8 @@ DENOISER_FIELDS = ("preset", "schedule", "continuous", "betas", "prediction", "e
                    "etsdm_interval", "etsdm_n", "dropout", "sa_k", "sa_weight", "loss_space",
                    "train_times", "recompute", "init")
 RECIPE = dict(batch_size=64, images=256_000, lr=2e-3, beta2=0.99, ema=0.995, grad_clip=1.0,
-              warmup=100, flip=False, sample_every=1000, save_every=500)
+              warmup=100, flip=False, sample_every=1000, save_every=500, optimizer="adam",
+              lr_decay="none")
 
 
 @dataclass
