@@ -130,19 +130,19 @@ def test_the_default_folder_is_named_after_what_differs(here):
     for steps in ("1", "2"):
         train.main([*TINY, "--warmup", "0", "--name", "grows", "--steps", steps])
         sample.main(["-n", "2", "--nfe", "2"])
-    for flags in ("--seed 3", "--sampler ddpm --variance large", "--weights raw --clip on"):
+    for flags in ("--seed 3", "--variance large", "--weights raw --clip on"):
         sample.main(["-n", "2", "--nfe", "2", *flags.split()])
-    expected = "ddim-2-step1 ddim-2-step2 ddim-2-step2-seed-3 ddpm-2-step2-variance-large "
-    expected += "ddim-2-step2-clip-on-weights-raw"
+    expected = "ddpm-2-step1 ddim-2-step2 ddim-2-step2-seed-3 ddpm-2-step2-variance-large "
+    expected += "ddpm-2-step2-clip-on-weights-raw"
     folders = (p for p in Path("runs/grows/generated").iterdir() if p.is_dir())
     assert {p.name for p in folders} == set(expected.split())
 
 
 def test_stochastic_samplers_are_clipped_by_default(out):
     d = denoiser.load_run("shapes-tiny-sa2")
-    for flags in ("--sampler ddpm", "--eta 0.5", "--clip on"):
+    for flags in ("", "--sampler ddim --eta 0.5", "--sampler ddim --clip on"):
         assert parse("sample.py", flags).arguments(d)["clip"] == (-1, 1)
-    for flags in ("", "--sampler ddpm --clip off"):
+    for flags in ("--sampler ddim", "--clip off"):
         assert parse("sample.py", flags).arguments(d)["clip"] is None
 
 

@@ -125,7 +125,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     runs, no_grids, program, words, base
 ):
     """Without the folder of the run it started from: the checkpoint holds what it needs."""
-    flags = [*SMALL, *words.split()]
+    flags = [*SMALL, *words.split(), "--lr-decay", "none"]
     main_of(program, [*flags, "--steps", "11", "--name", "whole"])
     main_of(program, [*flags, "--steps", "4", "--name", "parts"])
     if base:

@@ -142,6 +142,17 @@ def test_a_finished_run_prints_how_to_continue(capsys, no_grids):
     assert small("--images", "16", name="renamed")["step"] == 4
 
 
+def test_a_run_that_goes_on_prints_where_its_decay_stands(capsys, no_grids):
+    """The learning rate was 0 at the end; with more images it is high again."""
+    words = "--lr 0.01 --warmup 0 --lr-decay linear --steps".split()
+    small(*words, "2")
+    assert "learning rate" not in capsys.readouterr().out
+    group = small(*words, "8")["optimizer"]["param_groups"][1]
+    note = "note: the learning rate continues at 0.0075, 75% of --lr: its decay ends at step 8 now"
+    assert note in capsys.readouterr().out
+    assert group["lr"] == pytest.approx(0.01 / 8)  # of the last step, 7
+
+
 @pytest.mark.slow
 def test_other_settings_are_another_run(no_grids):
     small("--steps", "2")
@@ -161,13 +172,13 @@ def photos(path, count=5):
 
 def test_the_same_images_in_another_place_are_the_same_run(capsys, no_grids):
     photos("photos")
-    small("--data", "photos", "--steps", "1")
+    small("--data", "photos", "--steps", "1", "--lr-decay", "none")
     os.mkdir("elsewhere")
     places = ["photos/", "./photos", os.path.abspath("photos"), "elsewhere/moved"]
     for steps, place in enumerate(places, 2):
         if "moved" in place:
             os.rename("photos", place)
-        assert small("--data", place, "--steps", str(steps))["step"] == steps
+        assert small("--data", place, "--steps", str(steps), "--lr-decay", "none")["step"] == steps
     assert "before" not in capsys.readouterr().out
     assert json.load(open("runs/small/config.json", encoding="utf-8"))["data"] == places[-1]
 
@@ -237,7 +248,7 @@ def test_compile_trains_the_same_and_saves_bare_names(monkeypatch, no_grids):
 
 
 def test_the_learning_rate_warms_up():
-    config, state = new_state("--warmup 4 --lr 0.01")
+    config, state = new_state("--warmup 4 --lr 0.01 --lr-decay none --optimizer adam")
     rates = []
     for _ in range(6):
         step(config, state, random_images())
