@@ -314,10 +314,14 @@ def test_the_average_follows_its_flag(plain, place):
     "extra", ["--save-every 1", "--sample-every 1", "--workers 0", "--deterministic", "--recompute"]
 )
 def test_a_flag_that_should_not_change_the_weights_does_not(extra, plain, place):
-    # Recomputed gradients differ by rounding (test_unet.py: to 1e-13 in float64). Adam divides by a
-    # gradient's size, so this shows where it is almost 0: 3e-7 was seen, in 4 of 1.1 million.
-    atol = 1e-6 if extra == "--recompute" else 0
-    assert_close(weights_of(place, extra.split()), plain, rtol=0, atol=atol)
+    got = weights_of(place, extra.split())
+    if extra != "--recompute":
+        assert_close(got, plain, rtol=0, atol=0)
+    for key, weights in got.items():
+        # Recomputed gradients differ by rounding (test_unet.py: to 1e-13 in float64). Adam divides
+        # by a gradient's size, so it shows where that is almost 0: in 4 of 1.1 million, by 3e-7.
+        off = (weights - plain[key]).abs()
+        assert off.max() <= 1e-6 and (off > 1e-7).sum() <= 20
 
 
 # ------------------------------------------------------------------ notes on what is unusual
