@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, ROOT, assert_same, saved
+from conftest import ENV, ROOT, TINY, assert_same, saved
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from kills import export_features
@@ -82,9 +82,10 @@ SAMPLE = table("""
 DEFAULTS = table("""
     --sa-weight 1 | --etsdm-interval 100 | --etsdm-n 5 | --no-flip | --schedule cosine |
     --prediction v edm | --loss-space v edm eps x0 | --train-times uniform lognormal |
-    --warmup 100 | --dropout 0 | --factor 4 | --downsamplings 2 | --beta2 0.99 |
-    --head-size simple | --grad-clip 1 0 | --precision auto | --ema 0.995 | --lr 0.001 | --seed 0 |
-    --sa-k 1 | --channels 3 | --data shapes | --optimizer adam | --lr-decay none
+    --warmup 100 20 | --dropout 0 | --factor 4 | --downsamplings 2 | --beta2 0.99 |
+    --head-size simple | --grad-clip 1 0 | --precision auto | --ema 0.995 0.99 |
+    --lr 0.001 0.01 | --seed 0 | --sa-k 1 | --channels 3 | --data shapes | --optimizer muon adam |
+    --lr-decay linear none
 """)
 
 
@@ -265,8 +266,8 @@ def weights_of(folder, extra, program="train.py"):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         shutil.rmtree("runs/w", ignore_errors=True)
-        base = "--image-size 8 --batch-size 4 --precision fp32 --warmup 0 --steps 3 --name w"
-        main_of(program, [*base.split(), *extra])
+        words = [*TINY, *"--warmup 0 --steps 3 --name w".split(), *extra]
+        main_of(program, words)
         found = saved("w")
     torch.use_deterministic_algorithms(False)
     return {k: torch.cat([v.flatten() for v in found[k].values()]) for k in ("net", "ema")}
@@ -339,7 +340,7 @@ NOTES = {  # of training; of sampling, the flags begin with --sampler or --nfe
     "--sampler dpm-solver --nfe 2": "with --nfe 2 it is order 1",
     "--sampler dpm-solver --nfe 3 --order 3": "--order 3 takes 4 calls",
     "--sampler heun --nfe 4": "it makes 3 of the 4 calls",
-    "--nfe 1 --eta 0.5": "--eta has no effect",
+    "--sampler ddim --nfe 1 --eta 0.5": "--eta has no effect",
     "--nfe 1 --spacing logsnr --sampler ddpm --variance large": "--variance has no effect",
 }
 

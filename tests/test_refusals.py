@@ -33,7 +33,7 @@ REFUSED = {
         --lr -1 | --lr must be above 0
         --lr inf | --lr must be above 0
         --lr nan | --lr must be above 0, not nan
-        --muon-lr 0.1 | --muon-lr has no effect without --optimizer muon
+        --muon-lr 0.1 --optimizer adam | --muon-lr has no effect without --optimizer muon
         --ema 1.5 | --ema must be at least 0 and below 1
         --dropout 1 | --dropout must be at least 0 and below 1
         --image-size 90000 | --image-size must be above 0 and below 8193
@@ -112,11 +112,11 @@ REFUSED = {
         --batch-size 0 | --batch-size must be from 1
         --nfe 0 | --nfe must be from 1
         --seed -1 | --seed must be from 0
-        --eta 0.1 --sampler ddpm | --eta has no effect on ddpm
-        --order 2 | --order has no effect on ddim
-        --variance large | --variance has no effect on ddim
+        --eta 0.1 | --eta has no effect on ddpm
+        --order 2 | --order has no effect on ddpm
+        --sampler ddim --variance large | --variance has no effect on ddim
         --variance analytic --sampler heun | --variance has no effect on heun
-        --churn 3 | --churn has no effect on ddim
+        --churn 3 | --churn has no effect on ddpm
         --sampler heun --churn-min 1 | --churn-min has no effect without --churn""",
     "metrics.py": """
         fid a b -n 0 | --num must be from 1
