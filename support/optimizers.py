@@ -45,10 +45,11 @@ class Muon(torch.optim.Adam):
     """matrices: parameters of two and more dimensions, moved by Muon with rate lr; others: the
     rest, moved by Adam with adam_lr and betas."""
 
-    def __init__(self, matrices, others, lr=0.02, momentum=0.95, adam_lr=2e-3, betas=(0.9, 0.99)):
+    def __init__(self, matrices, others, lr=0.02, momentum=0.95, adam_lr=2e-3, betas=(0.9, 0.99),
+                 eps=1e-8):
         super().__init__([dict(params=list(matrices), lr=lr, momentum=momentum),
                           dict(params=list(others), lr=adam_lr, momentum=None)],
-                         betas=betas, fused=True)
+                         betas=betas, eps=eps, fused=True)
 
     @torch.no_grad()
     def step(self):
@@ -75,11 +76,11 @@ def make_optimizer(net, config):
     named = {k: p for k, p in net.named_parameters() if p.requires_grad}
     betas = (0.9, config.beta2)
     if config.optimizer == "adam":
-        return torch.optim.Adam(named.values(), lr=config.lr, betas=betas, fused=True)
+        return torch.optim.Adam(named.values(), config.lr, betas, config.adam_eps, fused=True)
     hidden = {k for k, p in named.items() if p.dim() > 1 and not k.startswith(EDGES)}
     return Muon([named[k] for k in named if k in hidden],
                 [named[k] for k in named if k not in hidden],
-                lr=config.muon_lr, adam_lr=config.lr, betas=betas)
+                config.muon_lr, adam_lr=config.lr, betas=betas, eps=config.adam_eps)
 
 
 def set_learning_rate(optimizer, config, step):

@@ -33,7 +33,8 @@ REFUSED = {
         --lr -1 | --lr must be above 0
         --lr inf | --lr must be above 0
         --lr nan | --lr must be above 0, not nan
-        --muon-lr 0.1 --optimizer adam | --muon-lr has no effect without --optimizer muon
+--muon-lr 0.1 --optimizer adam | --muon-lr has no effect without --optimizer muon
+        --betas 0.0015 0.0195 | --betas needs another --schedule
         --ema 1.5 | --ema must be at least 0 and below 1
         --dropout 1 | --dropout must be at least 0 and below 1
         --image-size 90000 | --image-size must be above 0 and below 8193
@@ -59,7 +60,7 @@ REFUSED = {
         --sa-reuse --sa-k 2 --lipschitz-reg 3 | --sa-reuse and --lipschitz-reg: choose one
         --schedule edm --prediction v | --prediction v cannot go with --schedule edm
         --image-size 30 | --image-size must be a multiple of""",
-    "papers.superres": "video | video: the programs are train and enlarge",
+    "papers.superres": "video | video: the programs are train, enlarge and colour",
     "papers.superres train": """
         --image-size 36 | --image-size must be a multiple
         --image-size 8 --factor 1 | --factor 1 must be at least 2 and divide the 8 pixels of --image
