@@ -33,7 +33,7 @@ REFUSED = {
         --lr -1 | --lr must be above 0
         --lr inf | --lr must be above 0
         --lr nan | --lr must be above 0, not nan
---muon-lr 0.1 --optimizer adam | --muon-lr has no effect without --optimizer muon
+        --muon-lr 0.1 --optimizer adam | --muon-lr has no effect without --optimizer muon
         --betas 0.0015 0.0195 | --betas needs another --schedule
         --ema 1.5 | --ema must be at least 0 and below 1
         --dropout 1 | --dropout must be at least 0 and below 1
