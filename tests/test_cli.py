@@ -131,9 +131,9 @@ def test_the_default_folder_is_named_after_what_differs(here):
     for steps in ("1", "2"):
         train.main([*TINY, "--warmup", "0", "--name", "grows", "--steps", steps])
         sample.main(["-n", "2", "--nfe", "2"])
-    for flags in ("--seed 3", "--sampler ddim --eta 0.5", "--weights raw --clip on"):
+    for flags in ("--seed 3", "--variance large", "--weights raw --clip on"):
         sample.main(["-n", "2", "--nfe", "2", *flags.split()])
-    expected = "ddpm-2-step1 ddpm-2-step2 ddpm-2-step2-seed-3 ddim-2-step2-eta-0.5 "
+    expected = "ddpm-2-step1 ddpm-2-step2 ddpm-2-step2-seed-3 ddpm-2-step2-variance-large "
     expected += "ddpm-2-step2-clip-on-weights-raw"
     folders = (p for p in Path("runs/grows/generated").iterdir() if p.is_dir())
     assert {p.name for p in folders} == set(expected.split())

@@ -142,6 +142,17 @@ def test_a_finished_run_prints_how_to_continue(capsys, no_grids):
     assert small("--images", "16", name="renamed")["step"] == 4
 
 
+def test_a_run_that_goes_on_prints_where_its_decay_stands(capsys, no_grids):
+    """The learning rate was 0 at the end; with more images it is high again."""
+    words = "--lr 0.01 --warmup 0 --lr-decay linear --steps".split()
+    small(*words, "2")
+    assert "learning rate" not in capsys.readouterr().out
+    group = small(*words, "8")["optimizer"]["param_groups"][0]
+    note = "note: the learning rate continues at 0.0075, 75% of --lr: its decay ends at step 8 now"
+    assert note in capsys.readouterr().out
+    assert group["lr"] == pytest.approx(0.01 / 8)  # of the last step, 7
+
+
 @pytest.mark.slow
 def test_other_settings_are_another_run(no_grids):
     small("--steps", "2")
