@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, ROOT, TINY, assert_same, torchrun
+from conftest import ENV, ROOT, SMALL, TINY, assert_same, torchrun
 from kills import read_pictures
 from programs import main_of
 from torch.testing import assert_close
@@ -144,7 +144,7 @@ def test_sigterm_to_torchrun_saves_and_resumes(tmp_path):
 def test_every_objective_under_two_processes(runs):
     """A plain run, a head (whose trunk is frozen), an autoencoder, its latents, super-resolution:
     the losses of one process, a Γ bit for bit, and pictures within one grey level."""
-    small, names = " --batch-size 4 --precision fp32 --steps 10 --name ", ["by"]
+    small, names = " ".join(["", *SMALL, "--steps 10 --name "]), ["by"]
     for name, program, words in (
         ("head", "papers.heads", "npr by1"),
         ("code", "papers.autoencoder train", "--image-size 16"),

@@ -33,8 +33,8 @@ REFUSED = {
         --lr -1 | --lr must be above 0
         --lr inf | --lr must be above 0
         --lr nan | --lr must be above 0, not nan
+        --muon-lr 0.1 --optimizer adam | --muon-lr has no effect without --optimizer muon
         --betas 0.0015 0.0195 | --betas needs another --schedule
-        --optimizer adam --muon-lr 0.1 | --muon-lr has no effect without --optimizer muon
         --ema 1.5 | --ema must be at least 0 and below 1
         --dropout 1 | --dropout must be at least 0 and below 1
         --image-size 90000 | --image-size must be above 0 and below 8193
@@ -113,7 +113,7 @@ REFUSED = {
         --batch-size 0 | --batch-size must be from 1
         --nfe 0 | --nfe must be from 1
         --seed -1 | --seed must be from 0
-        --eta 0.1 --sampler ddpm | --eta has no effect on ddpm
+        --eta 0.1 | --eta has no effect on ddpm
         --order 2 | --order has no effect on ddpm
         --sampler ddim --variance large | --variance has no effect on ddim
         --variance analytic --sampler heun | --variance has no effect on heun

@@ -105,7 +105,7 @@ def test_a_plain_run_computes_nothing_it_does_not_use(place, monkeypatch):
 
 SLOW = pytest.mark.slow
 RESUMED = [  # program, flags, the run that it starts from
-    ("train.py", "--image-size 8 --sa-k 3 --etsdm --dropout 0.2 --flip", ""),
+    ("train.py", "--image-size 8 --sa-k 3 --etsdm --dropout 0.2 --flip --optimizer muon", ""),
     pytest.param("train.py", "--image-size 8 --sa-k 2", "", marks=SLOW),
     pytest.param(
         "train.py", "--image-size 8 --continuous --prediction eps --precision bf16", "", marks=SLOW
@@ -125,7 +125,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     runs, no_grids, program, words, base
 ):
     """Without the folder of the run it started from: the checkpoint holds what it needs."""
-    flags = [*SMALL, *words.split(), "--lr-decay", "none"]
+    flags = [*SMALL, *words.split()]
     main_of(program, [*flags, "--steps", "11", "--name", "whole"])
     main_of(program, [*flags, "--steps", "4", "--name", "parts"])
     if base:
