@@ -814,17 +814,12 @@ def test_a_run_by_name_folder_and_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        "--nfe 3",
-        "--nfe 4 --sampler ddpm --weights raw",
-        "--nfe 3 --sampler ddim --eta 0.5 --clip off",
-    ],
+    "words", ["ddim --nfe 3", "ddpm --nfe 4 --weights raw", "ddim --nfe 3 --eta 0.5 --clip off"]
 )
 def test_images_of_a_run_are_those_of_sample(here, tmp_path, words):
-    sample.main(f"mine --num 5 --seed 11 --out {tmp_path} {words}".split())
+    sample.main(f"mine --num 5 --seed 11 --out {tmp_path} --sampler {words}".split())
     files = np.stack([np.asarray(Image.open(p)) for p in sorted(tmp_path.glob("0*.png"))])
-    side = open_one(f"mine -n 5 --seed 11 {words}")
+    side = open_one(f"mine -n 5 --seed 11 --sampler {words}")
     assert pictures(side).dtype == np.uint8 and pictures(side).shape == (5, 8, 8, 3)
     assert files.std() > 20 and not np.array_equal(files[0], files[1])
     for order in ([0, 1, 2, 3, 4], [3, 1]):  # alone, or in another order, they are the same

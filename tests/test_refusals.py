@@ -162,10 +162,15 @@ REFUSED = {
         base --out x.pdf | .*must be a \.png
         base --out nowhere/x.png | .*in a folder that exists""",
     "papers.covariance": """
+        none | no run none
         -n 0 | --num must be at least 1
         --batch-size 0 | --batch-size must be at least 1
         --seed -1 | --seed must be""",
     "papers.classifier": """
+        nowhere | .*nowhere.*: no such file
+        set --out x.pt | --out x.pt must be a .pt2
+        set --out none/x.pt2 | .*in a folder that exists
+        shapes --image-size 0 | --image-size must be
         set --epochs 0 | --epochs must be at least 1
         set --seed 18446744073709551616 | --seed must be""",
     "papers.experiments": "none | there is no experiment none",
