@@ -142,24 +142,26 @@ def make_rows(runs):
 
 
 def plot_rows(rows, runs, title):
-    """The loss against the first run's, and the power spectrum of the late runs, ± 2 errors."""
-    figure = files.figure(figsize=(10, 4), layout="constrained")
-    for ax, what, value, se, line in zip(figure.subplots(1, 2), ("loss", "power"), (
-            "change", "value"), ("change_se", "se"), (0, 1), strict=True):
+    """The loss against the first run's, and the spectrum of the late runs. Bars: ± 2 standard
+    errors; of all runs but the first, those of their difference from it."""
+    figure = files.figure(figsize=(11, 4), layout="constrained")
+    first, panels = next(iter(runs)), figure.subplots(1, 2)
+    for ax, what, value, line in zip(panels, ("loss", "power"), ("change", "value"), (0, 1),
+                                     strict=True):
         for i, name in enumerate(runs):
             own = [r for r in rows if (r["run"], r["measure"]) == (name, what) and value in r]
+            bars = [2 * (r["change_se"] * (r["value"] / 100 if what == "power" else 1)
+                         if "change" in r else r["se"]) for r in own]
             style = measure.LINES[i % len(measure.LINES)] + measure.MARKERS[i % 7]
-            ax.errorbar([(r["low"] + r["high"]) / 2 for r in own], [r[value] for r in own],
-                        [2 * r[se] for r in own], fmt=style, ms=3, lw=1, capsize=2, label=name)
+            if own:
+                ax.errorbar(range(len(own)), [r[value] for r in own], bars, fmt=style, ms=3, lw=1,
+                            capsize=2, label=name)
+                ax.set_xticks(range(len(own)), ["{low:g}–{high:g}".format(**r) for r in own])
+                ax.legend(fontsize="small")
         ax.axhline(line, color="0.7", lw=0.8, zorder=0)
-        ax.legend(fontsize="small")
-        if what == "loss":
-            ax.set_xscale("symlog", linthresh=100, linscale=2)
-            ticks = (0, 20, 40, 60, 80, 100, 200, 500, 1000)
-            ax.set_xticks(ticks, ticks)
-            ax.set(xlabel="t (timesteps)", ylabel=f"loss against that of {next(iter(runs))}, %")
-        else:
-            ax.set(xlabel="frequency/highest", ylabel="power of y / power of x_0", title=title)
+    panels[0].set(xlabel="t (timesteps)", ylabel=f"loss against that of {first}, %")
+    panels[0].tick_params("x", rotation=45)
+    panels[1].set(xlabel="frequency/highest", ylabel="power of y/power of x_0", title=title)
     return figure
 
 
