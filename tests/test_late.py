@@ -96,6 +96,30 @@ def test_the_price_of_sharing_is_paid_near_zero_alone():
     assert change[0] > 1.005 and change[1] > 1 and change[2] > 1 and abs(change[3] - 1) < 1e-9
 
 
+def least_price(std, D, times=range(1, 20), N=4000):
+    """By how much, relative to its loss, the best network pays at t = 1 to 4 for one time input for
+    all `times`: it then weighs each t' by how likely it is to have made this x. x_0 ~ N(0, std²) in
+    D dimensions, where ε* = g x and only |x|² matters. -> (that price, a plain average's)."""
+    alpha, sigma = LINEAR.alpha_sigma(torch.tensor(list(times)))
+    v = (alpha * std) ** 2 + sigma**2
+    g, loss, best, average = sigma / v, 0.0, 0.0, 0.0
+    for i in range(4):
+        square = v[i] * torch.from_numpy(np.random.default_rng(i).chisquare(D, (N, 1)))
+        w = (-square / (2 * v) - D / 2 * v.log()).softmax(1)
+        best += (((w @ g - g[i]) ** 2) * square[:, 0]).mean() / D
+        average += (g.mean() - g[i]) ** 2 * v[i]
+        loss += (alpha[i] * std) ** 2 / v[i]
+    return best / loss, average / loss
+
+
+def test_the_least_price_of_sharing_falls_with_the_number_of_pixels():
+    """In many pixels x_t itself shows its noise level, and the time input hardly matters."""
+    prices = [least_price(0.1, D) for D in (16, 64, 1024)]
+    print("\nbest, average:", *("{:.4f} {:.4f};".format(*p) for p in prices))
+    (few, average), (some, _), (many, same) = prices
+    assert average > few > some > 5 * many > 0 and average == same
+
+
 def test_the_same_for_any_batch_size_and_any_choice_of_bins():
     d = ideal()
     whole = late.loss_by_t(d, X0[:7], [1, 20, 100])
