@@ -116,7 +116,7 @@ RESUMED = [  # program, flags, the run that it starts from
     ("papers.autoencoder train", "--image-size 16", ""),
     ("papers.latents", "code --etsdm --sa-k 2", "code"),
     ("papers.heads", "npr base --head-size simple", "base"),
-    pytest.param("papers.heads", "sn base --head-size block", "base", marks=SLOW),
+    pytest.param("papers.heads", "sn base --head-size block --optimizer muon", "base", marks=SLOW),
 ]
 
 
