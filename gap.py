@@ -25,7 +25,7 @@ distance from this image to the generated one. So this is reported at every t:
 
 The authors' released measurement has ᾱ_{t−2} in the coefficient of G_t; the DDPM posterior has
 ᾱ_{t−1}. This makes their gap about half as large (test_theory.py compares both with two real runs).
-It also omits the first step, has the opposite sign, and returns the mean as a map without interval.
+It also omits the first step, has the opposite sign, and returns only a map, a mean over channels.
 
 Not here: training (losses.py); theorem 2, ‖Σ w_t‖² <= N/k² Σ‖W_s‖² <= N Σ‖w_t‖²
 (tests/test_theory.py).

@@ -5,8 +5,10 @@ r"""Training losses: DDPM's, SA-DPM's for any k, EDM's.
 
 Why a second term: the error at the end of a sampling run is a weighted *sum* of the errors of its
 steps, Σ_t τ_t r(t). The schedule determines the weights τ_t (theorem 1). L_simple makes every r(t)
-small, but errors of adjacent steps may still add up. L_SA measures the mean of k adjacent errors
-and bounds the sum more tightly (theorem 2).
+small, but errors of adjacent steps may still add up. L_SA measures the mean of k adjacent errors.
+Theorem 2 bounds the sum more tightly by such means, but not by this loss: its errors come from one
+sampling run and carry the weights τ_t. Here, as in the authors' program, the errors come from fresh
+x_t with independent noises and have no weights.
 
 The ideal network ε* does not minimise L_SA. The paper does not mention this. The k noises are
 independent, but x_0 is the same. So the error from x_0 adds up over the k steps, and the error from

@@ -168,7 +168,8 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
 @torch.no_grad()
 def update_ema(ema, net, decay, updates):
     """ema ← d ema + (1 − d) net,  d = min(decay, (1 + n)/(10 + n)) after n updates: without this
-    warm-up, decay 0.9999 leaves 90 % of the random start after a thousand steps."""
+    warm-up, which neither paper has, decay 0.9999 leaves 90 % of the random start after a thousand
+    steps."""
     d = min(decay, (1 + updates) / (10 + updates))
     averages, values = ema.state_dict(), net.state_dict()
     floats = [k for k, v in averages.items() if v.is_floating_point()]

@@ -12,6 +12,9 @@ DDPM-r penalises the slope in t: one x_t, with two time inputs,
 
     L_slope = E‖net(x_t, f(t)) − net(x_t, f(t'))‖²/(t − t')²,   t' = t + 1          --lipschitz-reg
 
+The paper names only K(t, t') as its penalty. The square, the mean over pixels and the weights are
+not from the paper.
+
 SA-reuse (not from a paper): L_simple also uses all k noise levels that SA-k computes for an image.
 
     python -m papers.alternatives --remap sqrt --train-times remap

@@ -524,3 +524,15 @@ def test_diffusers_draws_the_same_picture(here, name):
         pipe = diffusers.DDIMPipeline.from_pretrained("out")
         assert pipe.unet.config.sample_size == d.shape[-1]
     refused([name, "--to", "diffusers", "out"], "^--to diffusers out: it exists already")
+
+
+def test_other_betas_are_written_out():
+    """diffusers has no quadratic schedule, and other ends than DDPM's are not assumed."""
+    ends = (0.0015, 0.0195)
+    for name, given in (("linear", ends), ("quadratic", None), ("quadratic", ends)):
+        schedule = schedules.make_schedule(name, betas=given or (1e-4, 0.02))
+        written = exports.schedule_betas(schedule, given)
+        assert list(written) == ["trained_betas"] and len(written["trained_betas"]) == 1000
+        first, last = written["trained_betas"][0], written["trained_betas"][-1]
+        assert (first, last) == pytest.approx(given or (1e-4, 0.02), rel=1e-9)
+    assert exports.schedule_betas(schedules.make_schedule("linear"))["beta_end"] == 0.02
