@@ -258,12 +258,12 @@ def write_grid(folder, inputs, num):
 class ColourConfig:
     images: tuple[str, ...] = flag((), "the folder of enlarged images, and that of the originals",
                                    positional="RESULTS ORIGINALS", nargs="+")
-    json: bool = flag(False, "print one JSON object instead")
+    json: bool = flag(False, "print one JSON object instead of text")
 
     prog: ClassVar[str] = "papers.superres colour"
     usage: ClassVar[str] = "python -m papers.superres colour RESULTS ORIGINALS [--json]"
-    description: ClassVar[str] = ("How far the mean colour of enlarged images is from that of the "
-                                  "originals: E-TSDM's section 5.5 sees such a bias.")
+    description: ClassVar[str] = ("Measure the difference of mean colours between enlarged images "
+                                  "and originals, the bias in E-TSDM's section 5.5.")
 
     def check(self):
         if len(self.images) != 2:
@@ -271,13 +271,12 @@ class ColourConfig:
 
 
 def colour_bias(results, originals):
-    """Two folders of PNGs of the same names -> (mean over images and channels of |mean over pixels
-    of result − original|, number of images), in levels of 0 to 255. A mean over pixels: enlarging
-    must not move it, since the small image determines it. ValueError: they are not pairs."""
+    """Two folders of PNGs with equal names -> (mean over images and channels of |mean over pixels
+    of result − original|, number of images), in levels of 0 to 255. The small image determines the
+    mean over pixels, so a good result keeps it. ValueError: the PNGs are not pairs."""
     names = sorted(path.name for path in Path(results).glob("*.png"))
     if not names or names != sorted(path.name for path in Path(originals).glob("*.png")):
-        raise ValueError(f"RESULTS {results}: it must hold PNGs with the names of those in "
-                         f"{originals}")
+        raise ValueError(f"RESULTS {results}: it must hold PNGs with the same names as {originals}")
     shifts = [np.subtract(*(np.asarray(Image.open(Path(folder) / name), dtype=float)
                             for folder in (results, originals))).mean((0, 1)) for name in names]
     return float(np.abs(shifts).mean()), len(names)
