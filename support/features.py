@@ -84,7 +84,7 @@ def open_exported(path, device):
     """Open a network saved by torch.export.save -> a function of float32 images (N, 3, H, W) in
     [-1, 1]. Such a file can run code."""
     logging.getLogger("torch.export").setLevel(logging.ERROR)  # its warnings are tracebacks
-    reason = "it is incomplete, another kind of zip, or from another version of PyTorch"
+    reason = "it is cut short, another kind of zip, or from another version of PyTorch"
     try:
         if not zipfile.is_zipfile(path):
             reason = checkpoint.guess_file_type(path)

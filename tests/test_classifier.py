@@ -110,7 +110,7 @@ def test_sets_without_labels(tmp_path):
         labels.write_bytes(content)
         refuse("train-labels", path)
     idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 1, 0])
-    refuse("4 images with 3 labels", path)
+    refuse("4 images, 3 labels", path)
     idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 0, 0, 0])
     refuse("1 classes do not fit", path)
     labels.unlink()

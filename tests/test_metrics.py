@@ -402,7 +402,7 @@ def test_statistics_that_do_not_compare(here, call, measure, small):
         np.savez("other.npz", **{**file, "sha256": "0" * 64})
     np.savez("three.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez("bad.npz", mu=np.zeros(12), sigma=-np.eye(12))
-    where = "maps.npz has statistics of maps.pt2", "this is means.pt2"
+    where = "maps.npz has statistics of maps.pt2", "not of means.pt2"
     refused("fid maps.npz b --features means.pt2", *where, "cannot be compared")
     refused("fid maps.npz means.npz", "maps.pt2", "means.pt2", "cannot be compared")
     for words in ("maps.npz b", "small.npz means.npz", "other.npz maps.npz"):
