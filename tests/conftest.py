@@ -59,6 +59,37 @@ def message_of(info):
     return str(info.value)
 
 
+def refused(match, function, *inputs, **options):
+    """function(...) must raise an error of one line that matches -> the error."""
+    with pytest.raises((ValueError, OSError), match=match) as info:
+        function(*inputs, **options)
+    message_of(info)
+    return info.value
+
+
+def saved(name="small"):
+    """The checkpoint of a run in this folder."""
+    from support import checkpoint
+
+    return checkpoint.load_checkpoint(f"runs/{name}/checkpoint.pt")
+
+
+def small(*flags, name="small"):
+    """Train the smallest run, in this folder -> its checkpoint."""
+    import train
+
+    train.main([*TINY, "--name", name, *flags])
+    return saved(name)
+
+
+def assert_same(one, two):
+    """Two checkpoints have the same bits."""
+    import torch
+
+    for key in ("net", "ema", "optimizer"):
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
+
+
 def pytest_collection_modifyitems(items):
     if os.environ.get("CUDA_TESTS"):
         return
@@ -76,6 +107,19 @@ def own_index(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(
         readers, "index_path", lambda source: str(folder / os.path.basename(real(source)))
     )
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """In an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def no_grids(monkeypatch):
+    """They take longer than the steps of a small run."""
+    monkeypatch.setattr("support.run.RunFolder.save_preview", lambda *inputs: None)
 
 
 @pytest.fixture

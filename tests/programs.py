@@ -1,7 +1,9 @@
 """Every program of the project: what one types, and the dataclass of its flags.
 
-from programs import PROGRAMS, find_program, parse
+from programs import PROGRAMS, find_program, main_of, parse
 """
+
+import importlib
 
 import config
 import gap
@@ -54,6 +56,14 @@ OPEN_A_RUN = {"papers.heads", "papers.latents", "papers.checkpoints"}
 def parse(program, words):
     """The config of a program, from the words behind its name."""
     return parse_into(PROGRAMS[program], words.split() if isinstance(words, str) else words)
+
+
+def main_of(program, words):
+    """Run a program in this process."""
+    module, *command = program.removesuffix(".py").split()
+    module = {"benchmarks": "benchmarks.__main__"}.get(module, module)
+    words = words.split() if isinstance(words, str) else words
+    return importlib.import_module(module).main([*command, *words])
 
 
 def find_program(words):
