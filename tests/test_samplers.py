@@ -590,7 +590,11 @@ def test_estimated_variances_come_from_the_run(kind, monkeypatch):
 def test_clip_is_the_value_range():
     for value_range in ((-1.0, 1.0), (0.0, 2.0), None):
         denoiser = SimpleNamespace(value_range=value_range, schedule=LINEAR)
-        for words, clip in {"": True, "--sampler ddim --eta 1": True, "--sampler ddim": False}.items():
+        for words, clip in {
+            "": True,
+            "--sampler ddim --eta 1": True,
+            "--sampler ddim": False,
+        }.items():
             assert flags(words).arguments(denoiser)["clip"] == (value_range if clip else None)
             assert flags(f"{words} --clip off").arguments(denoiser)["clip"] is None
         if value_range:
