@@ -111,6 +111,8 @@ class Config:
                      shown="made of data, preset and methods")
     sample_every: int = by_preset(5000, "steps between sample grids", resume=True, above=0)
     save_every: int = by_preset(1000, "steps between checkpoints", resume=True, above=0)
+    save_minutes: float = flag(10.0, "... or minutes, if they pass first; 0: no limit", resume=True,
+                               low=0)
 
     T: ClassVar[int] = 1000
     prog: ClassVar[str] = "train.py"

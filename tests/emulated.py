@@ -136,6 +136,7 @@ CUDA = dict(  # what PyTorch without CUDA does not have
     is_available=lambda: True,
     device_count=lambda: 1,
     set_device=lambda device: None,
+    synchronize=lambda device=None: None,
     mem_get_info=lambda device: (10**9, 10**9),
     get_device_capability=lambda device: (9, 0),
 )

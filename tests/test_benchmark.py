@@ -17,6 +17,7 @@ import unet
 from benchmarks import __main__ as benchmark
 from benchmarks import plain, worker
 from denoiser import Denoiser
+from support import memory
 from support.cli import parse_into
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,7 +146,7 @@ def test_the_plain_side_has_no_settings_of_ours(tuned, tmp_path, monkeypatch):
 
 
 def test_the_peak_is_what_lived_at_once():
-    with FakeTensorMode(), benchmark.Peak() as peak:
+    with FakeTensorMode(), memory.Peak() as peak:
         a = torch.empty(1000)  # 4,000 bytes
         b = a + 1
         del a

@@ -136,5 +136,5 @@ def test_what_may_change_on_resume():
     and clipping, which the message about failed steps advises to change."""
     assert parse("").may_change() == set(
         "data name init steps images lr grad_clip microbatch recompute precision device compile "
-        "deterministic workers skip_bad_images sample_every save_every".split()
+        "deterministic workers skip_bad_images sample_every save_every save_minutes".split()
     )
