@@ -20,9 +20,8 @@ from typing import ClassVar
 import etsdm
 import schedules
 import unet
-from support.checkpoint import RUNS
-from support.cli import device_flag, flag, flag_name
-from support.run import run_name, settings_of
+from support.cli import device_flag, flag, flag_name, require
+from support.run import check_run_name, run_name, settings_of
 
 PREDICTIONS = LOSS_SPACES = ("eps", "v", "x0", "edm")
 TIME_DISTRIBUTIONS = ("uniform", "lognormal")
@@ -32,7 +31,8 @@ INHERITED = ("image_size", "channels", "schedule", "continuous", "prediction", "
 # How each preset is trained: SA-DPM's configuration files (epochs as images), E-TSDM's table
 # A1, which gives no length: 48 M is ours. loss_space None: that of the prediction.
 PAPER = dict(schedule="linear", prediction="eps", loss_space="eps", lr=2e-4, beta2=0.999,
-             ema=0.9999, grad_clip=1.0, warmup=0, flip=False, sample_every=5000, save_every=1000)
+             ema=0.9999, grad_clip=1.0, warmup=0, flip=False, sample_every=5000, save_every=1000,
+             optimizer="adam", lr_decay="none")
 LARGE = dict(PAPER, lr=1e-4, grad_clip=0.0)
 RECIPES = {
     # Ours, for minutes on a CPU, in which eps on the linear schedule still gives coloured fog.
@@ -57,7 +57,7 @@ class Config:
     data: str = flag("shapes", "shapes (built in), cifar10, or a path: folder or zip of images, "
                      ".npy, .npz[:KEY], MNIST-like IDX, CIFAR-10 archive", group="images")
     image_size: int | None = by_preset(None, "side in pixels; images are resized and cropped",
-                                       above=0)
+                                       above=0, below=8193)
     channels: int = flag(3, "3 RGB, 1 true gray", choices=(1, 3))
     flip: bool = by_preset(False, "random horizontal flips")
     skip_bad_images: bool = flag(False, "continue without files that cannot be read", resume=True)
@@ -94,7 +94,12 @@ class Config:
                            "more time, the same gradients", resume=True)
     images: int = by_preset(41_600, "train until this many were seen", resume=True, above=0)
     steps: int = flag(0, "the same as --images STEPS x BATCH_SIZE", resume=True)
+    optimizer: str = by_preset("adam", "adam, as the papers; muon: orthogonalised momentum for "
+                               "weight matrices, Adam for the rest", choices=("adam", "muon"))
     lr: float = by_preset(2e-4, "Adam's learning rate", resume=True, above=0)
+    muon_lr: float = flag(0.02, "muon: learning rate of matrices", resume=True, above=0)
+    lr_decay: str = by_preset("none", "how the learning rates fall to 0 at the end of the run",
+                              choices=("none", "linear", "cosine"))
     beta2: float = by_preset(0.999, "Adam's beta2", low=0, below=1)
     warmup: int = by_preset(0, "steps over which the learning rate rises from 0", low=0)
     ema: float = by_preset(0.9999, "decay of the averaged weights", low=0, below=1)
@@ -157,19 +162,18 @@ papers/."""
         """ValueError for flags that contradict or would have no effect. Fill in the run's name."""
         if {"steps", "images"} <= self.given:
             raise ValueError("--steps and --images both set the length: give one")
-        self.require("steps", "steps" not in self.given or self.steps > 0, "must be above 0")
-        self.require("image_size", self.image_size <= 8192, "must be at most 8192 pixels")
+        require(self, "steps", "steps" not in self.given or self.steps > 0, "must be above 0")
         self.check_divisible()
-        self.require("images", self.images >= self.batch_size,
-                     f"is less than one batch of {self.batch_size}")
-        self.require("sa_k", 1 <= self.sa_k <= self.T, f"must be 1 to {self.T}")
+        require(self, "images", self.images >= self.batch_size,
+                f"is less than one batch of {self.batch_size}")
+        require(self, "sa_k", 1 <= self.sa_k <= self.T, f"must be 1 to {self.T}")
         edm = self.schedule == "edm"
         for name, useless, why in (
                 ("sa_weight", self.sa_k == 1, "requires --sa-k 2 or more"),
                 ("etsdm_interval", not self.etsdm, "has no effect without --etsdm"),
                 ("etsdm_n", not self.etsdm, "has no effect without --etsdm"),
-                ("continuous", edm and self.continuous, "has no effect with --schedule edm, which "
-                 "is continuous: leave it out"),
+                ("muon_lr", self.optimizer == "adam", "has no effect without --optimizer muon"),
+                ("continuous", edm, "has no effect with --schedule edm, which is continuous"),
                 ("image_size", self.init, f"is that of --init {self.init}: leave it out"),
                 ("channels", self.init, f"is that of --init {self.init}: leave it out")):
             if name in self.given and useless:
@@ -177,23 +181,16 @@ papers/."""
         if self.etsdm:
             etsdm.check_sharing(self.etsdm_interval, self.etsdm_n, self.T)
         if edm and self.prediction != "edm":
-            raise ValueError(f"--prediction {self.prediction} cannot go with --schedule edm, whose "
-                             "x_t is up to 80 wide: leave it out")
+            raise ValueError(f"--prediction {self.prediction} cannot go with --schedule edm")
         self.name = self.name or self.default_name()
-        if Path(self.name).name != self.name or self.name[0] == "." or not self.name.isprintable():
-            raise ValueError(f"--name {self.name!r} must be a plain name: runs go to {RUNS}/NAME")
+        check_run_name(self.name)
 
     def check_divisible(self):
         """ValueError if the network cannot halve the images as often as it must."""
         net = self.network()
         unit = net.get("patch", 1) * 2 ** (len(net["channel_mult"]) - 1)
-        self.require("image_size", net["image_size"] % unit == 0,
-                     f"must be a multiple of {unit} for --preset {self.preset}")
-
-    def require(self, name, condition, text):
-        """ValueError that begins with the flag, unless the condition holds."""
-        if not condition:
-            raise ValueError(f"{flag_name(name)} {text}, not {getattr(self, name)}")
+        require(self, "image_size", net["image_size"] % unit == 0,
+                f"must be a multiple of {unit} for --preset {self.preset}")
 
     def network(self):
         """The arguments of unet.UNet."""
@@ -221,7 +218,8 @@ papers/."""
         parts += dict.fromkeys(  # edm is both
             getattr(self, k) for k in ("schedule", "prediction") if getattr(self, k) != recipe[k])
         parts += ["continuous"] * self.continuous + [f"sa{self.sa_k}"] * (self.sa_k > 1)
-        parts += ["etsdm"] * self.etsdm
+        parts += ["etsdm"] * self.etsdm + [self.optimizer] * (self.optimizer != recipe["optimizer"])
+        parts += [f"{self.lr_decay}-decay"] * (self.lr_decay != recipe["lr_decay"])
         return parts + [f"{self.train_times}-times"] * (self.train_times != usual_times)
 
     def default_name(self):

@@ -13,7 +13,7 @@ global batch and keeps its own rows. So a resumed run, and a run on another numb
 uses the same numbers (except for dropout), and there is no random state to save.
 
 Not here: the losses (losses.py), flags and presets (config.py), checkpoints, logs and processes
-(support/), other objectives (papers/), learning-rate decay (neither paper uses any).
+(support/), other objectives (papers/), optimizers (support/optimizers.py).
 
 B images in the global batch, b in this process's share, k consecutive timesteps (SA-DPM).
 """
@@ -34,6 +34,7 @@ from config import Config
 from denoiser import build_denoiser, load_run
 from support import checkpoint, device, distributed, memory, precision, rng
 from support.cli import parse_into
+from support.optimizers import make_optimizer, set_learning_rate
 from support.programs import StopSignal, ignore_write_errors, run_main
 from support.run import RunFolder
 
@@ -97,9 +98,7 @@ class TrainState:
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.averages, self.values = ([v for v in net.state_dict().values()
                                        if v.is_floating_point()] for net in (self.ema, self.net))
-        trained = [p for p in self.net.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=config.lr, betas=(0.9, config.beta2),
-                                          fused=True)
+        self.optimizer = make_optimizer(self.net, config)
         self.step = self.skipped = 0
 
     def state_dict(self):
@@ -159,8 +158,7 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
     # 3. Update, or skip the step if a number is not finite (the same on all processes: losses and
     # gradients are averages). A loss can overflow even if its gradient does not: that is linear.
     if all(map(math.isfinite, (*means, norm))):
-        for group in state.optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, (state.step + 1) / max(config.warmup, 1))
+        set_learning_rate(state.optimizer, config, state.step)  # warm-up and decay
         state.optimizer.step()
         update_ema(state.averages, state.values, config.ema, state.step - state.skipped)
     else:

@@ -35,7 +35,7 @@ import losses
 import train
 from config import TIME_DISTRIBUTIONS, Config
 from schedules import add_noise, expand
-from support.cli import flag
+from support.cli import flag, require
 from support.programs import ignore_write_errors, run_main
 
 REMAPS = ("sqrt", "inverse-sigmoid")
@@ -165,7 +165,7 @@ class AlternativeConfig(Config):
 
     def check(self):
         super().check()
-        self.require("lipschitz_reg", 0 <= self.lipschitz_reg < math.inf, "must be 0 or more")
+        require(self, "lipschitz_reg", 0 <= self.lipschitz_reg < math.inf, "must be 0 or more")
         if "lipschitz_reg" in self.given and not self.lipschitz_reg:
             raise ValueError("--lipschitz-reg must be above 0: leave it out for the plain loss")
         if self.remap and self.etsdm:

@@ -46,7 +46,7 @@ import data
 import train
 from config import Config
 from support import checkpoint, distributed, files
-from support.cli import device_flag, flag, parse_into
+from support.cli import device_flag, flag, parse_into, require
 from support.device import double
 from support.images import grid
 from support.programs import ignore_write_errors, run_main
@@ -216,14 +216,14 @@ class AutoencoderConfig(Config):
 
     def check(self):
         super().check()
-        self.require("latent_channels", self.latent_channels >= 1, "must be at least 1")
-        self.require("kl_weight", 0 <= self.kl_weight < float("inf"), "must be 0 or more")
+        require(self, "latent_channels", self.latent_channels >= 1, "must be at least 1")
+        require(self, "kl_weight", 0 <= self.kl_weight < float("inf"), "must be 0 or more")
 
     def check_divisible(self):
-        self.require("downsamplings", 1 <= self.downsamplings <= 5, "must be 1 to 5")
+        require(self, "downsamplings", 1 <= self.downsamplings <= 5, "must be 1 to 5")
         unit = 2**self.downsamplings
-        self.require("image_size", self.image_size % unit == 0,
-                     f"must be a multiple of {unit} for --downsamplings {self.downsamplings}")
+        require(self, "image_size", self.image_size % unit == 0,
+                f"must be a multiple of {unit} for --downsamplings {self.downsamplings}")
 
     def size(self):
         """The arguments of Autoencoder."""

@@ -57,6 +57,12 @@ def flag_name(name):
     return "--" + name.replace("_", "-")
 
 
+def require(config, name, condition, text):
+    """ValueError that begins with the flag of this field, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{flag_name(name)} {text}, not {getattr(config, name)}")
+
+
 def parse_into(cls, argv=None):
     """Parse the command line into cls(...), check it, and record in .given the typed fields."""
     given = vars(make_parser(cls).parse_intermixed_args(argv))

@@ -113,6 +113,10 @@ class RunFolder:
         if saved and saved["processes"] != self.dist.world_size and config.dropout:
             lines.append(f"{saved['processes']} processes before, {self.dist.world_size} now: "
                          "dropout uses other numbers from here on; all else stays the same")
+        if saved and config.lr_decay != "none" and config.images != saved["settings"]["images"]:
+            steps = config.images // config.batch_size
+            lines.append(f"--lr-decay {config.lr_decay}: the learning rate falls to 0 at step "
+                         f"{steps} now, so from step {saved['step']} on it is another than before")
         if saved and config.init not in ("", saved["settings"].get("init")):
             lines.append(f"--init {config.init} has no effect: this run has weights. Another "
                          "--name starts a new run from it")
@@ -377,6 +381,12 @@ def settings_of(run, key):
                 if settings.get(key) == run:
                     return {k: v for k, v in settings.items() if k != "ran_on"}
         raise
+
+
+def check_run_name(name):
+    """ValueError for a --name that would lead out of runs/, or is hidden."""
+    if Path(name).name != name or name[0] == "." or not name.isprintable():
+        raise ValueError(f"--name {name!r} must be a plain name: runs go to {checkpoint.RUNS}/NAME")
 
 
 def run_name(run):

@@ -27,6 +27,8 @@ from support import checkpoint, distributed
 
 # ------------------------------------------------------------------ training
 
+OPTIMIZER = dict(optimizer="adam", lr_decay="none", images=10**6)
+
 
 class CaseConfig(SimpleNamespace):
     """The part of config.Config that objectives and train_step use, from a case's settings."""
@@ -59,7 +61,7 @@ def begin(case, base=None, saved=None):
             s["trunk" if s["head"] else "latent"] = folder
             if saved is None:
                 checkpoint.save_checkpoint(Path(folder) / "checkpoint.pt", contents(base))
-        config = CaseConfig(**s, all=s)
+        config = CaseConfig(**s, **OPTIMIZER, all=s)
         state = train.TrainState(make(config, dataset, saved), config)
     if saved:
         state.load_state_dict(saved, "golden")

@@ -304,7 +304,7 @@ def test_wrong_input_is_one_line_and_status_2(
         ("train.py", "--etsdm-n 3", "--etsdm-n has no effect without --etsdm"),
         ("train.py", "--steps 0", "--steps must be above 0, not 0"),
         ("train.py", "--lr nan", "--lr must be above 0, not nan"),
-        ("train.py", "--image-size 90000", "--image-size must be at most 8192"),
+        ("train.py", "--image-size 90000", "--image-size must be above 0 and below 8193"),
         ("train.py", "--sa-k 1001", "--sa-k must be 1 to 1000"),
         ("train.py", "--schedule edm --prediction v", "--prediction v cannot go with"),
         ("train.py", "--schedule edm --continuous", "--continuous has no effect"),

@@ -95,7 +95,7 @@ def test_names_distinguish_runs():
         ("--lr nan", "--lr must be above 0"),
         ("--ema 1.5", "--ema must be at least 0 and below 1"),
         ("--dropout 1", "--dropout must be at least 0 and below 1"),
-        ("--image-size 9000", "--image-size must be at most 8192"),
+        ("--image-size 9000", "--image-size must be above 0 and below 8193"),
         ("--image-size 36", "--image-size must be a multiple of 8"),
         ("--microbatch 0", "--microbatch must be at least 1"),
         ("--grad-clip -1", "--grad-clip must be 0 or more"),
@@ -135,6 +135,6 @@ def test_what_may_change_on_resume():
     """How fast, how long, how often and where; never what is learnt, except for the learning rate
     and clipping, which the message about failed steps advises to change."""
     assert parse("").may_change() == set(
-        "data name init steps images lr grad_clip microbatch recompute precision device compile "
-        "deterministic workers skip_bad_images sample_every save_every save_minutes".split()
+        "data name init steps images lr muon_lr grad_clip microbatch recompute precision device "
+        "compile deterministic workers skip_bad_images sample_every save_every save_minutes".split()
     )
