@@ -66,6 +66,12 @@ def no_grids(monkeypatch):
     monkeypatch.setattr(run_folder.RunFolder, "save_preview", lambda *inputs: None)
 
 
+@pytest.fixture(params=[False, True], ids=["at once", "by a thread"])
+def writer(request, monkeypatch):
+    """Checkpoints are written at once, as on a CPU, or by a thread, as on a GPU."""
+    monkeypatch.setattr(run_folder, "in_thread", lambda device: request.param)
+
+
 def spoil(monkeypatch, change, calls=None):
     """Replace L_simple by change(L_simple) in these calls of the loss (1, 2, ...; None: all)."""
     real, seen = losses.sa_loss, []
@@ -118,6 +124,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_run_stops_if_no_step_is_finite(precision, monkeypatch, no_grids):
     words = ["--save-every", "2", "--precision", precision, "--steps"]
+    monkeypatch.setattr(run_folder, "in_thread", lambda device: precision == "bf16")
     small(*words, "4")
     good = PATH.read_bytes()
     spoil(monkeypatch, FAULTS["overflow"])
@@ -207,7 +214,7 @@ def full(monkeypatch, until=10**9):
     return calls
 
 
-def test_a_full_disk_does_not_end_a_run(monkeypatch, capsys, no_grids):
+def test_a_full_disk_does_not_end_a_run(monkeypatch, capsys, no_grids, writer):
     calls = full(monkeypatch, until=3)
     assert small("--steps", "8", "--save-every", "2")["step"] == 8
     assert len(calls) == 1 + 4
@@ -215,7 +222,7 @@ def test_a_full_disk_does_not_end_a_run(monkeypatch, capsys, no_grids):
     assert (text.out + text.err).count("warning: checkpoint.pt was not written") == 2
 
 
-def test_a_disk_that_stays_full_ends_it_with_the_last_checkpoint(monkeypatch, no_grids):
+def test_a_disk_that_stays_full_ends_it_with_the_last_checkpoint(monkeypatch, no_grids, writer):
     small("--steps", "2")
     full(monkeypatch)
     with pytest.raises(
@@ -225,6 +232,63 @@ def test_a_disk_that_stays_full_ends_it_with_the_last_checkpoint(monkeypatch, no
     ):
         small("--steps", "6", "--save-every", "2")
     assert checkpoint.load_checkpoint(PATH)["step"] == 2
+
+
+def test_training_goes_on_while_a_thread_writes(monkeypatch, no_grids):
+    """The file holds the step at which it was saved, not the one at which it was written."""
+    monkeypatch.setattr(run_folder, "in_thread", lambda device: True)
+    save, log, later, seen = checkpoint.save_checkpoint, run_folder.RunFolder.log, [], []
+
+    def slow(path, content):
+        until = time.time() + 30
+        while content["step"] == 2 and not later and time.time() < until:
+            time.sleep(0.01)
+        save(path, content)
+        seen.append(checkpoint.load_checkpoint(path))
+
+    def count(self, step, *others):
+        later.extend([step] * (step == 4))
+        log(self, step, *others)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
+    monkeypatch.setattr(run_folder.RunFolder, "log", count)
+    small("--steps", "5", "--save-every", "2")
+    assert later and [saved["step"] for saved in seen] == [2, 4, 5]
+    monkeypatch.undo()
+    monkeypatch.setattr(run_folder.RunFolder, "save_preview", lambda *inputs: None)
+    train.main([*TINY, "--name", "two", "--steps", "2"])
+    two = checkpoint.load_checkpoint("runs/two/checkpoint.pt")
+    for part in ("net", "ema", "optimizer"):
+        assert_close(seen[0][part], two[part], rtol=0, atol=0)
+
+
+def test_a_failing_run_waits_for_the_thread_and_keeps_its_lock(monkeypatch, no_grids):
+    monkeypatch.setattr(run_folder, "in_thread", lambda device: True)
+    save, held = checkpoint.save_checkpoint, []
+
+    def slow(path, content):
+        time.sleep(0.5)
+        with distributed.Distributed(0, 1, 0, torch.device("cpu")) as other:
+            with pytest.raises(ValueError, match="another process is writing to it"):
+                other.lock(path.parent, 0)
+        held.append(content["step"])
+        save(path, content)
+
+    def broken(value):
+        raise OSError("broken")
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
+    spoil(monkeypatch, broken, {4})
+    with pytest.raises(OSError, match="broken"):
+        small("--steps", "9", "--save-every", "3")
+    assert held == [3] and checkpoint.load_checkpoint(PATH)["step"] == 3
+
+
+@pytest.mark.parametrize("minutes, count", [("1e-9", 3), ("0", 1), ("60", 1)])
+def test_a_checkpoint_is_also_written_after_so_many_minutes(minutes, count, capsys, no_grids):
+    small("--steps", "3", "--save-every", "99", "--save-minutes", minutes)
+    text = capsys.readouterr()
+    assert (text.out + text.err).count(": saved ") == count
 
 
 def test_the_start_checks_that_two_checkpoints_fit(monkeypatch):
