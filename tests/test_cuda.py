@@ -18,7 +18,7 @@ from emulated import emulated, waits
 from torch.testing import assert_close
 
 from benchmarks import __main__ as benchmark
-from benchmarks import gpu_check
+from benchmarks import gpu_check, plain
 from benchmarks.__main__ import memory_of
 from config import RECIPES, Config
 from support import (
@@ -231,12 +231,13 @@ def test_a_snapshot_does_not_change_with_the_training():
 def test_bf16_needs_units_for_it(monkeypatch):
     """PyTorch also accepts bf16 on older GPUs, which emulate it slowly."""
     cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
-    )
     with emulated("cuda"):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
         assert precision.autocast_dtype("auto", cuda) == torch.bfloat16
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
+        )
         assert precision.autocast_dtype("auto", cuda) is None
         with pytest.raises(ValueError, match="^--precision bf16: this GPU has no units for it"):
             precision.autocast_dtype("bf16", cuda)
@@ -279,7 +280,7 @@ def test_the_benchmark_gives_a_gpu_enough_work(monkeypatch):
 def test_plain_float32_is_float32_on_a_gpu():
     """cuDNN rounds convolutions to 10 bits unless it may not."""
     torch.backends.cudnn.allow_tf32 = True
-    runpy.run_module("benchmarks.plain", run_name="plain")
+    runpy.run_path(plain.__file__)
     assert torch.backends.cudnn.allow_tf32 is False
 
 
