@@ -43,8 +43,8 @@ def double(tensor):
 
 
 def keep_near(images, device, share=0.25):
-    """A data set's images (N, ...) on the GPU, if they take at most this share of its free memory;
-    else, and on other devices, where they are."""
+    """Move a data set's images (N, ...) to the GPU if they take at most this share of its free
+    memory. Else, and for other devices, they stay on the CPU."""
     if torch.device(device).type != "cuda":
         return images
     fits = images.nbytes < share * torch.cuda.mem_get_info(device)[0]

@@ -153,7 +153,7 @@ class Distributed:
 def init(tf32=True, deterministic=False, timeout=LONG_TIMEOUT, device="auto"):
     """Join the other processes if torchrun started us, and choose the device -> Distributed.
 
-    tf32           let GPUs round float32 products to 10 bits; False where digits count
+    tf32           let GPUs round float32 products to 10 bits; False if digits count
     deterministic  use only algorithms that give the same bits again, slower on GPUs
     timeout        how long a collective call may take; STEP_TIMEOUT in training
     device         auto, cuda, mps or cpu: --device

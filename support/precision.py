@@ -1,6 +1,7 @@
 r"""float32, TF32 or bf16: what the hardware computes in, and networks made fast for inference.
 
     autocast_dtype("auto", device)     bf16 if the hardware has units for it, else None (float32)
+    for_training(net, device, flag)    compiled, or as it is
     for_inference(net, device)         a frozen network as a plain function
 
 Not here: when to use which (the programs' --precision).

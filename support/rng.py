@@ -54,8 +54,8 @@ class SeededNoise:
     """noise(shape) -> (B, ...) float32, where image i depends on its own seed alone. It is drawn on
     the CPU, so that a seed gives the same noise on every device.
 
-    For a GPU, a thread draws the next noise ahead, while the GPU works. Then every call must ask
-    for the same shape."""
+    ahead, the default for a GPU: a thread draws the next noise while the GPU works. Then every call
+    must ask for the same shape."""
 
     def __init__(self, seeds: Sequence[int], device="cpu", ahead=None):
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -64,7 +64,7 @@ class SeededNoise:
         self.pool, self.next = ThreadPoolExecutor(1) if ahead else None, None
 
     def draw(self, shape):
-        """The next noise of every image, where a GPU can fetch it without a wait."""
+        """The next noise of every image, in memory that a GPU reads without a wait."""
         noise = torch.stack([torch.randn(shape[1:], generator=g) for g in self.generators])
         return pinned(noise, self.device)
 

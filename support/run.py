@@ -272,7 +272,7 @@ class RunFolder:
 
 
 def refuse_other_settings(folder, old, new, may_change):
-    """ValueError if a run's settings differ from those asked for, except where they may."""
+    """ValueError if a run's settings differ from those asked for. Those in may_change may."""
     old, new = (json.loads(checkpoint.to_json(settings)) for settings in (old, new))  # no tuples
     changed = [k for k in {**new, **old} if k not in may_change and old.get(k) != new.get(k)]
     if changed:

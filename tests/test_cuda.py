@@ -400,6 +400,10 @@ def test_the_gpu_check_rehearsed_on_a_cpu(tmp_path):
     assert set(gpu_check.PROGRAMS) <= set(found["programs gpu"])
     for side in ("plain fp32 tiny", "eager bf16 tiny", "sample tiny"):
         assert found[side]["images_s"] > 0 and 0 < found[side]["mfu"] < 1
+    graphs, calls = (found[f"{name} tiny"]["ms of a call"] for name in ("small steps", "sample"))
+    assert len(graphs) == 2 and len(calls) == 4, "two precisions, and noise by two ways"
+    pieces = found["pieces"]["ms"]
+    assert len(pieces) == 6 and all(v > 0 for v in (pieces | graphs | calls).values())
 
 
 @pytest.mark.cuda
