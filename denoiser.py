@@ -162,12 +162,12 @@ def zero_based_time(T: int = 1000, share=None) -> Callable[[Tensor], Tensor]:
 def build_denoiser(settings: dict, extra: dict | None = None) -> Denoiser:
     """The Denoiser that a run's settings describe, with a new U-Net; settings are attached.
 
-    settings: Config.settings(), the flat dict of config.json. extra: what a checkpoint holds
-    besides the weights (the first stage of latent diffusion). KeyError, ValueError, TypeError:
-    settings that do not describe a denoiser.
+    settings: Config.settings(), as in config.json. extra: what a checkpoint holds besides weights
+    (latent diffusion's first stage). KeyError, ValueError, TypeError: they describe no denoiser.
     """
     schedule = schedules.make_schedule(settings["schedule"], settings["T"], settings["continuous"],
-                                       settings["unet"]["image_size"])
+                                       settings["unet"]["image_size"],
+                                       settings.get("betas") or (1e-4, 0.02))
     time_input = None
     if settings["etsdm"]:
         time_input = etsdm.make_time_input(settings["etsdm_interval"], settings["etsdm_n"])

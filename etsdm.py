@@ -13,7 +13,7 @@ the network receives the time at which the current part begins (algorithms A1, A
        80 |        __        interval = 100, n = 5: the network receives 0 for all t = 0..19, then
        60 |      __          20 for all t = 20..39, and so on. Inside a part its slope in t is
        40 |    __            exactly 0. The price is an error that falls like 1/n (theorem 4.1).
-       20 |  __
+       20 |  __              Steps are 1..T, so the first part has 19 (programs from 0: 20).
         0 |__________ t
 
 This module never touches x, and no sampler or loss depends on it: a time input is a value that the

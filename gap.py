@@ -25,7 +25,7 @@ distance from that image to the one that was generated instead. So this is repor
 
 The authors' released measurement has ᾱ_{t−2} in the coefficient of G_t where the DDPM posterior has
 ᾱ_{t−1}, which makes the gap about half as large (test_theory.py compares both with two real runs);
-leaves out the first step; has the other sign; and returns the mean as a map, without an interval.
+leaves out the first step; has the other sign; and returns a map, averaged over channels, only.
 
 Not here: training with what it measures (losses.py), or theorem 2, ‖Σ w_t‖² <= N/k² Σ‖W_s‖² <=
 N Σ‖w_t‖² (tests/test_theory.py).

@@ -5,8 +5,10 @@ r"""Training losses: DDPM's, SA-DPM's for any k, EDM's.
 
 Why a second term: the error at the end of a sampling run is a weighted *sum* of the errors of its
 steps, Σ_t τ_t r(t), with weights τ_t that follow from the schedule (theorem 1). L_simple makes
-every r(t) small, but neighbours may still add up. L_SA measures the mean of k neighbours, and
-bounds the total more tightly (theorem 2).
+every r(t) small, but neighbours may still add up. L_SA measures the mean of k neighbours. Theorem 2
+bounds the total more tightly by such means, but not by this loss: its errors are those of one
+sampling run and carry the weights τ_t. Those here, as in the authors' program, are of fresh x_t
+with independent noises, and have no weights.
 
 ε*, the ideal network, does not minimise L_SA. The paper does not mention this. The k noises are
 independent, but x_0 is the same. So the error from x_0 adds up over the k steps, and the error from

@@ -51,9 +51,9 @@ class SampleConfig(samplers.SamplerConfig):  # --sampler, --nfe, --spacing, --et
     description: ClassVar[str] = "Make pictures with a trained run: numbered PNGs and a grid."
     examples: ClassVar[str] = """\
   python sample.py
-      64 pictures from the newest run under runs/, by DDIM in 50 network calls
-  python sample.py shapes-tiny-sa2 --sampler ddpm --nfe 200
-      DDPM's ancestral sampling, 200 calls
+      64 pictures from the newest run under runs/, by DDPM in 50 network calls
+  python sample.py shapes-tiny-sa2 --sampler ddim --nfe 20
+      DDIM: no fresh noise, so a picture changes little with the number of calls
   python sample.py shapes-tiny-sa2 --sampler dpm-solver --order 3 --nfe 20 --spacing logsnr
       the fast solver of E-TSDM's table 3
   python sample.py cifar10-cifar10-sa2 --precision bf16 --compile -n 10000

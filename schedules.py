@@ -104,7 +104,7 @@ def make_schedule(name: str, T: int = 1000, continuous: bool = False, image_size
     if int(T) != T or T < 2:
         raise ValueError(f"T must be a whole number of steps, at least 2, not {T}")
     if not 0 < betas[0] < betas[1]:
-        raise ValueError(f"betas must rise from above 0, not from {betas[0]} to {betas[1]}")
+        raise ValueError(f"--betas must rise from above 0, not from {betas[0]} to {betas[1]}")
     T = int(T)
     if name == "edm":
         return Schedule(name, T, True, *edm_form(T), variance_exploding=True)
@@ -127,7 +127,7 @@ def discrete_form(name, T, image_size, betas):
     elif name in ("linear", "zero-terminal-snr"):
         log_ab = log_product(torch.linspace(low, high, T, dtype=torch.float64))
         log_ab = zero_terminal(log_ab) if name == "zero-terminal-snr" else log_ab
-    elif name == "linear-mns":  # β_t = β_T t/T
+    elif name == "linear-mns":  # β_t = β_T t/T; the paper's begins with β_1 = 0
         log_ab = log_product(high * u[1:])
     else:
         root = torch.linspace(math.sqrt(low), math.sqrt(high), T, dtype=torch.float64)
@@ -235,8 +235,8 @@ def cosine_continuous(offset, floor=-20.0):
 
 def cosine_shift(u, image_size, limit=15.0):
     """log SNR = −2 log tan(πu/2) + 2 log(64/image_size), within ±limit; ᾱ(0) = 1 all the same
-    (simple diffusion, Hoogeboom 2023). Adjacent pixels of a large image average noise away, so it
-    needs more. A side of 64 gives the plain cosine."""
+    (Hoogeboom 2023, where t is mapped to a range of angles instead of this cut). Adjacent pixels of
+    a large image average noise away, so it needs more."""
     log_snr = -2 * torch.log(torch.tan(math.pi * u / 2).abs()) + 2 * math.log(64 / image_size)
     log_ab = -torch.logaddexp(-log_snr.clamp(-limit, limit), torch.zeros_like(u))
     return torch.where(u > 0, log_ab, torch.zeros_like(u))

@@ -170,7 +170,8 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
 @torch.no_grad()
 def update_ema(averages: list, values: list, decay, updates):
     """average ← d average + (1 − d) value,  d = min(decay, (1 + n)/(10 + n)) after n updates:
-    without this warm-up, decay 0.9999 leaves 90 % of the random start after a thousand steps."""
+    without this warm-up, which neither paper has, decay 0.9999 leaves 90 % of the random start
+    after a thousand steps."""
     torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + updates) / (10 + updates)))
 
 

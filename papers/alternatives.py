@@ -12,6 +12,9 @@ DDPM-r penalises the slope in t: one x_t, with two time inputs,
 
     L_slope = E‖net(x_t, f(t)) − net(x_t, f(t'))‖²/(t − t')²,   t' = t + 1          --lipschitz-reg
 
+The paper names only K(t, t') as its penalty: the square, the mean over pixels and the weights are
+our choice.
+
 SA-reuse (ours): the k noise levels that SA-k computes for an image all serve L_simple too.
 
     python -m papers.alternatives --remap sqrt --train-times remap

@@ -184,11 +184,12 @@ def conv(c_in, c_out):
 
 # ------------------------------------------------------------------ train
 
-DENOISER_FIELDS = ("preset", "schedule", "continuous", "prediction", "etsdm", "etsdm_interval",
-                   "etsdm_n", "dropout", "sa_k", "sa_weight", "loss_space", "train_times",
-                   "recompute", "init")
+DENOISER_FIELDS = ("preset", "schedule", "continuous", "betas", "prediction", "etsdm",
+                   "etsdm_interval", "etsdm_n", "dropout", "sa_k", "sa_weight", "loss_space",
+                   "train_times", "recompute", "init")
 RECIPE = dict(batch_size=64, images=256_000, lr=2e-3, beta2=0.99, ema=0.995, grad_clip=1.0,
-              warmup=100, flip=False, sample_every=1000, save_every=500)
+              warmup=100, flip=False, sample_every=1000, save_every=500, optimizer="adam",
+              lr_decay="none")
 
 
 @dataclass
@@ -196,6 +197,7 @@ class AutoencoderConfig(Config):
     downsamplings: int = flag(2, "the latents' side is the image's, halved so often",
                               group="autoencoder")
     latent_channels: int = flag(4, "numbers per latent position")
+    width: int = flag(32, "channels at the images' size: a multiple of 8")
     kl_weight: float = flag(1e-4, "weight of the latents' distance from normal noise")
 
     unused: ClassVar[tuple] = DENOISER_FIELDS
@@ -217,6 +219,7 @@ class AutoencoderConfig(Config):
     def check(self):
         super().check()
         require(self, "latent_channels", self.latent_channels >= 1, "must be at least 1")
+        require(self, "width", self.width > 0 and self.width % 8 == 0, "must be a multiple of 8")
         require(self, "kl_weight", 0 <= self.kl_weight < float("inf"), "must be 0 or more")
 
     def check_divisible(self):
@@ -227,7 +230,7 @@ class AutoencoderConfig(Config):
 
     def size(self):
         """The arguments of Autoencoder."""
-        return dict(image_size=self.image_size, channels=self.channels,
+        return dict(image_size=self.image_size, channels=self.channels, width=self.width,
                     mult=(1,) + (2,) * self.downsamplings, latent_channels=self.latent_channels)
 
     def settings(self):

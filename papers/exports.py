@@ -90,7 +90,7 @@ def export_diffusers(run, folder):
         raise ValueError(f"{run}: no UNet2DModel has these widths and heads")
     if folder.exists():
         raise FileExistsError(f"--to diffusers {folder}: it exists already. Choose another name")
-    betas = schedule_betas(denoiser.schedule)
+    betas = schedule_betas(denoiser.schedule, settings.get("betas"))
     (folder / "unet").mkdir(parents=True)
     (folder / "scheduler").mkdir()
     state = to_diffusers(denoiser.net.state_dict(), size, settings.get("imported"))
@@ -114,12 +114,12 @@ def export_diffusers(run, folder):
         files.write_text(folder / name, json.dumps(content, indent=2) + "\n")
 
 
-def schedule_betas(schedule):
-    """The noise schedule, as entries of scheduler_config.json."""
+def schedule_betas(schedule, ends=None):
+    """The noise schedule, as entries of scheduler_config.json. ends: --betas, if given."""
     ratio = schedule.alpha_bar(torch.arange(1, schedule.T + 1).double())
     ratio[1:] = ratio[1:] / ratio[:-1].clone()
     known = {v: k for k, v in SCHEDULES.items()}.get(schedule.name)
-    if known and schedule.T == 1000 and not schedule.continuous:
+    if known and not ends and schedule.T == 1000 and not schedule.continuous:
         return dict(beta_schedule=known, beta_start=1e-4, beta_end=0.02)
     return dict(trained_betas=(1 - ratio).tolist())
 

@@ -3,9 +3,10 @@ r"""Figures that need no run: the noise schedules, and errors that add up or can
     python -m papers.figures schedules        # schedules.png
     python -m papers.figures illustration     # illustration.png and .csv: SA-DPM's figure 1
 
-The schedules, in three panels: log SNR of the tables; the SNR of Modified-NS over that of the
-originals (E-TSDM, figure A9); dσ/dt of the continuous forms towards t = 0. It goes to infinity for
-the schedules that E-TSDM is for (theorem 3.1).
+The schedules, in four panels: log SNR of the tables; the SNR of Modified-NS over that of the
+originals, and the SNR that remaps of time see if f(t) is uniform (E-TSDM, figures A8 and A9); dσ/dt
+of the continuous forms towards t = 0. It goes to infinity for the schedules that E-TSDM is for
+(theorem 3.1).
 
 The illustration: DDIM in one dimension, with networks that are wrong by the same amount at every
 step, one always to the same side, one by turns.
@@ -24,6 +25,7 @@ import torch
 import samplers
 import toy
 from denoiser import Denoiser
+from papers.alternatives import REMAPS, unremap
 from schedules import SCHEDULES, make_schedule
 from support import files, measure
 from support.cli import flag, parse_into
@@ -54,8 +56,8 @@ class FiguresConfig:
 
 
 def plot_schedules(figure, T: int = 1000) -> None:
-    """Draw the three panels on a matplotlib figure."""
-    snr, ratio, slope = figure.subplots(1, 3)
+    """Draw the four panels on a matplotlib figure."""
+    snr, ratio, remaps, slope = figure.subplots(1, 4)
     t = torch.arange(1, T + 1, dtype=torch.float64)
     near = torch.logspace(-4, 2, 121, dtype=torch.float64, requires_grad=True)
     for name in SCHEDULES:
@@ -73,13 +75,18 @@ def plot_schedules(figure, T: int = 1000) -> None:
         gradient = torch.autograd.grad(sigma.sum(), near)[0]
         rises = gradient > 0  # cosine-shift is constant below t = 0.7, where log SNR is cut at 15
         slope.plot(near.detach()[rises], gradient[rises], STYLES[name], **look)
+    for name, style in zip(("f(t) = t", *REMAPS), ("k-", "C0--", "C1-."), strict=True):
+        times = unremap(t, name, T) if name in REMAPS else t
+        remaps.plot(t, 2 * make_schedule("linear", T).lam(times), style, lw=1.2, label=name)
+    remaps.set(xlabel="f(t), uniform in training or sampling", ylabel="log SNR = 2λ at that t",
+               title="Remaps of the linear schedule")
     snr.set(xlabel="t (steps)", ylabel="log SNR = 2λ", title="Tables: signal-to-noise ratio")
     ratio.axhline(1, color="0.7", lw=0.6, zorder=0)
     ratio.set(xlabel="t (steps, log scale)", ylabel="SNR modified / SNR original (log scale)",
               xscale="log", yscale="log", title="Tables: Modified-NS against the originals")
     slope.set(xlabel="t (steps, log scale)", ylabel="dσ/dt (per step, log scale)", xscale="log",
               yscale="log", title="Continuous forms: dσ/dt towards t = 0")
-    for axes in (snr, ratio, slope):
+    for axes in (snr, ratio, remaps, slope):
         axes.legend(fontsize=8)
 
 
@@ -120,7 +127,7 @@ def main(argv=None):
         figure = files.figure(figsize=(10, 3.8), layout="constrained")
         measure.save_measurement(config.out, figure, plot_illustration(figure))
     else:
-        figure = files.figure(figsize=(16, 5), layout="constrained")
+        figure = files.figure(figsize=(21, 5), layout="constrained")
         plot_schedules(figure)
         files.save_figure(config.out, figure, 100)
         print(f"figure: {config.out.resolve()}")

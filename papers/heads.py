@@ -36,7 +36,7 @@ TINY_RECIPE = dict(batch_size=64, images=128_000, lr=1e-3, beta2=0.99, ema=0.995
                    warmup=0, sample_every=1000, save_every=500)
 # The head's loss has one term, over all t alike, as in both papers' programs.
 PLAIN = dict(sa_k=1, sa_weight=0.0, train_times="uniform", recompute=False, dropout=0.0,
-             init="")
+             init="", optimizer="adam", lr_decay="none")
 
 
 def head_loss(denoiser, x0, t, noise, kind):

@@ -2,6 +2,7 @@ r"""Super-resolution: a diffusion model whose network also sees the small image,
 
     python -m papers.superres train --factor 4 --data photos/ --image-size 64 --preset celeba64
     python -m papers.superres enlarge RUN small/        # writes large images next to comparisons
+    python -m papers.superres colour OUT/ OUT-original/       # how far the colours have drifted
 
 E-TSDM's super-resolution is from 64 to 256 pixels: the known image is the mean over each factor x
 factor block, enlarged by bicubic interpolation and given to the network as further input channels.
@@ -16,14 +17,17 @@ B images, C channels, H = W their side in pixels; images in [-1, 1].
 import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
 
 import hashlib
+import json
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import sample
@@ -248,17 +252,59 @@ def write_grid(folder, inputs, num):
     files.save_png(folder.beside(".png"), grid(torch.stack(parts, dim=1).flatten(0, 1), columns))
 
 
+# ------------------------------------------------------------------ colour
+
+@dataclass
+class ColourConfig:
+    images: tuple[str, ...] = flag((), "the folder of enlarged images, and that of the originals",
+                                   positional="RESULTS ORIGINALS", nargs="+")
+    json: bool = flag(False, "print one JSON object instead")
+
+    prog: ClassVar[str] = "papers.superres colour"
+    usage: ClassVar[str] = "python -m papers.superres colour RESULTS ORIGINALS [--json]"
+    description: ClassVar[str] = ("How far the mean colour of enlarged images is from that of the "
+                                  "originals: E-TSDM's section 5.5 sees such a bias.")
+
+    def check(self):
+        if len(self.images) != 2:
+            raise ValueError(f"RESULTS ORIGINALS: give two folders, not {len(self.images)}")
+
+
+def colour_bias(results, originals):
+    """Two folders of PNGs of the same names -> (mean over images and channels of |mean over pixels
+    of result − original|, number of images), in levels of 0 to 255. A mean over pixels: enlarging
+    must not move it, since the small image determines it. ValueError: they are not pairs."""
+    names = sorted(path.name for path in Path(results).glob("*.png"))
+    if not names or names != sorted(path.name for path in Path(originals).glob("*.png")):
+        raise ValueError(f"RESULTS {results}: it must hold PNGs with the names of those in "
+                         f"{originals}")
+    shifts = [np.subtract(*(np.asarray(Image.open(Path(folder) / name), dtype=float)
+                            for folder in (results, originals))).mean((0, 1)) for name in names]
+    return float(np.abs(shifts).mean()), len(names)
+
+
+def colour(argv=None):
+    """The program `colour`."""
+    config = parse_into(ColourConfig, argv)
+    value, n = colour_bias(*config.images)
+    print(json.dumps(dict(metric="colour bias", value=value)) if config.json else
+          f"colour bias {value:.3f} of 255 levels | {n:,} pairs of images")
+
+
 def main(argv=None):
     command, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if command == "train":
         train.main(rest, SuperResObjective, SuperResConfig)
     elif command == "enlarge":
         enlarge(rest)
+    elif command == "colour":
+        colour(rest)
     elif command in ("-h", "--help"):
         print("python -m papers.superres train [flags]\n"
-              "python -m papers.superres enlarge RUN IMAGES [flags]\n\nEach has --help.")
+              "python -m papers.superres enlarge RUN IMAGES [flags]\n"
+              "python -m papers.superres colour RESULTS ORIGINALS\n\nEach has --help.")
     else:
-        raise ValueError(f"{command}: the programs are train and enlarge")
+        raise ValueError(f"{command}: the programs are train, enlarge and colour")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,11 @@ DATA = ROOT / "tests" / "data"  # reference numbers: see the README.md there
 sys.path.insert(0, str(ROOT))
 # For programs that run in a temporary folder: `python -m papers...` finds the project.
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+# For runs of a few steps, which longer ones continue: no decay to the end of the first. (Muon and
+# the decays: test_optimizers.py.)
+ADAM = "--optimizer adam --lr 0.002 --lr-decay none".split()
 # The flags of the smallest run that goes through everything.
-TINY = "--image-size 8 --batch-size 4 --precision fp32 --sample-every 1000".split()
+TINY = "--image-size 8 --batch-size 4 --precision fp32 --sample-every 1000".split() + ADAM
 
 
 def run_program(*words, cwd, status=0):
@@ -59,6 +62,37 @@ def message_of(info):
     return str(info.value)
 
 
+def refused(match, function, *inputs, **options):
+    """function(...) must raise an error of one line that matches -> the error."""
+    with pytest.raises((ValueError, OSError), match=match) as info:
+        function(*inputs, **options)
+    message_of(info)
+    return info.value
+
+
+def saved(name="small"):
+    """The checkpoint of a run in this folder."""
+    from support import checkpoint
+
+    return checkpoint.load_checkpoint(f"runs/{name}/checkpoint.pt")
+
+
+def small(*flags, name="small"):
+    """Train the smallest run, in this folder -> its checkpoint."""
+    import train
+
+    train.main([*TINY, "--name", name, *flags])
+    return saved(name)
+
+
+def assert_same(one, two):
+    """Two checkpoints have the same bits."""
+    import torch
+
+    for key in ("net", "ema", "optimizer"):
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
+
+
 def pytest_collection_modifyitems(items):
     if os.environ.get("CUDA_TESTS"):
         return
@@ -76,6 +110,19 @@ def own_index(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(
         readers, "index_path", lambda source: str(folder / os.path.basename(real(source)))
     )
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """In an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def no_grids(monkeypatch):
+    """They take longer than the steps of a small run."""
+    monkeypatch.setattr("support.run.RunFolder.save_preview", lambda *inputs: None)
 
 
 @pytest.fixture
@@ -101,7 +148,7 @@ def gold():
     return SimpleNamespace(numbers=numbers, size=size, state=state, x=x)
 
 
-SMALL = ["--batch-size", "4", "--precision", "fp32", "--steps", "2"]  # a training of a second
+SMALL = "--batch-size 4 --precision fp32 --steps 2".split() + ADAM  # a training of a second
 SYSTEMS = dict(  # finished runs of 2 steps, by the programs that make them; data: shapes
     plain=("train", "--image-size 8"),
     base=("train", "--image-size 8 --etsdm --schedule linear --dropout 0.3"),

@@ -14,52 +14,25 @@ import torch
 PATH = Path(__file__).parent / "data" / "unet_diffusers.json"
 # config.json as diffusers writes it, of google/ddpm-cifar10-32 but for the width; and a network in
 # which everything is otherwise
-GOOGLE = {
-    "_class_name": "UNet2DModel",
-    "_diffusers_version": "0.0.4",
-    "act_fn": "silu",
-    "attention_head_dim": None,
-    "block_out_channels": [32, 64, 64, 64],
-    "center_input_sample": False,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "in_channels": 3,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-06,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "sample_size": 32,
-    "time_embedding_type": "positional",
-    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-}
-OTHER = {
-    "_class_name": "UNet2DModel",
-    "sample_size": 16,
-    "block_out_channels": [16, 32],
-    "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
-    "downsample_type": "resnet",
-    "upsample_type": "resnet",
-    "resnet_time_scale_shift": "scale_shift",
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "attn_norm_num_groups": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-}
-SCHEDULER = {
-    "_class_name": "DDPMScheduler",
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "beta_start": 0.0001,
-    "clip_sample": True,
-    "num_train_timesteps": 1000,
-    "trained_betas": None,
-    "variance_type": "fixed_large",
-}
+GOOGLE = dict(_class_name="UNet2DModel", _diffusers_version="0.0.4", sample_size=32)
+GOOGLE |= dict(
+    in_channels=3, out_channels=3, layers_per_block=2, block_out_channels=[32, 64, 64, 64]
+)
+GOOGLE |= dict(act_fn="silu", attention_head_dim=None, center_input_sample=False)
+GOOGLE |= dict(norm_eps=1e-06, norm_num_groups=32, mid_block_scale_factor=1, downsample_padding=0)
+GOOGLE |= dict(time_embedding_type="positional", flip_sin_to_cos=False, freq_shift=1)
+GOOGLE["down_block_types"] = "DownBlock2D AttnDownBlock2D DownBlock2D DownBlock2D".split()
+GOOGLE["up_block_types"] = "UpBlock2D UpBlock2D AttnUpBlock2D UpBlock2D".split()
+OTHER = dict(_class_name="UNet2DModel", sample_size=16, in_channels=1, out_channels=1)
+OTHER |= dict(
+    block_out_channels=[16, 32], layers_per_block=1, resnet_time_scale_shift="scale_shift"
+)
+OTHER |= dict(down_block_types=["ResnetDownsampleBlock2D", "AttnDownBlock2D"])
+OTHER |= dict(up_block_types=["AttnUpBlock2D", "ResnetUpsampleBlock2D"], downsample_type="resnet")
+OTHER |= dict(upsample_type="resnet", norm_num_groups=8, attn_norm_num_groups=8)
+SCHEDULER = dict(_class_name="DDPMScheduler", beta_schedule="linear", beta_start=0.0001)
+SCHEDULER |= dict(beta_end=0.02, clip_sample=True, num_train_timesteps=1000, trained_betas=None)
+SCHEDULER |= dict(variance_type="fixed_large")
 CONFIGS = {"google": GOOGLE, "other": OTHER}
 TIMESTEPS = [0, 1, 500, 999]
 

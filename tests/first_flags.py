@@ -5,37 +5,33 @@ from first_flags import today, LOST_VALUES
 A flag keeps its name and its program's heir, unless MOVED or LOST says otherwise.
 """
 
-HEIR = {
-    "train": "train.py",
-    "sample": "sample.py",
-    "metrics": "metrics.py",
-    "lipschitz": "lipschitz.py",
-    "gap": "gap.py",
-    "covariance": "papers.covariance",
-    "classifier": "papers.classifier",
-    "benchmark": "benchmarks",
-    "experiments": "papers.experiments",
-    "schedules": "papers.figures",
-}
-# (program, flag) of the first version: (program, flag) of today. No dashes: a positional argument.
-MOVED = {
-    ("train", "--factor"): ("papers.superres train", "--factor"),
-    ("train", "--latent"): ("papers.latents", "latent"),
-    ("train", "--halvings"): ("papers.autoencoder train", "--downsamplings"),
-    ("train", "--latent-channels"): ("papers.autoencoder train", "--latent-channels"),
-    ("train", "--kl-weight"): ("papers.autoencoder train", "--kl-weight"),
-    ("train", "--head"): ("papers.heads", "head"),
-    ("train", "--from"): ("papers.heads", "trunk"),
-    ("train", "--head-size"): ("papers.heads", "--head-size"),
-    ("train", "--remap"): ("papers.alternatives", "--remap"),
-    ("train", "--train-times"): ("papers.alternatives", "--train-times"),  # remap; others: train.py
-    ("train", "--sa-reuse"): ("papers.alternatives", "--sa-reuse"),
-    ("train", "--lipschitz-reg"): ("papers.alternatives", "--lipschitz-reg"),
-    ("gap", "--illustrate"): ("papers.figures", "figure"),  # illustration
-    ("sample", "--low-res"): ("papers.superres enlarge", "low_res"),
-    ("sample", "--guided-diffusion"): ("papers.checkpoints", "file"),
-    ("sample", "--schedule"): ("papers.checkpoints", "--schedule"),
-}
+import re
+
+HEIR = {p: f"{p}.py" for p in ("train", "sample", "metrics", "lipschitz", "gap")}
+HEIR |= {p: f"papers.{p}" for p in ("covariance", "classifier", "experiments")}
+HEIR |= dict(benchmark="benchmarks", schedules="papers.figures")
+# A program of the first version, its flag, the program of today, and, if it is not the same, the
+# flag of today. No dashes: a positional argument.
+TABLE = """
+train  --factor            papers.superres train
+train  --latent            papers.latents  latent
+train  --halvings          papers.autoencoder train  --downsamplings
+train  --latent-channels   papers.autoencoder train
+train  --kl-weight         papers.autoencoder train
+train  --head              papers.heads  head
+train  --from              papers.heads  trunk
+train  --head-size         papers.heads
+train  --remap             papers.alternatives
+train  --train-times       papers.alternatives
+train  --sa-reuse          papers.alternatives
+train  --lipschitz-reg     papers.alternatives
+gap  --illustrate          papers.figures  figure
+sample  --low-res          papers.superres enlarge  low_res
+sample  --guided-diffusion  papers.checkpoints  file
+sample  --schedule         papers.checkpoints
+"""
+ROWS = [re.split("  +", row) for row in TABLE.strip().splitlines()]
+MOVED = {(row[0], row[1]): (row[2], row[-1] if len(row) > 3 else row[1]) for row in ROWS}
 LOST = {
     ("sample", "--preset"): "papers.checkpoints works the sizes out from the keys",
     ("train", "--task"): "each task is a program: papers.superres train, papers.autoencoder train",

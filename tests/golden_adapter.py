@@ -70,13 +70,8 @@ def begin(case, base=None, saved=None):
 
 
 def contents(run):
-    return dict(
-        settings=run.config.settings(),
-        processes=1,
-        dataset=len(run.dataset),
-        digest=run.dataset.digest,
-        **run.state.state_dict(),
-    )
+    data = dict(processes=1, dataset=len(run.dataset), digest=run.dataset.digest)
+    return dict(settings=run.config.settings(), **data, **run.state.state_dict())
 
 
 def save(run):
@@ -91,9 +86,8 @@ def steps(run, n):
     """n steps -> [(loss, *terms, gradient norm)]."""
     config, state = run.config, run.state
     dist = distributed.Distributed(0, 1, 0, torch.device("cpu"))
-    stream = data.batches(
-        run.dataset, config.batch_size, state.step * config.batch_size, config.seed
-    )
+    size = config.batch_size
+    stream = data.batches(run.dataset, size, state.step * size, config.seed)
     return [train.train_step(state, state.net, next(stream), config, dist, None) for _ in range(n)]
 
 
@@ -152,16 +146,9 @@ def draw(run, case, n, gamma=None):
 # ------------------------------------------------------------------ measurements
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    return metrics.frechet_distance(mu1, sigma1, mu2, sigma2)
-
-
-def inception_score(logits):
-    return metrics.inception_score(logits)
-
-
-def psnr(a, b):
-    return metrics.psnr(a, b).tolist()
+frechet_distance = metrics.frechet_distance
+inception_score = metrics.inception_score
+psnr = metrics.psnr
 
 
 def lipschitz_constants(run, ts, dt):

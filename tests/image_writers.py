@@ -50,11 +50,11 @@ def folder_of(path, count=6, size=8):
 
 
 def zip_of(folder):
-    """A zip of a folder's files, next to it -> its path."""
+    """A zip of a folder, next to it -> its path."""
     path = folder.with_suffix(".zip")
     with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.iterdir()):
-            archive.write(file, file.name)
+        for file in sorted(folder.rglob("*.*")):
+            archive.write(file, file.relative_to(folder))
     return path
 
 
@@ -78,39 +78,26 @@ UPRIGHT = {
 
 # A batch as Python 2 wrote it: protocol 2, byte strings, numpy.core. Row 0 is 0 1 2 ... 255 0 ...
 def cifar_pickle(rows):
-    def text(s):
-        return b"U" + bytes([len(s)]) + s
-
-    return (
-        b"\x80\x02}(" + text(b"data") + b"cnumpy.core.multiarray\n_reconstruct\n"
-        b"cnumpy\nndarray\nK\0\x85"
-        + text(b"b")
-        + b"\x87R(K\x01K"
-        + bytes([len(rows)])
-        + b"M\0\x0c\x86cnumpy\ndtype\n"
-        + text(b"u1")
-        + b"K\0K\x01\x87R(K\x03"
-        + text(b"|")
-        + b"NNN"
-        + b"J\xff\xff\xff\xff" * 2
-        + b"K\0tb\x89"
-        + b"T"
-        + struct.pack("<I", rows.size)
-        + rows.tobytes()
-        + b"tb"
-        + text(b"labels")
-        + b"]u."
-    )
+    text = lambda s: b"U" + bytes([len(s)]) + s  # noqa: E731
+    head = b"\x80\x02}(" + text(b"data") + b"cnumpy.core.multiarray\n_reconstruct\n"
+    head += b"cnumpy\nndarray\nK\0\x85" + text(b"b") + b"\x87R(K\x01K" + bytes([len(rows)])
+    head += b"M\0\x0c\x86cnumpy\ndtype\n" + text(b"u1") + b"K\0K\x01\x87R(K\x03"
+    head += text(b"|") + b"NNN" + b"J\xff\xff\xff\xff" * 2 + b"K\0tb\x89T"
+    return head + struct.pack("<I", rows.size) + rows.tobytes() + b"tb" + text(b"labels") + b"]u."
 
 
-def cifar_files(binary, rows):
-    """(name, content) of the five batches of two images: uint8 rows (10, 3072)."""
+def cifar_files(binary, rows, labels=None):
+    """(name, content) of the five batches of two images: uint8 rows (10, 3072). Without labels, as
+    Python 2 wrote them."""
     for i in range(5):
-        part = rows[2 * i : 2 * i + 2]
+        part, y = rows[2 * i : 2 * i + 2], (labels or [7] * 10)[2 * i : 2 * i + 2]
         if binary:
-            yield f"data_batch_{i + 1}.bin", b"".join(b"\x07" + row.tobytes() for row in part)
+            content = b"".join(bytes([k]) + row.tobytes() for k, row in zip(y, part, strict=True))
+        elif labels or not i:
+            content = pickle.dumps({b"data": part} | ({b"labels": y} if labels else {}))
         else:
-            yield f"data_batch_{i + 1}", cifar_pickle(part) if i else pickle.dumps({b"data": part})
+            content = cifar_pickle(part)
+        yield f"data_batch_{i + 1}" + ".bin" * binary, content
 
 
 def tar_of(path, members, mode="w:gz"):
@@ -129,25 +116,6 @@ def tar_of(path, members, mode="w:gz"):
 # ------------------------------------------------------------------ TIFF, BMP, PNG
 
 
-def packbits(raw):
-    """PackBits without any run: pieces of up to 128 bytes, each after its length - 1."""
-    return b"".join(
-        bytes([len(raw[i : i + 128]) - 1]) + raw[i : i + 128] for i in range(0, len(raw), 128)
-    )
-
-
-def lzw(raw):
-    """LZW without any repetition: cleared (code 256) before codes would need more than 9 bits."""
-    codes = []
-    for i in range(0, len(raw), 250):
-        codes += [256, *raw[i : i + 250]]
-    bits = "".join(f"{code:09b}" for code in [*codes, 257])
-    return int(bits + "0" * (-len(bits) % 8), 2).to_bytes(-(-len(bits) // 8), "big")
-
-
-COMPRESS = {1: bytes, 5: lzw, 8: zlib.compress, 32773: packbits}  # by the number in the TIFF
-
-
 def tiff(
     pixels,
     white=None,
@@ -164,7 +132,7 @@ def tiff(
 
     white: the photometric interpretation; extra: the kinds of the extra samples (0 unspecified, 1
     premultiplied alpha, 2 alpha); bits: of a sample, if `pixels` are bytes of several (in strips
-    only); more: further tags (number, type, values).
+    only); more: further tags (number, type, values); compression: 1 none, 8 deflate.
     """
     height, width, samples = pixels.shape
     if white is None:
@@ -180,7 +148,7 @@ def tiff(
                 if predictor:  # differences along the row, modulo 2^bits
                     piece = np.diff(piece, axis=1, prepend=np.zeros_like(piece[:, :1]))
                 raw = piece.astype(piece.dtype.newbyteorder(order)).tobytes()
-                pieces.append(COMPRESS[compression](raw))
+                pieces.append(zlib.compress(raw) if compression == 8 else raw)
     start, offsets = 8, []
     for piece in pieces:
         offsets.append(start)

@@ -89,7 +89,7 @@ def scores():
     return dict(
         frechet_distance=distances,
         inception_score=[*adapter.inception_score(logits), *adapter.inception_score(logits / 4)],
-        psnr=adapter.psnr(*(u8[:6] for u8 in images)),
+        psnr=adapter.psnr(*(u8[:6] for u8 in images)).tolist(),
     )
 
 
@@ -100,9 +100,8 @@ def measurements():
         run = trained(case["run"])[0]
         found[f"lipschitz {name}"] = adapter.lipschitz_constants(run, case["ts"], case["dt"])
     case = cases.PERTURBED
-    found["displacements"] = adapter.displacements(
-        trained(case["run"])[0], case["scales"], case["t"]
-    )
+    run = trained(case["run"])[0]
+    found["displacements"] = adapter.displacements(run, case["scales"], case["t"])
     for name, continuous in cases.WEIGHT_SCHEDULES:
         tau = adapter.gap_weights(name, continuous)
         found[f"gap weights {name}"] = [sum(tau), *tau[:5], *tau[5::199]]

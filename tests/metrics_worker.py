@@ -33,35 +33,22 @@ def load(path=None, device="cpu"):
     return Small().to(device), "5" * 64
 
 
-class Means(torch.nn.Module):
+def means(x):
     """The mean of each channel: (N, 3)."""
-
-    def forward(self, x):
-        return x.mean((2, 3))
+    return x.mean((2, 3))
 
 
-class Maps(torch.nn.Module):
-    """Means of the four quarters: (N, 3, 2, 2), to be flattened."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 3, 4, stride=4, bias=False)
-        self.conv.weight.data[:] = torch.eye(3)[:, :, None, None] / 16
-
-    def forward(self, x):
-        return self.conv(x)
+def maps(x):
+    """Means of the four quarters of images of 8x8: (N, 3, 2, 2), to be flattened."""
+    return torch.nn.functional.avg_pool2d(x, 4)
 
 
-def export(path, net, size=8, channels=3, dynamic="NHW"):
+def export(path, forward, size=8, channels=3, dynamic="NHW"):
     """Save a network for images of this size; the axes in `dynamic` may have any length."""
-    axes = {
-        axis: torch.export.Dim(name)
-        for axis, name in zip((0, 2, 3), "NHW", strict=True)
-        if name in dynamic
-    }
-    x = torch.zeros(4, channels, size, size)
-    program = torch.export.export(net.eval(), (x,), dynamic_shapes=(axes,))
-    torch.export.save(program, path)
+    net = type("Net", (torch.nn.Module,), dict(forward=staticmethod(forward)))()
+    axes = {axis: torch.export.Dim(n) for axis, n in ((0, "N"), (2, "H"), (3, "W")) if n in dynamic}
+    images = torch.zeros(4, channels, size, size)
+    torch.export.save(torch.export.export(net, (images,), dynamic_shapes=(axes,)), path)
 
 
 if __name__ == "__main__":

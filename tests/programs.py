@@ -1,7 +1,9 @@
 """Every program of the project: what one types, and the dataclass of its flags.
 
-from programs import PROGRAMS, find_program, parse
+from programs import PROGRAMS, find_program, main_of, parse
 """
+
+import importlib
 
 import config
 import gap
@@ -19,6 +21,7 @@ from papers import (
     experiments,
     figures,
     heads,
+    late,
     latents,
     shapes_check,
     superres,
@@ -40,10 +43,12 @@ PROGRAMS = {
     "papers.experiments": experiments.ExperimentsConfig,
     "papers.figures": figures.FiguresConfig,
     "papers.heads": heads.HeadConfig,
+    "papers.late": late.LateConfig,
     "papers.latents": latents.LatentConfig,
     "papers.shapes_check": shapes_check.CheckConfig,
     "papers.superres train": superres.SuperResConfig,
     "papers.superres enlarge": superres.EnlargeConfig,
+    "papers.superres colour": superres.ColourConfig,
     "benchmarks": BenchmarkConfig,
     "benchmarks.gpu_check": GpuCheckConfig,
 }
@@ -54,6 +59,14 @@ OPEN_A_RUN = {"papers.heads", "papers.latents", "papers.checkpoints"}
 def parse(program, words):
     """The config of a program, from the words behind its name."""
     return parse_into(PROGRAMS[program], words.split() if isinstance(words, str) else words)
+
+
+def main_of(program, words):
+    """Run a program in this process."""
+    module, *command = program.removesuffix(".py").split()
+    module = {"benchmarks": "benchmarks.__main__"}.get(module, module)
+    words = words.split() if isinstance(words, str) else words
+    return importlib.import_module(module).main([*command, *words])
 
 
 def find_program(words):

@@ -21,8 +21,7 @@ from test_losses import LINEAR, Small, small_net
 
 @pytest.mark.parametrize("k, shared", [(1, False), (1, True), (3, False)])
 def test_the_slope_is_a_finite_difference_in_value_and_gradient(k, shared):
-    """Against two forward passes of their own, differentiated by autograd in float64; and against a
-    difference quotient of the loss along a random direction of the weights."""
+    """Against two forward passes of their own, differentiated by autograd in float64."""
     net = small_net().double()
     denoiser = D.Denoiser(net, LINEAR, "v", etsdm.make_time_input() if shared else None)
     torch.manual_seed(2)
@@ -46,29 +45,15 @@ def test_the_slope_is_a_finite_difference_in_value_and_gradient(k, shared):
         assert (g is None) == (e is None)
         if g is not None:
             assert_close(g, e, rtol=1e-8, atol=1e-12)
-    direction = [torch.randn_like(w) for w in weights]
-    along = sum((g * d).sum() for g, d in zip(gradient, direction, strict=True) if g is not None)
-    values = []
-    for h in (1e-6, -2e-6):
-        with torch.no_grad():
-            for w, d in zip(weights, direction, strict=True):
-                w += h * d
-            values.append(ours().item())
-    assert_close((values[0] - values[1]) / 2e-6, along.item(), rtol=1e-4, atol=1e-8)
 
 
 def test_the_slope_costs_one_forward_pass_and_leaves_the_other_terms_alone():
-    calls = []
-
-    def net(x, c):
-        calls.append(len(x))
-        return torch.sin(x) + c[:, None]
-
-    d, x0 = D.Denoiser(net, LINEAR), torch.randn(4, 2)
+    calls, x0 = [], torch.randn(4, 2)
+    d = D.Denoiser(lambda x, c: calls.append(len(x)) or torch.sin(x) + c[:, None], LINEAR)
     t, noises = torch.tensor([1, 2, 500, 1000]), torch.randn(2, 4, 2)
     plain = losses.sa_loss(d, x0, t, noises)
     *terms, slope = alternatives.regularized_loss(d, x0, t, noises)
-    assert calls == [8, 12]
+    assert calls == [8, 12]  # the levels of L_SA share one pass, and the slope goes with them
     assert_close(tuple(terms), plain)
     assert_close(slope, torch.ones(4), rtol=1e-3, atol=0)  # (c + 1 - c)^2, in float32
 

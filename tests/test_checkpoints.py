@@ -1,6 +1,7 @@
 """papers/checkpoints.py: reference numbers of the programs it reads, and files that are refused."""
 
 import json
+import sys
 
 import diffusers_numbers as hf
 import fill
@@ -22,6 +23,16 @@ from test_unet import SMALL, awake
 FIRST, LAST = "input_blocks.0.0.weight", "out.2.weight"
 
 
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def refused(words, message):
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        checkpoints.main(words.split() if isinstance(words, str) else words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 def check_numbers(out, numbers):
     """The output of the reference network (2, 3, 16, 16), against guided-diffusion's own."""
     out = out.detach().flatten()
@@ -40,23 +51,18 @@ def test_guided_diffusion_weights_give_its_output(gold):
     assert "guided-diffusion" in kind
 
 
+THEIRS = """\
+norm1. in_layers.0.|conv1. in_layers.2.|norm2. out_layers.0.|conv2. out_layers.3.
+.time. .emb_layers.1.|.skip. .skip_connection.|.proj. .proj_out.|out_norm. out.0.|out_conv. out.2.\
+"""
+
+
 def to_guided_diffusion(state):
     """Our keys back into theirs: the inverse of the import, written separately."""
-    pairs = [
-        ("norm1.", "in_layers.0."),
-        ("conv1.", "in_layers.2."),
-        ("norm2.", "out_layers.0."),
-        ("conv2.", "out_layers.3."),
-        (".time.", ".emb_layers.1."),
-        (".skip.", ".skip_connection."),
-        (".proj.", ".proj_out."),
-        ("out_norm.", "out.0."),
-        ("out_conv.", "out.2."),
-    ]
     theirs = {}
     for key, value in state.items():
-        for ours, name in pairs:
-            key = key.replace(ours, name)
+        for pair in THEIRS.replace("\n", "|").split("|"):
+            key = key.replace(*pair.split())
         if key.startswith("input_blocks") and key.split(".")[2] == "0" and ".conv." in key:
             key = key.replace(".conv.", ".op.")  # a strided convolution
         if key.endswith(("qkv.weight", "proj_out.weight")):
@@ -76,10 +82,9 @@ def test_conversion_and_back_is_strict(updown):
 
 
 @pytest.mark.parametrize("learn_sigma", [False, True])
-def test_a_file_becomes_a_run(gold, tmp_path, monkeypatch, capsys, learn_sigma):
+def test_a_file_becomes_a_run(gold, here, learn_sigma):
     """guided-diffusion's numbers by load_run: the network receives t - 1, and a learned variance is
     left out. Then sample.py draws with it."""
-    monkeypatch.chdir(tmp_path)
     state, numbers = dict(gold.state), gold.numbers
     if learn_sigma:  # three more outputs, behind
         for key in ("out.2.weight", "out.2.bias"):
@@ -87,50 +92,49 @@ def test_a_file_becomes_a_run(gold, tmp_path, monkeypatch, capsys, learn_sigma):
     torch.save(state, "weights.pt")
     arguments = dict(image_size=16, head_channels=32)
     checkpoints.import_run("weights.pt", "imported", **arguments)
-    d = D.load_run("imported")
+    d, t = D.load_run("imported"), torch.tensor(numbers["timesteps"]) + 1
     assert not d.net.training and d.shape == (3, 16, 16) and d.prediction == "eps"
     assert json.load(open("runs/imported/config.json"))["imported"] is True
-    x0, eps = d.predict(gold.x, torch.tensor(numbers["timesteps"]) + 1)
+    x0, eps = d.predict(gold.x, t)
     check_numbers(eps, numbers)
-    t = torch.tensor(numbers["timesteps"]) + 1
-    alpha, sigma = (
-        k[:, None, None, None] for k in schedules.make_schedule("linear").alpha_sigma(t)
-    )
-    assert_close(alpha * x0 + sigma * eps, gold.x.double(), rtol=1e-4, atol=1e-4)
+    xt = schedules.add_noise(schedules.make_schedule("linear"), x0, t, eps)
+    assert_close(xt, gold.x.double(), rtol=1e-4, atol=1e-4, check_dtype=False)
     sample.main("imported --nfe 2 -n 2 --clip on --out drawn".split())
-    assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
+    assert len(list((here / "drawn").glob("*.png"))) == 2
     with pytest.raises(FileExistsError, match="^--name imported: runs/imported exists already"):
         checkpoints.import_run("weights.pt", "imported", **arguments)
 
 
-def test_the_program(gold, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_program(gold, here, capsys):
     torch.save(to_guided_diffusion(awake(unet.UNet(**unet.PRESETS["tiny"])).state_dict()), "own.pt")
-    with pytest.raises(ValueError, match="^own.pt: 12 channels in and 12 out"):  # in patches
-        checkpoints.main(["own.pt"])
     torch.save(gold.state, "my weights.pt")
+    file = ["my weights.pt"]
     for words, message in (
-        (
-            ["my weights.pt", "--head-channels", "48"],
-            "^my weights.pt: its sizes do not fit: 64 chan",
-        ),
-        (
-            ["my weights.pt", "--image-size", "15"],
-            "^my weights.pt: its sizes do not fit: image siz",
-        ),
-        (["my weights.pt", "--heads", "0"], "^--heads must be at least 1"),
-        (["my weights.pt", "--name", "a/b"], "^--name 'a/b' must be a plain name"),
-        (["none.pt"], "^FILE none.pt: there is no such file"),
-        ([], "^FILE_OR_FOLDER is missing"),
+        ("own.pt", "^own.pt: 12 channels in and 12 out"),  # in patches
+        ([*file, "--head-channels", "48"], "^my weights.pt: its sizes do not fit: 64 chan"),
+        ([*file, "--image-size", "15"], "^my weights.pt: its sizes do not fit: image siz"),
+        ([*file, "--heads", "0"], "^--heads must be at least 1"),
+        ([*file, "--name", "a/b"], "^--name 'a/b' must be a plain name"),
+        ("none.pt", "^FILE none.pt: there is no such file"),
+        ("", "^FILE_OR_FOLDER is missing"),
     ):
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            checkpoints.main(words)
-    assert not (tmp_path / "runs").exists()
-    checkpoints.main(["my weights.pt", "--schedule", "cosine"])
+        refused(words, message)
+    assert not (here / "runs").exists()
+    checkpoints.main([*file, "--schedule", "cosine"])
     out = capsys.readouterr().out
     assert "827,491 parameters, attention with heads of 64 channels; cosine schedule" in out
     assert "next: python sample.py 'my weights' --sampler ddpm --nfe 250" in out
     assert D.load_run("my weights").schedule.name == "cosine"
+
+
+def zeros(**sizes):
+    """A state dict of zeros by first and last layer, or other keys: "8x3" is (8, 3)."""
+    names = dict(first=FIRST, last=LAST)
+    shapes = {k: [int(n) for n in size.split("x") if n] for k, size in sizes.items()}
+    return {names.get(k, k): torch.zeros(shape) for k, shape in shapes.items()}
+
+
+LDM = "model.diffusion_model.out.0.weight"
 
 
 @pytest.mark.parametrize(
@@ -138,57 +142,43 @@ def test_the_program(gold, tmp_path, monkeypatch, capsys):
     [
         (b"<html>not found</html>", "a web page"),
         (b"", "the file is empty"),
-        ({"x": torch.zeros(2)}, "not a guided-diffusion U-Net.*but x"),
+        (zeros(x="2"), "not a guided-diffusion U-Net.*but x"),
         ({"step": 3}, "not a state dict of a network: it holds 1 entries: step"),
         (None, r"it does not have all layers of a U-Net \(at 'time_embed.0.weight'\)"),
-        ({FIRST: torch.zeros(1), "label_emb.weight": torch.zeros(1)}, "class-conditional"),
-        ({FIRST: torch.zeros(128, 3, 3, 3), "out.2.qkv_proj.weight": torch.zeros(9)}, "classifier"),
-        (
-            {FIRST: torch.tensor(1.0), LAST: torch.tensor(1.0)},
-            "its first and last layers are not convolutions",
-        ),
-        (
-            {FIRST: torch.zeros(8, 3, 3, 3), LAST: torch.zeros(0)},
-            "its first and last layers are not convolutions",
-        ),
-        ({FIRST: torch.zeros(1, 0, 3, 3), LAST: torch.zeros(3, 1, 3, 3)}, "0 channels in"),
-        ({FIRST: torch.zeros(1, 6, 3, 3), LAST: torch.zeros(3, 1, 3, 3)}, "6 channels in.*upsampl"),
-        (
-            {FIRST: torch.zeros(1, 3, 3, 3), LAST: torch.zeros(3, 1, 3, 3), 5: torch.zeros(())},
-            "not a state dict",
-        ),
+        (zeros(first="1", **{"label_emb.weight": "1"}), "class-conditional"),
+        (zeros(first="128x3x3x3", **{"out.2.qkv_proj.weight": "9"}), "classifier"),
+        (zeros(first="", last=""), "its first and last layers are not convolutions"),
+        (zeros(first="8x3x3x3", last="0"), "its first and last layers are not convolutions"),
+        (zeros(first="1x0x3x3", last="3x1x3x3"), "0 channels in"),
+        (zeros(first="1x6x3x3", last="3x1x3x3"), "6 channels in.*upsampl"),
+        (zeros(first="1x3x3x3", last="3x1x3x3") | {5: torch.zeros(())}, "not a state dict"),
         ({1: torch.zeros(2), (2, 3): torch.zeros(2)}, "not a state dict"),
         ({}, "not a state dict of a network"),
         ([torch.zeros(2)], "not a state dict of a network: it holds a list"),
-        ("run", "a run of train.py, which needs no conversion"),
-        ({"temb.dense.0.weight": torch.zeros(8, 4)}, "not have all layers of a U-Net"),
-        ({"temb.dense.0.weight": torch.zeros(8), "down.x.": torch.zeros(1)}, "invalid literal"),
-        ({"time_embedding.linear_1.weight": torch.zeros(8)}, "config.json must lie next to it"),
-        ({"unet.transformer_blocks.0.weight": torch.zeros(8)}, "like Stable Diffusion's"),
-        ({"model.diffusion_model.out.0.weight": torch.zeros(8)}, "a latent diffusion model"),
-        ({"state_dict": {"model.diffusion_model.0": torch.zeros(8)}}, "a latent diffusion model"),
+        ({"format": checkpoint.FORMATS[-1]}, "a run of train.py, which needs no conversion"),
+        (zeros(**{"temb.dense.0.weight": "8x4"}), "not have all layers of a U-Net"),
+        (zeros(**{"temb.dense.0.weight": "8", "down.x.": "1"}), "invalid literal"),
+        (zeros(**{"time_embedding.linear_1.weight": "8"}), "config.json must lie next to it"),
+        (zeros(**{"unet.transformer_blocks.0.weight": "8"}), "like Stable Diffusion's"),
+        (zeros(**{LDM: "8"}), "a latent diffusion model"),
+        ({"state_dict": zeros(**{LDM: "8"})}, "a latent diffusion model"),
         (b"\x80\x03ctorch_utils.persistence\n_reconstruct", "a pickle of Python objects, as EDM's"),
         ({"args": torch.nn.Identity()}, "SA-DPM's ckpt_N.pth does: give its model_N_ema.pth"),
     ],
     ids=range(24),
 )
-def test_other_files_are_refused_in_one_line(tmp_path, monkeypatch, content, words):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "weights.pt"
+def test_other_files_are_refused_in_one_line(here, content, words):
+    path = here / "weights.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
-    elif content is None:
-        state = unet.UNet(16, channels=32, head_channels=None).state_dict()
-        torch.save({FIRST: state[FIRST], LAST: state["out_conv.weight"]}, path)
-    elif content == "run":
-        torch.save({"format": checkpoint.FORMATS[-1]}, path)
     else:
+        if content is None:
+            state = unet.UNet(16, channels=32, head_channels=None).state_dict()
+            content = {FIRST: state[FIRST], LAST: state["out_conv.weight"]}
         torch.save(content, path)
-    with pytest.raises(ValueError, match=words) as caught:
-        checkpoints.main([str(path)])
-    text = str(caught.value)
-    assert text.startswith(str(path)) and "\n" not in text and len(text) < 400 + len(str(path))
-    assert not (tmp_path / "runs").exists()
+    text = refused([str(path)], words)
+    assert text.startswith(str(path)) and len(text) < 400 + len(str(path))
+    assert not (here / "runs").exists()
 
 
 # ------------------------------------------------------------------ SA-DPM's and DDIM's Model
@@ -231,9 +221,8 @@ def generalized_steps(net, x, n, eta, noise):
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_ddim_in_ten_calls_is_generalized_steps(sa, tmp_path, monkeypatch, eta):
+def test_ddim_in_ten_calls_is_generalized_steps(sa, eta):
     """--spacing leading: 901, 801, ..., 1, which they call 900, 800, ..., 0."""
-    monkeypatch.chdir(tmp_path)
     _, state, x = sa
     torch.save(state, "model_1175_ema.pth")
     checkpoints.import_run("model_1175_ema.pth", "sa", image_size=16)
@@ -245,18 +234,13 @@ def test_ddim_in_ten_calls_is_generalized_steps(sa, tmp_path, monkeypatch, eta):
     assert_close(x0, theirs, rtol=1e-4, atol=1e-4 * theirs.std().item())
 
 
-def shifted(state, by):
-    return {k: v + by for k, v in state.items()}
-
-
 @pytest.mark.parametrize("kind", ["list", "list without average", "dict", "dict with average"])
-def test_the_average_is_found(sa, tmp_path, monkeypatch, kind):
+def test_the_average_is_found(sa, kind):
     """DDIM saves [model, optimizer, epoch, step, average], SA-DPM {"model_dict": ..., ...}."""
-    monkeypatch.chdir(tmp_path)
     _, state, _ = sa
     weights = {f"module.{k}": v for k, v in state.items()}
+    average = {k: v + 0.5 for k, v in state.items()}
     optimizer = {"state": {0: {"step": 1}}, "param_groups": []}
-    average = shifted(state, 0.5)
     content = {
         "list": [weights, optimizer, 3, 9, average],
         "list without average": [weights, optimizer, 3, 9],
@@ -283,28 +267,21 @@ def test_sizes_of_sa_dpm_networks(preset):
     assert found | size == found and found["image_size"] == size["image_size"]
 
 
+def improved(image_size, channel_mult, attention, heads, **more):
+    """improved-diffusion's networks, with learned variances."""
+    size = dict(image_size=image_size, channel_mult=channel_mult, attention_resolutions=attention)
+    return size | dict(out_channels=6, resblock_updown=False) | more, dict(heads=heads)
+
+
 @pytest.mark.parametrize(
     "size, heads",
     [
         (dict(unet.PRESETS["adm256"], out_channels=6), dict(head_channels=64)),
-        # improved-diffusion's: CIFAR-10, ImageNet at 64 pixels, LSUN
-        (
-            dict(image_size=32, channel_mult=(1, 2, 2, 2), res_blocks=3, out_channels=6,
-                 attention_resolutions=(16, 8), resblock_updown=False),
-            dict(heads=4),
-        ),
-        (
-            dict(image_size=64, channel_mult=(1, 2, 3, 4), res_blocks=3, out_channels=6,
-                 attention_resolutions=(16, 8), resblock_updown=False),
-            dict(heads=4),
-        ),
-        (
-            dict(image_size=256, channel_mult=(1, 1, 2, 2, 4, 4), out_channels=6,
-                 attention_resolutions=(16,), resblock_updown=False, scale_shift=False),
-            dict(heads=1),
-        ),
+        improved(32, (1, 2, 2, 2), (16, 8), 4, res_blocks=3),  # CIFAR-10
+        improved(64, (1, 2, 3, 4), (16, 8), 4, res_blocks=3),  # ImageNet at 64 pixels
+        improved(256, (1, 1, 2, 2, 4, 4), (16,), 1, scale_shift=False),  # LSUN
     ],
-)  # fmt: skip
+)
 def test_sizes_of_openai_networks(size, heads):
     with torch.device("meta"):
         state = unet.UNet(**size).state_dict()
@@ -312,9 +289,8 @@ def test_sizes_of_openai_networks(size, heads):
     assert found | size | heads == found
 
 
-def test_four_thousand_steps_are_rescaled(gold, tmp_path, monkeypatch):
+def test_four_thousand_steps_are_rescaled(gold):
     """improved-diffusion's networks with T = 4000 receive (t - 1)/4."""
-    monkeypatch.chdir(tmp_path)
     torch.save(gold.state, "w.pt")
     checkpoints.main("w.pt --steps 4000 --schedule cosine --image-size 16".split())
     d = D.load_run("w")
@@ -322,14 +298,10 @@ def test_four_thousand_steps_are_rescaled(gold, tmp_path, monkeypatch):
     assert d.time_input_at(1) == 0
 
 
-def test_a_level_without_attention_needs_the_size(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    net = unet.UNet(
-        16, channels=32, channel_mult=(1, 1), attention_resolutions=(), head_channels=32
-    )
-    torch.save(to_guided_diffusion(net.state_dict()), "w.pt")
-    with pytest.raises(ValueError, match="^w.pt: its keys do not give the image size: add --imag"):
-        checkpoints.main(["w.pt"])
+def test_a_level_without_attention_needs_the_size():
+    size = dict(channel_mult=(1, 1), attention_resolutions=(), head_channels=32)
+    torch.save(to_guided_diffusion(unet.UNet(16, channels=32, **size).state_dict()), "w.pt")
+    refused("w.pt", "^w.pt: its keys do not give the image size: add --imag")
     checkpoints.main(["w.pt", "--image-size", "16", "--heads", "2"])
     assert D.load_run("w").net.middle_block[1].heads == 2
 
@@ -358,10 +330,9 @@ def check_summary(x, numbers, scale=1.0):
 
 
 @pytest.mark.parametrize("name, nested", [("google", False), ("other", True)])
-def test_diffusers_networks_and_samplers(tmp_path, monkeypatch, capsys, name, nested):
+def test_diffusers_networks_and_samplers(here, capsys, name, nested):
     """Output, DDIM, and DDPM with both variances, in 10 calls, against diffusers' own numbers."""
-    monkeypatch.chdir(tmp_path)
-    numbers = diffusers_folder(tmp_path / "hf", name, nested=nested)
+    numbers = diffusers_folder(here / "hf", name, nested=nested)
     checkpoints.main(["hf"])
     out = capsys.readouterr().out
     assert "a UNet2DModel of diffusers" in out and "--nfe 250 --variance large" in out
@@ -373,11 +344,10 @@ def test_diffusers_networks_and_samplers(tmp_path, monkeypatch, capsys, name, ne
     x = hf.images("diffusers", config, 2)
     x0 = samplers.sample(d, x, "ddim", 10, "leading")
     check_summary(x0, numbers["ddim"], numbers["ddim"]["std"])
-    for kind, variance in (("fixed_small", "small"), ("fixed_large", "large")):
-        x0 = samplers.sample(
-            d, x, "ddpm", 10, "leading", clip=(-1, 1), variance=variance, noise=hf.noises(config)
-        )
-        check_summary(x0, numbers[kind])
+    for variance in ("small", "large"):
+        how = dict(clip=(-1, 1), variance=variance, noise=hf.noises(config))
+        x0 = samplers.sample(d, x, "ddpm", 10, "leading", **how)
+        check_summary(x0, numbers[f"fixed_{variance}"])
 
 
 def test_old_names_of_attention_in_diffusers():
@@ -406,63 +376,51 @@ def test_the_installed_diffusers_gives_these_numbers(name):
 
 
 @pytest.mark.parametrize(
-    "config, scheduler, words",
+    "words, config, scheduler",
     [
-        (dict(_class_name="UNet2DConditionModel"), {}, "has _class_name 'UNet2DConditionModel'"),
-        (
-            dict(resnet_time_scale_shift="scale_shift"),
-            {},
-            "config.json has attn_norm_num_groups None",
-        ),
-        (dict(num_class_embeds=10), {}, "config.json has num_class_embeds 10"),
-        (dict(time_embedding_type="fourier"), {}, "config.json has time_embedding_type 'fourier'"),
-        (dict(sample_size=[32, 64]), {}, "only squares"),
-        (dict(norm_num_groups=5), {}, "its sizes do not fit: .* do not divide into 5 groups"),
-        ({}, dict(beta_end=0.012), "its scheduler has beta_end 0.012"),
-        ({}, dict(beta_schedule="scaled_linear"), "its scheduler has scaled_linear betas"),
-        ({}, dict(prediction_type="flow"), "and predicts flow"),
+        ("has _class_name 'UNet2DX'", dict(_class_name="UNet2DX"), {}),
+        ("has attn_norm_num_groups None", dict(resnet_time_scale_shift="scale_shift"), {}),
+        ("config.json has num_class_embeds 10", dict(num_class_embeds=10), {}),
+        ("has time_embedding_type 'fourier'", dict(time_embedding_type="fourier"), {}),
+        ("only squares", dict(sample_size=[32, 64]), {}),
+        ("its sizes do not fit: .* do not divide into 5 groups", dict(norm_num_groups=5), {}),
+        ("its scheduler has beta_end 0.012", {}, dict(beta_end=0.012)),
+        ("its scheduler has scaled_linear betas", {}, dict(beta_schedule="scaled_linear")),
+        ("and predicts flow", {}, dict(prediction_type="flow")),
     ],
 )
-def test_other_diffusers_are_refused(tmp_path, monkeypatch, config, scheduler, words):
-    monkeypatch.chdir(tmp_path)
+def test_other_diffusers_are_refused(here, monkeypatch, words, config, scheduler):
     monkeypatch.setitem(hf.CONFIGS, "google", hf.GOOGLE | config)
-    diffusers_folder(tmp_path / "hf", "google", hf.SCHEDULER | scheduler)
-    with pytest.raises(ValueError, match=f"^hf: .*{words}"):
-        checkpoints.main(["hf"])
-    assert not (tmp_path / "runs").exists()
+    diffusers_folder(here / "hf", "google", hf.SCHEDULER | scheduler)
+    refused("hf", f"^hf: .*{words}")
+    assert not (here / "runs").exists()
 
 
-def test_damaged_or_missing_parts_of_diffusers(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="^empty: no diffusion_pytorch_model.safetensors or .bin"):
-        checkpoints.main(["empty"])
-    diffusers_folder(tmp_path / "hf", "other")
-    (tmp_path / "hf/config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="^hf: config.json next to it is damaged"):
-        checkpoints.main(["hf"])
-    (tmp_path / "w.safetensors").write_bytes(b"x" * 9)
-    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
-    with pytest.raises(ValueError, match="^w.safetensors: safetensors is needed .* pip install"):
-        checkpoints.main(["w.safetensors"])
+def test_damaged_or_missing_parts_of_diffusers(here, monkeypatch):
+    (here / "empty").mkdir()
+    refused("empty", "^empty: no diffusion_pytorch_model.safetensors or .bin")
+    diffusers_folder(here / "hf", "other")
+    (here / "hf/config.json").write_text("{", encoding="utf-8")
+    refused("hf", "^hf: config.json next to it is damaged")
+    (here / "w.safetensors").write_bytes(b"x" * 9)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    refused("w.safetensors", "^w.safetensors: safetensors is needed .* pip install")
 
 
-def test_safetensors(tmp_path, monkeypatch):
+def test_safetensors(here):
     safetensors = pytest.importorskip("safetensors.torch")
-    monkeypatch.chdir(tmp_path)
-    numbers = diffusers_folder(tmp_path / "hf", "other")
-    (tmp_path / "hf/diffusion_pytorch_model.bin").unlink()
-    path = tmp_path / "hf/diffusion_pytorch_model.safetensors"
+    numbers = diffusers_folder(here / "hf", "other")
+    (here / "hf/diffusion_pytorch_model.bin").unlink()
+    path = here / "hf/diffusion_pytorch_model.safetensors"
     safetensors.save_file(hf.weights(numbers["keys"]), path)
     checkpoints.main(["hf"])
     checkpoints.main([str(path), "--name", "file"])
+    x = hf.images("diffusers", hf.OTHER)
     for run in ("hf", "file"):
-        x = hf.images("diffusers", hf.OTHER)
         eps = D.load_run(run).predict(x, torch.tensor(hf.TIMESTEPS) + 1)[1]
         check_summary(eps, numbers["output"])
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="it is damaged, or not in the safetensors format"):
-        checkpoints.main(["hf", "--name", "cut"])
+    refused("hf --name cut", "it is damaged, or not in the safetensors format")
 
 
 # ------------------------------------------------------------------ the way back
@@ -489,12 +447,9 @@ def make_run(name, size, settings):
     settings = {**config.settings(), "unet": size, **settings}
     folder = checkpoint.RUNS / name
     folder.mkdir(parents=True)
-    state = net.state_dict()
-    more = dict(optimizer={}, step=0, skipped=0, processes=1)
-    checkpoint.save_checkpoint(
-        folder / "checkpoint.pt", dict(settings=settings, net=state, ema=state, **more)
-    )
-    return net
+    saved = dict(settings=settings, net=net.state_dict(), ema=net.state_dict())
+    saved |= dict(optimizer={}, step=0, skipped=0, processes=1)
+    checkpoint.save_checkpoint(folder / "checkpoint.pt", saved)
 
 
 @pytest.mark.parametrize("name", [name for name in WAYS if name not in ("tiny", "learned")])
@@ -519,49 +474,39 @@ def test_the_count_moves_into_the_first_layer(sin_first, freq_shift):
     assert_close(two @ shifted.double().T, one @ weight.double().T, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("words, message", [
-    ("run --to tensorflow out", "^--to tensorflow: only diffusers FOLDER can be written"),
-    ("run --to diffusers out --name x", "^--name has no effect with --to"),
-])  # fmt: skip
-def test_flags_of_the_way_back(words, message):
-    with pytest.raises(ValueError, match=message):
-        checkpoints.main(words.split())
-
-
-@pytest.mark.parametrize("size, settings, message", [
-    ({}, dict(schedule="edm", prediction="edm"), "a run with edm has no counterpart"),
-    ({}, dict(head="npr"), "a run with head has no counterpart"),
-    (dict(channel_mult=(2, 2)), {}, "no UNet2DModel has these widths"),
-    (dict(head_channels=None, heads=2), {}, "no UNet2DModel has these widths and heads"),
-])  # fmt: skip
-def test_runs_without_a_counterpart(tmp_path, monkeypatch, size, settings, message):
-    monkeypatch.chdir(tmp_path)
-    modules = __import__("sys").modules
-    for name in ("safetensors", "safetensors.torch"):
-        monkeypatch.setitem(modules, name, None)
-    with pytest.raises(ValueError, match="^--to diffusers needs safetensors: pip install"):
-        checkpoints.main("run --to diffusers out".split())
-    fake = type("module", (), dict(save_file=None))
-    monkeypatch.setitem(modules, "safetensors", fake)
-    monkeypatch.setitem(modules, "safetensors.torch", fake)
+@pytest.mark.parametrize(
+    "message, size, settings",
+    [
+        ("a run with edm has no counterpart", {}, dict(schedule="edm", prediction="edm")),
+        ("a run with head has no counterpart", {}, dict(head="npr")),
+        ("no UNet2DModel has these widths", dict(channel_mult=(2, 2)), {}),
+        ("no UNet2DModel has these widths and heads", dict(head_channels=None, heads=2), {}),
+    ],
+)
+def test_runs_without_a_counterpart(here, monkeypatch, message, size, settings):
+    refused("run --to tensorflow out", "^--to tensorflow: only diffusers FOLDER can be written")
+    refused("run --to diffusers out --name x", "^--name has no effect with --to")
+    for module in (None, type("module", (), dict(save_file=None))):
+        for name in ("safetensors", "safetensors.torch"):
+            monkeypatch.setitem(sys.modules, name, module)
+        if module is None:
+            refused("run --to diffusers out", "^--to diffusers needs safetensors: pip install")
     make_run("run", SMALL | size, settings)
-    with pytest.raises(ValueError, match=f"^run: {message}"):
-        checkpoints.main("run --to diffusers out".split())
-    assert not (tmp_path / "out").exists()
+    refused("run --to diffusers out", f"^run: {message}")
+    assert not (here / "out").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
-def test_diffusers_draws_the_same_picture(tmp_path, monkeypatch, name):
+def test_diffusers_draws_the_same_picture(here, name):
     diffusers = pytest.importorskip("diffusers")
-    monkeypatch.chdir(tmp_path)
     make_run(name, *WAYS[name])
     checkpoints.main([name, "--to", "diffusers", "out"])
     kind = diffusers.UNet2DModel
-    if (tmp_path / "out/shared_unet.py").exists():
+    if (here / "out/shared_unet.py").exists():
         assert name in ("etsdm", "etsdm-imported", "tiny")
         names = {}
-        exec((tmp_path / "out/shared_unet.py").read_text(encoding="utf-8"), names)
+        exec((here / "out/shared_unet.py").read_text(encoding="utf-8"), names)
         kind = names["SharedUNet"]
     net = kind.from_pretrained("out/unet").eval()
     scheduler = diffusers.DDIMScheduler.from_pretrained("out/scheduler")
@@ -572,12 +517,22 @@ def test_diffusers_draws_the_same_picture(tmp_path, monkeypatch, name):
     with torch.no_grad():
         for t in scheduler.timesteps:
             output = net(x, t).sample
-            wanted = d.prediction_at(x, t.item() + 1)
-            assert_close(output, wanted, rtol=1e-4, atol=1e-4)
+            assert_close(output, d.prediction_at(x, t.item() + 1), rtol=1e-4, atol=1e-4)
             x = scheduler.step(output, t, x).prev_sample
     assert_close(x, ours, rtol=1e-4, atol=2e-4 * ours.std().item())
     if kind is diffusers.UNet2DModel:
         pipe = diffusers.DDIMPipeline.from_pretrained("out")
         assert pipe.unet.config.sample_size == d.shape[-1]
-    with pytest.raises(FileExistsError, match="^--to diffusers out: it exists already"):
-        checkpoints.main([name, "--to", "diffusers", "out"])
+    refused([name, "--to", "diffusers", "out"], "^--to diffusers out: it exists already")
+
+
+def test_other_betas_are_written_out():
+    """diffusers has no quadratic schedule, and other ends than DDPM's are not assumed."""
+    ends = (0.0015, 0.0195)
+    for name, given in (("linear", ends), ("quadratic", None), ("quadratic", ends)):
+        schedule = schedules.make_schedule(name, betas=given or (1e-4, 0.02))
+        written = exports.schedule_betas(schedule, given)
+        assert list(written) == ["trained_betas"] and len(written["trained_betas"]) == 1000
+        first, last = written["trained_betas"][0], written["trained_betas"][-1]
+        assert (first, last) == pytest.approx(given or (1e-4, 0.02), rel=1e-9)
+    assert exports.schedule_betas(schedules.make_schedule("linear"))["beta_end"] == 0.02

@@ -2,26 +2,22 @@
 features without this code."""
 
 import gzip
-import io
 import json
 import pickle
 import struct
-import sys
-import tarfile
-import zipfile
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import refused
+from image_writers import cifar_files, idx, pixels, tar_of, write_folder, zip_of
 from torch.testing import assert_close
 
 import data
 import metrics
 from papers import classifier
 from support import readers
-from support.programs import run_main
 
 
 def bars(n, size=8, seed=0, channels=1):
@@ -36,22 +32,14 @@ def bars(n, size=8, seed=0, channels=1):
     return torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
 
 
-# ------------------------------------------------------------------ labels
-
-
 def idx_files(folder, images, labels, packed=True, name="train"):
     """An IDX pair: images (N, H, W) and labels (N,), as Fashion-MNIST has them."""
     folder.mkdir(exist_ok=True)
     pack, suffix = (gzip.compress, ".gz") if packed else (bytes, "")
-    raw = struct.pack(">4I", 0x803, *images.shape) + images.tobytes()
-    (folder / f"{name}-images-idx3-ubyte{suffix}").write_bytes(pack(raw))
+    (folder / f"{name}-images-idx3-ubyte{suffix}").write_bytes(pack(idx(images)))
     raw = struct.pack(">2I", 0x801, len(labels)) + bytes(labels)
     (folder / f"{name}-labels-idx1-ubyte{suffix}").write_bytes(pack(raw))
     return folder / f"{name}-images-idx3-ubyte{suffix}"
-
-
-def pixels(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -72,31 +60,14 @@ def test_idx(tmp_path, packed):
 def test_class_folders(tmp_path):
     """Labels in the order of the folders' names, also from a zip."""
     images = pixels(6, 8, 8, 3)
-    where = ["wolf/1", "cat/2", "dog/3", "cat/1", "dog/x/4", "wolf/0"]
-    for image, name in zip(images, where, strict=True):
-        path = tmp_path / "set" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        for name in where:
-            archive.write(tmp_path / "set" / f"{name}.png", f"top/{name}.png")
-    # sorted: cat/1 cat/2 dog/3 dog/x/4 wolf/0 wolf/1, and dog/x is a class of its own
-    for source in (tmp_path / "set", tmp_path / "set.zip"):
+    for kind, some in (("wolf", [5, 0]), ("cat", [3, 1]), ("dog", [2]), ("dog/x", [4])):
+        write_folder(tmp_path / "set" / kind, images[some])
+    # sorted: cat/0 cat/1 dog/0 dog/x/0 wolf/0 wolf/1, and dog/x is a class of its own
+    for source in (tmp_path / "set", zip_of(tmp_path / "set")):
         found, y, names = classifier.load_labelled(source, None, 3)
         assert np.array_equal(found.permute(0, 2, 3, 1).numpy(), images[[3, 1, 2, 4, 5, 0]])
         assert y.tolist() == [0, 0, 1, 2, 3, 3]
         assert [name.split("/")[-1] for name in names] == ["cat", "dog", "x", "wolf"]
-
-
-def cifar_files(binary, rows, labels):
-    """CIFAR-10's five batches, two images each: (name, bytes)."""
-    for i in range(5):
-        part, y = rows[2 * i : 2 * i + 2], labels[2 * i : 2 * i + 2]
-        if binary:
-            content = b"".join(bytes([k]) + row.tobytes() for k, row in zip(y, part, strict=True))
-            yield f"data_batch_{i + 1}.bin", content
-        else:
-            yield f"data_batch_{i + 1}", pickle.dumps({b"data": part, b"labels": y})
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -107,11 +78,7 @@ def test_cifar(tmp_path, monkeypatch, binary, packed):
     files = [*cifar_files(binary, rows, labels)][::-1]
     source.parent.mkdir()
     if packed:
-        with tarfile.open(source, "w:gz") as tar:
-            for name, content in files:
-                info = tarfile.TarInfo(f"cifar-10-batches/{name}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+        tar_of(source, [(f"cifar-10-batches/{name}", content) for name, content in files])
     else:
         source.mkdir()
         for name, content in files:
@@ -123,24 +90,40 @@ def test_cifar(tmp_path, monkeypatch, binary, packed):
         assert y.tolist() == labels and len(names) == 10
 
 
-def refused(source, size=None):
-    with pytest.raises((ValueError, OSError)) as info:
-        classifier.load_labelled(source, size, 3)
-    assert "\n" not in str(info.value)
-    return str(info.value)
-
-
 def test_sets_without_labels(tmp_path):
-    for i, image in enumerate(pixels(3, 8, 8, 3)):
-        (tmp_path / "flat").mkdir(exist_ok=True)
-        Image.fromarray(image).save(tmp_path / "flat" / f"{i}.png")
-    assert "3 labels of 1 classes cannot be learnt" in refused(tmp_path / "flat")
-    np.save(tmp_path / "x.npy", pixels(3, 8, 8, 3))
-    assert "no labels next to" in refused(tmp_path / "x.npy")
-    np.savez(tmp_path / "x.npz", images=pixels(3, 8, 8, 3))
-    assert "no labels next to" in refused(tmp_path / "x.npz")
-    assert "no labels next to" in refused(f"{tmp_path / 'x.npz'}:images")
-    assert "no such file" in refused(tmp_path / "none")
+    refuse = lambda match, source: refused(match, classifier.load_labelled, source, None, 3)  # noqa: E731
+    images = pixels(3, 8, 8, 3)
+    write_folder(tmp_path / "flat", images)
+    np.save(tmp_path / "x.npy", images)
+    np.savez(tmp_path / "x.npz", images=images)
+    refuse("3 labels of 1 classes cannot be learnt", tmp_path / "flat")
+    for source in (tmp_path / "x.npy", tmp_path / "x.npz", f"{tmp_path / 'x.npz'}:images"):
+        refuse("no labels next to", source)
+    refuse("no such file", tmp_path / "none")
+
+    path = idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 1, 0, 1])
+    labels = tmp_path / "set" / "train-labels-idx1-ubyte.gz"
+    whole = labels.read_bytes()
+    raw = gzip.decompress(whole)
+    broken = [gzip.compress(content) for content in (raw[:-1], raw[:6], raw + b"\0", b"")]
+    for content in (*broken, whole[:-12], whole[:15], b"", b"<html>"):
+        labels.write_bytes(content)
+        refuse("train-labels", path)
+    idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 1, 0])
+    refuse("4 images with 3 labels", path)
+    idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 0, 0, 0])
+    refuse("1 classes cannot be learnt", path)
+    labels.unlink()
+    refuse("no labels next to", path.parent)
+
+    # Pickles that hold pixels alone can be trained on, but not by a classifier.
+    (tmp_path / "cifar").mkdir()
+    for i in range(1, 6):
+        content = pickle.dumps({b"data": pixels(2, 3072, seed=i)})
+        (tmp_path / "cifar" / f"data_batch_{i}").write_bytes(content)
+    assert len(data.load(tmp_path / "cifar", 32, 3)) == 10
+    refuse("10 images with 0 labels", tmp_path / "cifar")
+    assert len(readers.read_labels(tmp_path / "cifar")) == 0
 
 
 def test_drawings_are_their_own_labels(monkeypatch):
@@ -156,44 +139,6 @@ def test_drawings_are_their_own_labels(monkeypatch):
     kinds = labels // len(colours)
     square, star = (data.SHAPE_NAMES.index(name) for name in ("square", "star"))
     assert area[kinds == square].min() > area[kinds == star].max()
-
-
-def test_broken_labels(tmp_path):
-    path = idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 1, 0, 1])
-    labels = tmp_path / "set" / "train-labels-idx1-ubyte.gz"
-    whole = labels.read_bytes()
-    raw = gzip.decompress(whole)
-    for broken in (
-        whole[:-12],
-        whole[:15],
-        b"",
-        b"<html>",
-        gzip.compress(raw[:-1]),
-        gzip.compress(raw[:6]),
-        gzip.compress(raw + b"\0"),
-        gzip.compress(b""),
-    ):
-        labels.write_bytes(broken)
-        assert "train-labels" in refused(path)
-    idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 1, 0])
-    assert "4 images with 3 labels" in refused(path)
-    idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 0, 0, 0])
-    assert "1 classes cannot be learnt" in refused(path)
-    labels.unlink()
-    assert "no labels next to" in refused(path.parent)
-
-
-def test_cifar_without_labels(tmp_path):
-    """Pickles that hold pixels alone can be trained on, but not by a classifier."""
-    for i in range(1, 6):
-        content = pickle.dumps({b"data": pixels(2, 3072, seed=i)})
-        (tmp_path / f"data_batch_{i}").write_bytes(content)
-    assert len(data.load(tmp_path, 32, 3)) == 10
-    assert "10 images with 0 labels" in refused(tmp_path)
-    assert len(readers.read_labels(tmp_path)) == 0
-
-
-# ------------------------------------------------------------------ the network and its training
 
 
 def test_features_are_64_means_of_what_the_last_layer_sees():
@@ -224,7 +169,7 @@ def test_training_names_what_it_has_not_seen(trained):
     assert share == (trained(x).argmax(1) == labels[:7].roll(1)).sum().item() / 7
 
 
-def test_the_same_seed_gives_the_same_weights(monkeypatch):
+def test_the_same_seed_gives_the_same_weights():
     images, labels = bars(120)
 
     def state(seed):
@@ -260,9 +205,6 @@ def test_the_exported_file_gives_the_same_features(trained, tmp_path):
         assert_close(torch.export.load(path).module()(x), trained(x), rtol=1e-5, atol=1e-6)
 
 
-# ------------------------------------------------------------------ the program
-
-
 @pytest.mark.slow
 def test_from_the_program_to_a_distance(tmp_path, monkeypatch, capsys):
     images, labels = bars(1000)
@@ -284,25 +226,3 @@ def test_from_the_program_to_a_distance(tmp_path, monkeypatch, capsys):
         distance[name] = found["value"]
     assert distance["set"] <= 1e-9
     assert 20 * distance["same.npy"] < distance["noise.npy"]
-
-
-def test_what_the_program_rejects(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TRACEBACK", raising=False)
-    monkeypatch.setattr(sys, "argv", ["classifier.py"])
-    idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 1, 0, 1])
-    for words, text in {
-        "nothing": "no such file",
-        "set --out x.pt": "--out x.pt must be a .pt2",
-        "set --out none/x.pt2": "in a folder that exists",
-        "set --epochs 0": "--epochs must be at least 1",
-        "set --image-size 0": "--image-size must be",
-    }.items():
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as info:
-            run_main(lambda words=words: classifier.main(words.split()))
-        printed = capsys.readouterr()
-        lines = [line for line in printed.err.splitlines() if "it/s]" not in line and line]
-        assert info.value.code == 2 and len(lines) == 1 and text in lines[0]
-        assert lines[0].startswith("classifier.py: error: ") and not printed.out
-    assert not list(tmp_path.glob("*.pt2"))

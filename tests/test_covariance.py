@@ -3,6 +3,8 @@
 
 import copy
 import csv
+import functools
+import itertools
 import math
 
 import numpy as np
@@ -20,18 +22,18 @@ import schedules
 import toy
 import train
 from papers import covariance, superres
-from support import programs, rng
+from support import rng
 
 LINEAR = schedules.make_schedule("linear")
 EVERY = [(name, continuous) for name in schedules.SCHEDULES for continuous in (False, True)]
-# (s, t): sigma2 of DDPM, of DDIM; x_0 ~ N(0, 0.25), exact Γ
-TABLE = [
-    (1, 112, 0.09160883289, 0.08688042455),
-    (445, 556, 0.6276283064, 0.006854664723),
-    (889, 1000, 0.8795933283, 3.582564485e-5),
-    (1, 21, 0.006053274001, 0.004697106563),
-    (1, 2, 1.198768103e-4, 2.331015069e-5),
-]
+# s, t, sigma2 of DDPM, of DDIM; x_0 ~ N(0, 0.25), exact Γ
+TABLE = """\
+1 112 0.09160883289 0.08688042455
+445 556 0.6276283064 0.006854664723
+889 1000 0.8795933283 3.582564485e-5
+1 21 0.006053274001 0.004697106563
+1 2 1.198768103e-4 2.331015069e-5"""
+f64 = functools.partial(torch.tensor, dtype=torch.float64)
 
 
 def var_eps_of_gaussian(schedule, t, var=0.25):
@@ -75,17 +77,15 @@ def two_heads(mixture, schedule, kind, prediction="eps"):
 # ------------------------------------------------------------------ the variance of a step
 
 
-@pytest.mark.parametrize("s, t, ddpm, ddim", TABLE)
-def test_reference_numbers(s, t, ddpm, ddim):
-    ab = LINEAR.alpha_bar(t)
-    gamma = (1 - ab) / (0.25 * ab + 1 - ab)
-    for eta, expected in ((1.0, ddpm), (0.0, ddim)):
-        got = covariance.reverse_variance(LINEAR, t, s, 1 - gamma, eta)
+@pytest.mark.parametrize("row", TABLE.splitlines())
+def test_reference_numbers(row):
+    s, t, *expected = map(float, row.split())
+    var_eps = var_eps_of_gaussian(LINEAR, t)
+    for eta, number in zip((1.0, 0.0), expected, strict=True):
+        got = covariance.reverse_variance(LINEAR, t, s, var_eps, eta)
         assert got.dtype == torch.float64 and got.shape == ()
-        assert_close(got.item(), expected, rtol=1e-9, atol=0)
-    assert_close(
-        covariance.reverse_variance(LINEAR, t, s, 0), LINEAR.step_variances(t, s)[1], rtol=0, atol=0
-    )
+        assert_close(got.item(), number, rtol=1e-9, atol=0)
+    assert covariance.reverse_variance(LINEAR, t, s, 0) == LINEAR.step_variances(t, s)[1]
 
 
 @pytest.mark.parametrize("name, continuous", EVERY)
@@ -96,11 +96,10 @@ def test_every_digit_of_the_coefficient(name, continuous):
     for t, t_next in ((2, 1), (50, 49), (500, 499), (999, 998), (700, 20), (3, 0)):
         (a, s), (a_next, s_next) = schedule.alpha_sigma(t), schedule.alpha_sigma(t_next)
         beta, beta_tilde = schedule.step_variances(t, t_next)
+        A = a_next * beta / s**2
+        assert_close(gap.step_coefficients(schedule, t, t_next, 1.0)[1], A, rtol=1e-12, atol=0)
         got = covariance.reverse_variance(schedule, t, t_next, 0.3)
-        expected = beta_tilde + (a_next * beta / s**2) ** 2 * (s / a) ** 2 * 0.3
-        assert_close(got, expected, rtol=1e-12, atol=0)
-        fresh, A, ratio = gap.step_coefficients(schedule, t, t_next, 1.0)
-        assert_close(A, a_next * beta / s**2, rtol=1e-12, atol=0)
+        assert_close(got, beta_tilde + A**2 * (s / a) ** 2 * 0.3, rtol=1e-12, atol=0)
         if t_next:
             h = schedule.lam(t_next) - schedule.lam(t)
             got = covariance.reverse_variance(schedule, t, t_next, 1.0, eta=0.0)
@@ -115,9 +114,8 @@ def test_it_is_the_variance_by_bayes(name, continuous, eta):
     schedule = schedules.make_schedule(name, continuous=continuous)
     for t, t_next in ((999, 998), (999, 300), (300, 299), (80, 1), (7, 0)):
         (a, s), (a_next, s_next) = schedule.alpha_sigma(t), schedule.alpha_sigma(t_next)
-        got = covariance.reverse_variance(
-            schedule, t, t_next, var_eps_of_gaussian(schedule, t), eta
-        )
+        var_eps = var_eps_of_gaussian(schedule, t)
+        got = covariance.reverse_variance(schedule, t, t_next, var_eps, eta)
         here, there = 0.25 * a**2 + s**2, 0.25 * a_next**2 + s_next**2
         fresh = eta**2 * schedule.step_variances(t, t_next)[1]
         A = a_next - (s_next**2 - fresh).clamp(min=0).sqrt() * a / s
@@ -140,50 +138,25 @@ def test_numbers_and_tensors_of_any_shape():
     assert_close(got, torch.stack(expected), rtol=1e-12, atol=0)
 
 
-GRIDS = {10: 0.104222, 50: 0.196420, 1000: 0.246125}  # steps: what β̃ comes to; "opt": 0.249900
-LARGE = {10: 0.358521, 50: 0.267883, 1000: 0.250752}
-
-
 def authors_grid(steps):
-    return [float(round(1 + k * 999 / (steps - 1))) for k in range(steps)][::-1]
+    return f64([float(round(1 + k * 999 / (steps - 1))) for k in range(steps)][::-1])
 
 
-@pytest.mark.parametrize("steps", GRIDS)
-def test_the_variance_of_the_whole_chain(steps):
-    """x_0 ~ N(0, 0.25): every step multiplies x and adds noise, so variances follow a recursion. No
-    noise in the last step."""
-    times = torch.tensor([*authors_grid(steps), 0.0], dtype=torch.float64)
-    t, t_next = times[:-1], times[1:]
-    (a, s), (a_next, s_next) = LINEAR.alpha_sigma(t), LINEAR.alpha_sigma(t_next)
-    beta, beta_tilde = LINEAR.step_variances(t, t_next)
-    here = 0.25 * a**2 + s**2
-    factor = (a_next * 0.25 * a + (s_next**2 - beta_tilde).clamp(min=0).sqrt() * s) / here
-    opt = covariance.reverse_variance(LINEAR, t, t_next, 0.25 * a**2 / here)
-    found = {}
-    for kind, var in dict(opt=opt, small=beta_tilde, large=beta).items():
-        v = 1.0
-        for f, added in zip(factor, var * (t_next > 0), strict=True):
-            v = f**2 * v + added
-        found[kind] = v.item()
-    expected = dict(opt=0.249900, small=GRIDS[steps], large=LARGE[steps])
-    assert found == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("variance, expected", [("opt", 0.249900), ("small", 0.104222)])
-def test_the_variance_of_the_whole_chain_by_the_sampler(variance, expected):
-    """On Gaussian data the sampler is linear: row j of the batch gets the j-th noise, 1, and no
-    other, and the squares add up to the variance exactly."""
-    if variance == "opt":
-        exact = var_eps_of_gaussian(LINEAR, torch.arange(1001))
-        var_eps = covariance.variance_from_gamma(1 - exact)
-        variance = lambda x, t, to: covariance.reverse_variance(LINEAR, t, to, var_eps(x, t))  # noqa: E731
-    unit = iter(torch.eye(10, dtype=torch.float64)[:, :, None])
+@pytest.mark.parametrize(
+    "steps, small, large",
+    [(10, 0.104222, 0.358521), (50, 0.196420, 0.267883), (1000, 0.246125, 0.250752)],
+)
+def test_the_variance_of_the_whole_chain(steps, small, large):
+    """x_0 ~ N(0, 0.25): the sampler is linear. Row j of the batch gets the j-th noise, 1, and no
+    other, and the squares add up to the variance exactly: 0.249900 in any number of steps."""
+    var_eps = covariance.variance_from_gamma(1 - var_eps_of_gaussian(LINEAR, torch.arange(1001)))
+    best = lambda x, t, to: covariance.reverse_variance(LINEAR, t, to, var_eps(x, t))  # noqa: E731
     denoiser = D.Denoiser(toy.oracle(toy.one_gaussian(), LINEAR), LINEAR)
-    times = torch.tensor(authors_grid(10), dtype=torch.float64)
-    x = samplers.sample(
-        denoiser, next(unit), "ddpm", spacing=times, variance=variance, noise=lambda s: next(unit)
-    )
-    assert x.square().sum().item() == pytest.approx(expected, abs=1e-6)
+    for variance, expected in ((best, 0.249900), ("small", small), ("large", large)):
+        unit = iter(torch.eye(steps, dtype=torch.float64)[:, :, None])
+        how = dict(spacing=authors_grid(steps), noise=lambda shape, unit=unit: next(unit))
+        x = samplers.sample(denoiser, next(unit), "ddpm", variance=variance, **how)
+        assert x.square().sum().item() == pytest.approx(expected, abs=1e-6)
 
 
 # ------------------------------------------------------------------ the clips
@@ -210,10 +183,9 @@ def test_the_last_noise_is_kept_below_grey_levels():
 def test_cov0_is_clipped_pixel_by_pixel():
     a, s = LINEAR.alpha_sigma(700)
     most = float((a / s) ** 2)  # the Var[ε | x_t] at which Cov0 is 1
-    var = torch.tensor([-0.3, 0.0, most / 2, most, 2 * most, 50.0], dtype=torch.float64)
+    var, kept = f64([-0.3, 0, most / 2, most, 2 * most, 50]), f64([0, 0, most / 2, *[most] * 3])
     for eta in (0.0, 0.5, 1.0):
         got = covariance.clipped_variance(LINEAR, 700, 600, var.reshape(1, 1, 2, 3), eta)
-        kept = torch.tensor([0, 0, most / 2, most, most, most], dtype=torch.float64)
         expected = covariance.reverse_variance(LINEAR, 700, 600, kept, eta)
         assert_close(got.flatten(), expected, rtol=1e-12, atol=0)
         fresh, A, _ = gap.step_coefficients(LINEAR, 700, 600, eta)
@@ -227,29 +199,25 @@ def test_cov0_is_clipped_pixel_by_pixel():
 def test_finite_everywhere(name, continuous):
     """With and without signal at T; down to 0; for estimates that are far off."""
     schedule = schedules.make_schedule(name, continuous=continuous)
+    var = torch.tensor([0.0, 1e-9, 0.5, 1.0, 7.0, -0.2])
     for spacing in ("uniform", "logsnr"):
         times = schedules.time_grid(schedule, 8, spacing).tolist() + [0.0]
-        for t, t_next in zip(times[:-1], times[1:], strict=True):
-            for eta in (0.0, 0.5, 1.0):
-                for value_range in ((-1.0, 1.0), None):
-                    var = torch.tensor([0.0, 1e-9, 0.5, 1.0, 7.0, -0.2])
-                    got = covariance.clipped_variance(schedule, t, t_next, var, eta, value_range)
-                    assert torch.isfinite(got).all() and (got >= 0).all()
-                    assert (got >= eta**2 * schedule.step_variances(t, t_next)[1]).all() or (
-                        t_next <= 1
-                    )
+        ways = itertools.product(itertools.pairwise(times), (0.0, 0.5, 1.0), ((-1.0, 1.0), None))
+        for (t, t_next), eta, value_range in ways:
+            got = covariance.clipped_variance(schedule, t, t_next, var, eta, value_range)
+            assert torch.isfinite(got).all() and (got >= 0).all()
+            fresh = eta**2 * schedule.step_variances(t, t_next)[1]
+            assert (got >= fresh).all() or t_next <= 1
 
 
 def test_without_signal_cov0_is_all_that_it_can_be():
     schedule = schedules.make_schedule("zero-terminal-snr")
     fresh, A, ratio = gap.step_coefficients(schedule, 1000, 600, 0.0)
     assert math.isinf(ratio) and A == schedule.alpha_sigma(600)[0]
-    for var in (0.0, 0.3):
-        for value_range, cov0 in (((-1, 1), 1), ((0, 1), 0.25), (None, 1)):
-            got = covariance.clipped_variance(schedule, 1000, 600, var, 0.0, value_range)
-            assert_close(got, cov0 * A**2, rtol=1e-12, atol=0)
-    got = covariance.clipped_variance(schedule, 1000, 600, torch.zeros(2, 3), 0.0)
-    assert_close(got, (A**2).expand(2, 3), rtol=1e-12, atol=0)
+    for value_range, cov0 in (((-1, 1), 1), ((0, 1), 0.25), (None, 1)):
+        var = f64([[0.0, 0.3]])
+        got = covariance.clipped_variance(schedule, 1000, 600, var, 0.0, value_range)
+        assert_close(got, (cov0 * A**2).expand(1, 2), rtol=1e-12, atol=0)
     small = schedule.step_variances(1000, 600)[1]
     assert covariance.reverse_variance(schedule, 1000, 600, 0.0) == small
     assert covariance.reverse_variance(schedule, 1000, 600, 0.1) == math.inf
@@ -295,9 +263,8 @@ def test_one_minus_gamma_is_the_mean_variance(t):
     a, s = LINEAR.alpha_sigma(t)
     x = torch.linspace(-12, 12, 40001, dtype=torch.float64)[:, None]
     v = a**2 * mixture.stds**2 + s**2
-    bumps = (
-        torch.exp(-((x - a * mixture.means.flatten()) ** 2) / (2 * v)) / (2 * torch.pi * v).sqrt()
-    )
+    off = x - a * mixture.means.flatten()
+    bumps = torch.exp(-(off**2) / (2 * v)) / (2 * torch.pi * v).sqrt()
     q = (mixture.weights * bumps).sum(1) * (x[1, 0] - x[0, 0])
     assert q.sum().item() == pytest.approx(1, abs=1e-12)
     gamma = q @ mixture.posterior(x, a, s)[1].square().flatten()
@@ -316,6 +283,12 @@ def small_run(**changes):
     return D.Denoiser(lambda x, c: net(x) * c[:, None, None, None] / 40, schedule, "v"), net
 
 
+def noise_of(t, count, *shape):
+    """What gamma() adds at t: one generator for (seed, t), image by image."""
+    g = rng.generator(0, t)
+    return torch.stack([torch.randn(shape, generator=g) for _ in range(count)])
+
+
 def test_gamma_is_a_function_of_the_seed_and_not_of_the_batch():
     denoiser, net = small_run()
     net.eval()
@@ -327,42 +300,22 @@ def test_gamma_is_a_function_of_the_seed_and_not_of_the_batch():
     assert (covariance.gamma(denoiser, x0, seed=1)[1:] != whole[1:]).all()
     parts = [covariance.gamma(denoiser, x0, ts=range(1 + i, 41, 3)) for i in range(3)]
     assert_close(sum(parts), whole, rtol=1e-6, atol=1e-6)
-    # an image has its noise by its place: six of them add to the sum what they would alone
-    six = covariance.gamma(denoiser, x0[:6])
-    moved = covariance.gamma(denoiser, torch.cat([x0[:6], x0[6:].flip(0)]))
-    assert (moved != whole)[1:].all()
-    same = torch.cat([x0[:6], x0[:1].expand(5, -1, -1, -1)])
-    rest = 11 * covariance.gamma(denoiser, same) - 6 * six
-    g = rng.generator(0, 9)
-    noise = torch.stack([torch.randn(2, 4, 4, generator=g) for _ in range(11)])[6:]
-    eps = denoiser.predict(schedules.add_noise(denoiser.schedule, same[6:], 9, noise), 9)[1]
-    assert_close(rest[9], eps.double().square().flatten(1).mean(1).sum(), rtol=1e-5, atol=1e-6)
-    # written out for one t: one generator for (seed, t), image by image
-    g = rng.generator(0, 17)
-    noise = torch.stack([torch.randn(2, 4, 4, generator=g) for _ in x0])
-    eps = denoiser.predict(schedules.add_noise(denoiser.schedule, x0, 17, noise), 17)[1]
+    xt = schedules.add_noise(denoiser.schedule, x0, 17, noise_of(17, 11, 2, 4, 4))
+    eps = denoiser.predict(xt, 17)[1]  # written out for one t
     assert_close(whole[17], eps.double().square().mean(), rtol=1e-6, atol=0)
 
 
 def test_gamma_switches_dropout_off_and_uses_shared_times():
-    net = torch.nn.Sequential(torch.nn.Dropout(0.9))
-    inputs = []
-
-    class Spy(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.drop = net
-
+    class Spy(torch.nn.Dropout):
         def forward(self, x, c):
             inputs.extend(c.tolist())
-            return self.drop(x)
+            return super().forward(x)
 
-    denoiser = D.Denoiser(Spy(), LINEAR, time_input=etsdm.make_time_input())
-    x0 = torch.zeros(3, 1, 2, 2)
+    inputs, x0 = [], torch.zeros(3, 1, 2, 2)
+    denoiser = D.Denoiser(Spy(0.9), LINEAR, time_input=etsdm.make_time_input())
     got = covariance.gamma(denoiser, x0, ts=[57])
-    g = rng.generator(0, 57)
-    noise = torch.stack([torch.randn(1, 2, 2, generator=g) for _ in x0])
-    assert_close(got[57], ((1 - LINEAR.alpha_bar(57)) * noise.square().mean()), rtol=1e-6, atol=0)
+    expected = (1 - LINEAR.alpha_bar(57)) * noise_of(57, 3, 1, 2, 2).square().mean()
+    assert_close(got[57], expected, rtol=1e-6, atol=0)
     assert inputs == [40.0] * 3
 
 
@@ -371,47 +324,26 @@ def test_gamma_of_super_resolution_gives_each_image_its_own(batch):
     """The known image next to x_t belongs to the same image, also with several t at a time."""
     space = superres.LowRes((1, 4, 4), 2)
     images = torch.linspace(-0.9, 0.9, 5).reshape(5, 1, 1, 1).expand(5, 1, 4, 4).contiguous()
-    off = []
-
-    def net(seen, c):
-        x, known = seen.split(1, 1)
-        a, s = schedule.alpha_sigma(c)
-        # flat images: x_0 is the known image
-        noise = (x - schedules.expand(a, x) * known) / schedules.expand(s, x)
-        off.append(noise.double().square().mean())
-        return noise
-
     schedule = schedules.make_schedule("cosine", T=10)
-    denoiser = D.Denoiser(net, schedule, space=space)
-    got = covariance.gamma(denoiser, images, batch=batch)
-    for t in (3, 10):
-        g = rng.generator(0, t)
-        noise = torch.stack([torch.randn(1, 4, 4, generator=g) for _ in images])
-        # to the rounding of the known image, half a grey level
-        assert got[t].item() == pytest.approx(noise.square().mean().item(), rel=0.05)
+
+    def net(seen, c):  # flat images: x_0 is the known image
+        x, known = seen.split(1, 1)
+        a, s = (schedules.expand(k, x) for k in schedule.alpha_sigma(c))
+        return (x - a * known) / s
+
+    got = covariance.gamma(D.Denoiser(net, schedule, space=space), images, batch=batch)
+    for t in (3, 10):  # to the rounding of the known image, half a grey level
+        expected = noise_of(t, 5, 1, 4, 4).square().mean().item()
+        assert got[t].item() == pytest.approx(expected, rel=0.05)
 
 
 def test_gamma_between_the_integers():
-    var_eps = covariance.variance_from_gamma(
-        torch.tensor([0.0, 0.4, 0.8, 1.25], dtype=torch.float64)
-    )
+    var_eps = covariance.variance_from_gamma(f64([0.0, 0.4, 0.8, 1.25]))
     expected = {0.5: 0.8, 1: 0.6, 1.25: 0.5, 2: 0.2, 2.5: 0.0, 3: 0.0}
     assert {t: var_eps(None, t).item() for t in expected} == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------ second heads
-
-
-def test_the_fake_head_is_exact():
-    """Var[ε | x_t] of the mixture by importance sampling over x_0, independently of exact_var."""
-    mixture, (a, s) = toy.two_bumps(), LINEAR.alpha_sigma(300)
-    x0 = mixture.sample(500_000, torch.Generator().manual_seed(0)).flatten()
-    for x in (-0.5, 0.1, 0.8):
-        eps = (x - a * x0) / s
-        w = torch.exp(-(eps**2) / 2)
-        expected = w @ eps**2 / w.sum() - (w @ eps / w.sum()) ** 2
-        got = exact_var(mixture, torch.tensor([[x]], dtype=torch.float64), a, s)
-        assert_close(got.item(), expected.item(), rtol=0.02, atol=0)
 
 
 def ks(x, mixture):
@@ -422,50 +354,41 @@ def ks(x, mixture):
     return (cdf - (torch.arange(len(x)) + 0.5) / len(x)).abs().max().item()
 
 
-@pytest.mark.parametrize(
-    "sampler, eta",
-    [("ddpm", 0.0), ("ddim", 0.0), pytest.param("ddim", 0.5, marks=pytest.mark.slow)],
-)
+def slowly(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.0), slowly("ddim", 0.5)])
 def test_exact_heads_sample_the_right_distribution(sampler, eta):
     """Ten steps on the two bumps: NPR's and SN's heads, when exact, are one and the same, and
     better than any number without x_t; Γ has the right variance too. Exactly nfe calls."""
     mixture, n, nfe = toy.two_bumps(), 8000, 10
     noises = torch.randn(nfe, n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    times = torch.tensor(authors_grid(nfe), dtype=torch.float64)
+    times, out = authors_grid(nfe), {}
 
     def run(denoiser, variance):
         some = iter(noises)
         how = dict(spacing=times, eta=eta, variance=variance, noise=lambda shape: next(some))
         return samplers.sample(denoiser, next(some), sampler, **how)
 
-    out = {}
     for kind in ("npr", "sn"):
         denoiser, calls = two_heads(mixture, LINEAR, kind)
-        variance = covariance.variance_from_run(
-            denoiser, kind, sampler == "ddpm", eta, max_grey_levels=0
-        )
-        out[kind] = run(denoiser, variance)
+        how = (denoiser, kind, sampler == "ddpm", eta)
+        out[kind] = run(denoiser, covariance.variance_from_run(*how, max_grey_levels=0))
         assert calls == times.tolist()
     plain = D.Denoiser(toy.oracle(mixture, LINEAR), LINEAR)
     x0 = mixture.sample(4000, torch.Generator().manual_seed(1))
-    var_eps = covariance.variance_from_gamma(
-        covariance.gamma(plain, x0, ts=times.long().tolist(), batch=4000)
-    )
-    out["analytic"] = run(
-        plain,
-        lambda x, t, to: covariance.clipped_variance(
-            LINEAR, t, to, var_eps(x, t), 1.0 if sampler == "ddpm" else eta, max_grey_levels=0
-        ),
-    )
-    for kind in ("small",) + ("large",) * (sampler == "ddpm"):
-        out[kind] = run(plain, kind)
+    gamma = covariance.gamma(plain, x0, ts=times.long().tolist(), batch=4000)
+    var_eps, share = covariance.variance_from_gamma(gamma), 1.0 if sampler == "ddpm" else eta
+    out["analytic"] = run(plain, covariance.step_variance(plain, var_eps, share, 0))
+    rough = ["small"] + ["large"] * (sampler == "ddpm")
+    out.update({kind: run(plain, kind) for kind in rough})
     assert_close(out["npr"], out["sn"], rtol=1e-6, atol=1e-6)
     ratio = {k: (x.var() / mixture.variance()).item() for k, x in out.items()}
     distance = {k: ks(x, mixture) for k, x in out.items()}
     print(f"\n{sampler} eta {eta}: variance {ratio}\n    KS {distance}")
-    for kind in ("npr", "analytic"):
-        assert abs(ratio[kind] - 1) < 0.05
-    for kind in {"small", "large"} & out.keys():
+    assert abs(ratio["npr"] - 1) < 0.05 and abs(ratio["analytic"] - 1) < 0.05
+    for kind in rough:
         assert abs(ratio[kind] - 1) > 0.15
         assert distance["npr"] < 0.75 * distance[kind] and distance["npr"] < distance["analytic"]
 
@@ -497,18 +420,11 @@ def test_a_network_that_caches_is_still_a_module():
 QUICK = {"linear", "zero-terminal-snr", "edm"}  # with signal at T, without, and another x
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in schedules.SCHEDULES],
-)
-@pytest.mark.parametrize(
-    "sampler, eta",
-    [
-        ("ddpm", 0.0),
-        pytest.param("ddim", 0.0, marks=pytest.mark.slow),
-        pytest.param("ddim", 0.7, marks=pytest.mark.slow),
-    ],
-)
+NAMES = [n if n in QUICK else slowly(n) for n in schedules.SCHEDULES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), slowly("ddim", 0.0), slowly("ddim", 0.7)])
 def test_samples_are_right_with_every_schedule(name, sampler, eta):
     """With signal at T and without, and on EDM's noise levels: the variance of 30 steps, with the
     clips; in exactly so many calls."""
@@ -530,23 +446,16 @@ def test_samples_are_right_with_every_schedule(name, sampler, eta):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A small run on a small set of images, with flips."""
+def estimated(tmp_path_factory):
+    """A small run on a small set of images, with flips, and its Γ."""
     folder = tmp_path_factory.mktemp("covariance")
     np.save(folder / "set.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        flags = ["--data", "set.npy", "--image-size", "8", "--batch-size", "4", "--flip"]
-        train.main(["--name", "base", *flags, "--precision", "fp32", "--steps", "2"])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def estimated(runs):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(runs)
+        flags = "--data set.npy --image-size 8 --batch-size 4 --flip --precision fp32 --steps 2"
+        train.main(["--name", "base", *flags.split()])
         covariance.main(["base", "-n", "2", "--batch-size", "500"])
-    return runs
+    return folder
 
 
 def test_the_program(estimated, monkeypatch):
@@ -562,17 +471,12 @@ def test_the_program(estimated, monkeypatch):
     assert Image.open("runs/base/analytic.png").size[0] > 800
     # the numbers are gamma()'s, of the first images of the set, every second one mirrored
     denoiser = D.load_run("base")
-    images = next(data.batches(data.load("set.npy", 8, 3), 2, 0, 0))
-    x0 = data.to_float(images)
-    x0 = torch.stack([x0[0].flip(-1), x0[1]])
-    again = covariance.gamma(denoiser, x0, ts=[1, 500])
+    x0 = data.to_float(next(data.batches(data.load("set.npy", 8, 3), 2, 0, 0)))
+    again = covariance.gamma(denoiser, torch.stack([x0[0].flip(-1), x0[1]]), ts=[1, 500])
     assert_close(again[[1, 500]], gamma[[1, 500]], rtol=1e-4, atol=0)
     # and samples with them take exactly nfe calls
-    variance, calls, net = (
-        covariance.variance_from_run(denoiser, "analytic", True),
-        [],
-        denoiser.net,
-    )
+    variance = covariance.variance_from_run(denoiser, "analytic", True)
+    calls, net = [], denoiser.net
     denoiser.net = lambda x, c: (calls.append(c), net(x, c))[1]
     x = samplers.sample_from_seeds(denoiser, [0], sampler="ddpm", nfe=5, variance=variance)
     assert torch.isfinite(x).all() and len(calls) == 5
@@ -581,61 +485,32 @@ def test_the_program(estimated, monkeypatch):
     assert_close(variance(x, 700.0, 600.0), expected, rtol=1e-12, atol=0)
 
 
-def test_errors_of_a_run_say_what_to_do(runs, estimated, monkeypatch, tmp_path):
-    monkeypatch.chdir(runs)
-    denoiser = D.load_run("base")
-    found = (runs / "runs/base/analytic.npz").read_bytes()
+def test_errors_of_a_run_say_what_to_do(estimated, monkeypatch, tmp_path):
+    monkeypatch.chdir(estimated)
+    denoiser, path = D.load_run("base"), tmp_path / "analytic.npz"
 
-    def error(kind="analytic", folder=None, **changes):
+    def refused(*parts, kind="analytic", folder=tmp_path, error=ValueError, **changes):
         other = copy.copy(denoiser)
-        other.folder = tmp_path if folder is None else folder
-        vars(other).update(changes)
-        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        vars(other).update(folder=folder, **changes)
+        with pytest.raises(error) as caught:
             covariance.variance_from_run(other, kind, True)
-        return caught.type, str(caught.value)
+        assert all(part in str(caught.value) for part in parts), caught.value
 
-    kind, text = error()
-    assert (
-        kind is FileNotFoundError
-        and text.startswith(f"--variance analytic: {tmp_path} has no Γ")
-        and "python -m papers.covariance" in text
-    )
-    path = tmp_path / "analytic.npz"
-    path.write_bytes(found)
+    start = f"--variance analytic: {tmp_path} has no Γ"
+    refused(start, "python -m papers.covariance", error=FileNotFoundError)
+    path.write_bytes((estimated / "runs/base/analytic.npz").read_bytes())
     covariance.variance_from_run(denoiser.replace(folder=tmp_path), "analytic", True)
-    _, text = error(step=4000)
-    assert "is of step 2, ema weights; the run is at 4000" in text and "again" in text
-    _, text = error(weights="raw")
-    assert "--weights raw" in text
-    for broken in (found[:200], b"", b"text"):
+    refused("is of step 2, ema weights; the run is at 4000", "again", step=4000)
+    refused("--weights raw", weights="raw")
+    for broken in (path.read_bytes()[:200], b"", b"text"):
         path.write_bytes(broken)
-        assert "is not a Γ of this run: run  python -m papers.covariance" in error()[1]
+        refused("is not a Γ of this run: run  python -m papers.covariance")
     for arrays in (dict(mu=np.zeros(3)), dict(gamma=np.zeros(12), step=2, weights="ema")):
         np.savez(path, **arrays)
-        assert "is not a Γ of this run" in error()[1]
-    assert "python -m papers.heads npr runs/base" in error("npr", denoiser.folder)[1]
+        refused("is not a Γ of this run")
+    run = denoiser.folder
+    refused("python -m papers.heads npr runs/base", kind="npr", folder=run)
     settings = dict(denoiser.settings, head="npr", trunk="first")
-    _, text = error("sn", denoiser.folder, settings=settings)
-    assert "has an npr head" in text and text.endswith("papers.heads sn first")
-    assert "opened by load_run" in error(folder=False or None, kind="best")[1]
-    bare = D.Denoiser(lambda x, c: x, LINEAR)
-    with pytest.raises(ValueError, match="opened by load_run"):
-        covariance.variance_from_run(bare, "analytic", True)
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["--num", "0"], "at least 1"),
-        (["--batch-size", "0"], "at least 1"),
-        (["--seed", "-1"], "--seed must be at least 0"),
-        ([], "no run under"),
-        (["none"], "no run none"),
-    ],
-)
-def test_errors_are_one_line(words, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as end:
-        programs.run_main(lambda: covariance.main(words))
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
+    refused("has an npr head", "papers.heads sn first", kind="sn", folder=run, settings=settings)
+    refused("opened by load_run", kind="best")
+    refused("opened by load_run", folder=None)

@@ -9,12 +9,19 @@ import denoiser as D
 import etsdm
 import schedules
 from papers import alternatives
+from support.cli import parse_into
 
 LINEAR = schedules.make_schedule("linear")
 
 
 def f64(*shape):
     return torch.randn(*shape, dtype=torch.float64)
+
+
+def spy(answer=lambda x, c: x):
+    """(a network that gives this answer, the list of the (x, c) that it receives)."""
+    seen = []
+    return lambda x, c: (seen.append((x, c)), answer(x, c))[1], seen
 
 
 @pytest.mark.parametrize("name", schedules.SCHEDULES)
@@ -48,21 +55,13 @@ def test_pixels_are_themselves():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_network_receives_the_time_input_not_t(dtype):
-    inputs = []
-
-    def net(x, c):
-        inputs.append(c)
-        return x
-
+    net, seen = spy()
     x = torch.randn(3, 1, 2, 2, dtype=dtype)
     denoiser = D.Denoiser(net, LINEAR, time_input=etsdm.make_time_input())
     for t in (57, torch.tensor([3, 57, 570]), torch.tensor([3.5, 57.5, 570.5])):
         x0, eps = denoiser.predict(x, t)
-        assert x0.dtype == eps.dtype == dtype
-    assert all(c.dtype == dtype and c.shape == (3,) for c in inputs)
-    assert inputs[0].tolist() == [40, 40, 40]
-    assert inputs[1].tolist() == [0, 40, 570]
-    assert inputs[2].tolist() == [0, 40, 570.5]
+        assert x0.dtype == eps.dtype == seen[-1][1].dtype == dtype
+    assert [c.tolist() for _, c in seen] == [[40, 40, 40], [0, 40, 570], [0, 40, 570.5]]
 
 
 def test_coefficients_stay_those_of_t_under_sharing():
@@ -73,30 +72,36 @@ def test_coefficients_stay_those_of_t_under_sharing():
     assert_close(shared.predict(x, 57)[0], plain.predict(x, 57)[0], rtol=0, atol=0)
 
 
-def test_time_inputs_are_never_half_precision():
-    inputs = []
-    denoiser = D.Denoiser(lambda x, c: (inputs.append(c), x)[1], LINEAR)
-    x0, _ = denoiser.predict(torch.randn(2, 1, dtype=torch.bfloat16), 999)
-    assert inputs[0].dtype == torch.float32 and inputs[0].tolist() == [999.0, 999.0]
+def test_half_precision():
+    """Times are never in it; under autocast the net answers in bf16, and x0 and eps are formed in
+    x's precision."""
+    net, seen = spy()
+    x0, _ = D.Denoiser(net, LINEAR).predict(torch.randn(2, 1, dtype=torch.bfloat16), 999)
+    c = seen[0][1]
+    assert c.dtype == torch.float32 and c.tolist() == [999.0, 999.0]
     assert x0.dtype == torch.bfloat16
-
-
-def test_half_precision_outputs_are_lifted():
-    """Under autocast the net answers in bf16; x0 and eps are formed in x's precision."""
-    x = torch.randn(2, 1)
-    x0, eps = D.Denoiser(lambda x, c: x.bfloat16(), LINEAR).predict(x, 500)
+    x0, eps = D.Denoiser(lambda x, c: x.bfloat16(), LINEAR).predict(torch.randn(2, 1), 500)
     assert x0.dtype == eps.dtype == torch.float32
 
 
 def test_imported_checkpoints_count_from_zero():
-    inputs = []
+    net, seen = spy()
     for share in (None, etsdm.make_time_input(100, 5)):  # shares in their count
-        denoiser = D.Denoiser(
-            lambda x, c: (inputs.append(c), x)[1], LINEAR, time_input=D.zero_based_time(1000, share)
-        )
+        denoiser = D.Denoiser(net, LINEAR, time_input=D.zero_based_time(1000, share))
         for t in (1000, torch.tensor([1]), 21, 40):
             denoiser.predict(torch.randn(1, 1), t)
-    assert [c.item() for c in inputs] == [999, 0, 20, 39] + [999, 0, 20, 20]
+    assert [c.item() for _, c in seen] == [999, 0, 20, 39] + [999, 0, 20, 20]
+
+
+def test_a_run_has_the_betas_that_were_asked_for():
+    """Latent diffusion's, with its quadratic schedule; runs without the setting have DDPM's."""
+    words = "--schedule quadratic --betas 0.0015 0.0195"
+    settings = parse_into(config.Config, words.split()).settings()
+    schedule = D.build_denoiser(settings).schedule
+    assert_close(1 - schedule.alpha_bar(1), f64(()).fill_(0.0015))
+    assert_close(1 - schedule.alpha_bar(1000) / schedule.alpha_bar(999), f64(()).fill_(0.0195))
+    del settings["betas"]
+    assert_close(1 - D.build_denoiser(settings).schedule.alpha_bar(1), f64(()).fill_(1e-4))
 
 
 def test_unknown_prediction():
@@ -107,12 +112,7 @@ def test_unknown_prediction():
 def test_edm_is_its_own_formulas():
     """Karras et al. 2022, table 1, in its own coordinates: the network's input, its time
     input, and x0 from its output."""
-    schedule, seen = schedules.make_schedule("edm"), []
-
-    def net(x, c):
-        seen.append((x, c))
-        return torch.sin(x)
-
+    schedule, (net, seen) = schedules.make_schedule("edm"), spy(lambda x, c: torch.sin(x))
     denoiser = D.Denoiser(net, schedule, "edm")
     x = f64(5, 3, 4, 4) * 10
     sigma = torch.tensor([0.002, 0.05, 1.0, 20.0, 80.0], dtype=torch.float64)
@@ -127,22 +127,17 @@ def test_edm_is_its_own_formulas():
 
 
 def test_edm_shares_times_in_its_grids_coordinate():
-    schedule, inputs = schedules.make_schedule("edm"), []
-
-    def net(x, c):
-        inputs.append(c)
-        return x
-
+    schedule, (net, seen) = schedules.make_schedule("edm"), spy()
     shared = D.Denoiser(net, schedule, "edm", etsdm.make_time_input())
     x = f64(6, 2)
     shared.predict(x, torch.tensor([0.0, 0.3, 19.5, 20.0, 39.9, 100.0], dtype=torch.float64))
     sigma = schedule.alpha_sigma(torch.tensor([1.0, 1.0, 1.0, 20.0, 20.0, 100.0]))[1]
-    assert_close(inputs[0], sigma.log() / 4, rtol=1e-12, atol=0)
+    assert_close(seen[0][1], sigma.log() / 4, rtol=1e-12, atol=0)
     # every schedule, also where there is no signal at all: the time input stays finite
     for name in schedules.SCHEDULES:
         d = D.Denoiser(net, schedules.make_schedule(name), "edm")
         x0, eps = d.predict(x, 1000)
-        assert x0.isfinite().all() and eps.isfinite().all() and inputs[-1].isfinite().all()
+        assert all(v.isfinite().all() for v in (x0, eps, seen[-1][1]))
 
 
 def test_further_outputs_stand_behind_the_prediction():
@@ -155,17 +150,11 @@ def test_further_outputs_stand_behind_the_prediction():
 
 
 def test_conditioning_is_repeated_as_often_as_x():
-    seen = []
-
-    def net(x, c):
-        seen.append(x)
-        return x[:, :3]
-
-    known = f64(2, 3, 4, 4)
+    (net, seen), known = spy(lambda x, c: x[:, :3]), f64(2, 3, 4, 4)
     bare = D.Denoiser(net, LINEAR)
     d, x = bare.replace(conditioning=known), f64(6, 3, 4, 4)
     d.predict(x, 7)
-    assert_close(seen[0], torch.cat([x, known.repeat(3, 1, 1, 1)], dim=1))
+    assert_close(seen[0][0], torch.cat([x, known.repeat(3, 1, 1, 1)], dim=1))
     assert bare.conditioning is None  # replace() leaves the denoiser it came from as it was
     x0, encoded = bare.encode(x)
     assert x0 is x and vars(encoded) == vars(bare)
@@ -180,22 +169,13 @@ def test_a_number_is_what_a_tensor_of_it_is(prediction, remap):
     time_input = {"etsdm": etsdm.make_time_input(), None: None}.get(
         remap, lambda t: alternatives.remap(t, remap)
     )
-    inputs = []
-
-    def net(x, c):
-        inputs.append(c)
-        return x.sin() + c[:, None]
-
-    x = f64(3, 4)
+    (net, seen), x = spy(lambda x, c: x.sin() + c[:, None]), f64(3, 4)
     for schedule in (LINEAR, schedules.make_schedule("edm")):
         denoiser = D.Denoiser(net, schedule, prediction, time_input)
         for t in (73.25, 999.0):
-            for one, many in zip(
-                denoiser.predict(x, t), denoiser.predict(x, torch.full((3,), t)), strict=True
-            ):
-                assert_close(one, many)
-            assert_close(inputs[-2], inputs[-1].contiguous())
+            assert_close(denoiser.predict(x, t), denoiser.predict(x, torch.full((3,), t)))
+            assert_close(seen[-2][1], seen[-1][1].contiguous())
     # another time input is another answer
-    before = inputs[-1]
+    before = seen[-1][1]
     denoiser.replace(time_input=lambda t: t * 0 + 5).predict(x, 999.0)
-    assert prediction == "edm" or not torch.equal(inputs[-1], before)
+    assert prediction == "edm" or not torch.equal(seen[-1][1], before)

@@ -13,15 +13,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, ROOT, TINY, run_program, torchrun
-from PIL import Image
+from conftest import ENV, ROOT, SMALL, TINY, assert_same, torchrun
+from kills import read_pictures
+from programs import main_of
 from torch.testing import assert_close
 
-import sample
-import train
-from papers import autoencoder, covariance, heads, latents, superres
 from support.checkpoint import load_checkpoint
 
+TINY = [*TINY, "--lr-decay", "none"]  # so that a run of 4 steps can go on to 10
 WORKER = ROOT / "tests" / "robustness" / "faulty_worker.py"
 TRAIN = ROOT / "train.py"
 pytestmark = pytest.mark.slow
@@ -39,13 +38,23 @@ def start(*words, cwd):
     )
 
 
+def by(n, program, words, cwd):
+    """A program of ours, by one process (this one) or by n."""
+    if n == 1:
+        with contextlib.chdir(cwd):
+            return main_of(program, words)
+    name, *command = program.split()
+    run = [ROOT / name] if name.endswith(".py") else ["-m", name]
+    return torchrun(n, *run, *command, *words.split(), cwd=cwd)
+
+
 def checkpoint_of(folder, name):
     return load_checkpoint(folder / "runs" / name / "checkpoint.pt")
 
 
-def assert_same(one, two):
-    for key in ("net", "ema", "optimizer"):
-        assert_close(one[key], two[key], rtol=0, atol=0)
+def first_row(folder, name):
+    with open(folder / "runs" / name / "log.csv", newline="") as f:
+        return next(csv.DictReader(f))
 
 
 def test_two_processes_have_the_gradient_of_one(tmp_path):
@@ -62,77 +71,49 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The same run by one process, by two, and by two that stopped after 4 steps."""
-    folder = tmp_path_factory.mktemp("distributed")
-    with contextlib.chdir(folder):
-        train.main([*TINY, "--steps", "10", "--name", "by1"])
-    torchrun(2, TRAIN, *TINY, "--steps", "10", "--name", "by2", cwd=folder)
-    torchrun(2, TRAIN, *TINY, "--steps", "4", "--name", "resumed", cwd=folder)
-    done = torchrun(2, TRAIN, *TINY, "--steps", "10", "--name", "resumed", cwd=folder)
+    folder, tiny = tmp_path_factory.mktemp("distributed"), " ".join(TINY)
+    for n in (1, 2):
+        by(n, "train.py", f"{tiny} --steps 10 --name by{n}", folder)
+    by(2, "train.py", f"{tiny} --steps 4 --name resumed", folder)
+    done = by(2, "train.py", f"{tiny} --steps 10 --name resumed", folder)
     assert "from step 4" in done.stdout
     assert done.stdout.count("done:") == 1, "only rank 0 prints"
     return folder
-
-
-def first_row(folder, name):
-    with open(folder / "runs" / name / "log.csv", newline="") as f:
-        return next(csv.DictReader(f))
-
-
-def test_losses_are_the_same(runs):
-    one, two = (first_row(runs, name) for name in ("by1", "by2"))
-    for key in ("loss", "simple"):
-        assert_close(float(one[key]), float(two[key]), rtol=1e-4, atol=0)
 
 
 def test_resuming_with_two_processes_changes_nothing(runs):
     whole, parts = (checkpoint_of(runs, name) for name in ("by2", "resumed"))
     assert_same(parts, whole)
     assert not any(k.startswith("module.") for k in whole["net"]), "the bare module's names"
-
-
-def test_a_run_resumes_with_another_number_of_processes(runs):
+    # and with another number of processes it goes on
     done = torchrun(1, TRAIN, *TINY, "--steps", "12", "--name", "resumed", cwd=runs)
-    assert "from step 10" in done.stdout
-    assert checkpoint_of(runs, "resumed")["step"] == 12
-
-
-def read_pictures(folder):
-    return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob("0*.png"))])
+    assert "from step 10" in done.stdout and checkpoint_of(runs, "resumed")["step"] == 12
 
 
 @pytest.mark.parametrize("n", [2, 4])
-def test_pictures_are_the_same(runs, n, monkeypatch):
+def test_pictures_are_the_same(runs, n):
     """Also with --npz, whose images are the PNGs, in their order."""
     # -n, because torchrun takes --num for an abbreviation of its own --numa-binding.
-    words = "by1 -n 5 --nfe 4 --sampler ddpm --batch-size 2 --npz".split()
-    monkeypatch.chdir(runs)
-    sample.main([*words, "--out", f"one-for-{n}"])
-    torchrun(n, ROOT / "sample.py", *words, "--out", n, cwd=runs)
+    words = "by1 -n 5 --nfe 4 --sampler ddpm --batch-size 2 --npz --out "
+    by(1, "sample.py", words + f"one-for-{n}", runs)
+    by(n, "sample.py", words + str(n), runs)
     one, two = read_pictures(runs / f"one-for-{n}"), read_pictures(runs / str(n))
     assert len(one) == 5 and one.std() > 10
     assert np.abs(one - two).max() <= 1
     np.testing.assert_array_equal(np.load(runs / f"{n}.npz")["arr_0"], two)
 
 
-def error_lines(done, program):
-    """The lines of the program's own error. torchrun's report repeats it, after a timestamp."""
-    return [x for x in done.stderr.splitlines() if re.search(rf"(^|\]){program}: error: ", x)]
-
-
-def test_an_error_is_one_line_and_status_2_without_torchrun(tmp_path):
-    done = run_program(TRAIN, "--lr", "-1", cwd=tmp_path, status=2)
-    assert done.stderr.startswith("train.py: error: --lr must be above 0")
-    assert done.stderr.count("\n") == 1
+def error_line(done, program):
+    """The one line of the program's own error. torchrun's report repeats it, after a timestamp."""
+    lines = [x for x in done.stderr.splitlines() if re.search(rf"(^|\]){program}: error: ", x)]
+    assert len(lines) == 1, done.stderr[-3000:]
+    return lines[0]
 
 
 @pytest.mark.parametrize(
     "program, flags, words",
     [
-        (
-            "train.py",
-            "--batch-size 3",
-            "--batch-size 3 is global and must be divisible by the 2 processes",
-        ),
+        ("train.py", "--batch-size 3", "3 is global and must be divisible by the 2 processes"),
         ("sample.py", "nobody", "no run nobody"),  # rank 0 alone finds it
         ("train.py", "--lr -1", "--lr must be above 0"),  # before the processes meet
         ("train.py", "--data nowhere", "nowhere"),
@@ -140,21 +121,16 @@ def test_an_error_is_one_line_and_status_2_without_torchrun(tmp_path):
 )
 def test_a_job_of_two_prints_an_error_once(program, flags, words, tmp_path):
     done = torchrun(2, ROOT / program, *flags.split(), cwd=tmp_path, check=False)
-    assert done.returncode != 0
-    lines = error_lines(done, program)
-    assert len(lines) == 1 and words in lines[0], done.stderr[-3000:]
+    assert done.returncode != 0 and words in error_line(done, program)
     assert "Connection closed" not in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
 def test_sigterm_to_torchrun_saves_and_resumes(tmp_path):
     """torchrun passes the signal on; both processes stop after the same step, and can resume."""
-    words = [*TINY, "--save-every", "2", "--name", "stopped"]
-    process = start(
-        "--standalone", "--nproc_per_node", 2, TRAIN, *words, "--steps", 300, cwd=tmp_path
-    )
-    path = tmp_path / "runs" / "stopped" / "checkpoint.pt"
-    until = time.time() + 60
+    words = [TRAIN, *TINY, "--save-every", "2", "--name", "stopped", "--steps"]
+    process = start("--standalone", "--nproc_per_node", 2, *words, 300, cwd=tmp_path)
+    path, until = tmp_path / "runs" / "stopped" / "checkpoint.pt", time.time() + 60
     while not path.exists() and time.time() < until and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -162,42 +138,36 @@ def test_sigterm_to_torchrun_saves_and_resumes(tmp_path):
     assert "stopped by SIGTERM at step" in out
     step = load_checkpoint(path)["step"]
     assert 0 < step < 300
-    done = torchrun(2, TRAIN, *words, "--steps", step + 2, cwd=tmp_path)
+    done = torchrun(2, *words, step + 2, cwd=tmp_path)
     assert f"from step {step}" in done.stdout and load_checkpoint(path)["step"] == step + 2
 
 
 def test_every_objective_under_two_processes(runs):
-    """A head (whose trunk is frozen), an autoencoder, its latents, super-resolution: the losses of
-    one process, a Γ bit for bit, and pictures within one grey level."""
-    small = ["--batch-size", "4", "--precision", "fp32", "--steps", "10"]
-    objectives = dict(
-        head=(heads, ["npr", "by1"]),
-        code=(autoencoder, ["train", "--image-size", "16"]),
-        sr=(superres, ["train", "--factor", "2", "--image-size", "8"]),
-        latent=(latents, ["code1"]),
-    )
-    for name, (module, words) in objectives.items():
-        with contextlib.chdir(runs):
-            module.main([*words, *small, "--name", f"{name}1"])
-        torchrun(2, "-m", module.__name__, *words, *small, "--name", f"{name}2", cwd=runs)
+    """A plain run, a head (whose trunk is frozen), an autoencoder, its latents, super-resolution:
+    the losses of one process, a Γ bit for bit, and pictures within one grey level."""
+    small, names = " ".join(["", *SMALL, "--steps 10 --name "]), ["by"]
+    for name, program, words in (
+        ("head", "papers.heads", "npr by1"),
+        ("code", "papers.autoencoder train", "--image-size 16"),
+        ("sr", "papers.superres train", "--factor 2 --image-size 8"),
+        ("latent", "papers.latents", "code1"),
+    ):
+        names.append(name)
+        for n in (1, 2):
+            by(n, program, words + small + f"{name}{n}", runs)
+    for name in names:
         one, two = (first_row(runs, f"{name}{n}") for n in (1, 2))
         same = [k for k in one if k not in ("images_per_s", "grad_norm")]
         numbers = [[float(row[k]) for k in same] for row in (one, two)]
-        assert_close(*numbers, rtol=2e-3, atol=1e-7, msg=f"{name}: {numbers}")
-    words = "enlarge sr1 shapes -n 3 --nfe 2 --out".split()
-    with contextlib.chdir(runs):
-        superres.main([*words, "one-sr"])
-    torchrun(2, "-m", "papers.superres", *words, "two-sr", cwd=runs)
-    one, two = read_pictures(runs / "one-sr"), read_pictures(runs / "two-sr")
-    assert len(one) == 3 and np.abs(one - two).max() <= 1
+        rtol = 1e-4 if name == "by" else 2e-3
+        assert_close(*numbers, rtol=rtol, atol=1e-7, msg=f"{name}: {numbers}")
     gammas = []
     for n in (1, 2):
-        if n == 1:
-            with contextlib.chdir(runs):
-                covariance.main(["by1", "-n", "4"])
-        else:
-            torchrun(n, "-m", "papers.covariance", "by1", "-n", "4", cwd=runs)
+        by(n, "papers.superres enlarge", f"sr1 shapes -n 3 --nfe 2 --out sr-by-{n}", runs)
+        by(n, "papers.covariance", "by1 -n 4", runs)
         gammas.append(np.load(runs / "runs" / "by1" / "analytic.npz")["gamma"])
+    one, two = (read_pictures(runs / f"sr-by-{n}") for n in (1, 2))
+    assert len(one) == 3 and np.abs(one - two).max() <= 1
     np.testing.assert_array_equal(*gammas)
 
 
@@ -223,23 +193,20 @@ def test_a_process_that_fails_ends_the_others_with_one_line(how, rank, tmp_path)
     words = [*TINY, "--steps", "12", "--save-every", "3", "--name", "lost"]
     done = torchrun(2, WORKER, how, rank, 7, *words, cwd=tmp_path, check=False)
     assert done.returncode != 0 and time.time() - began < 100
-    lines = error_lines(done, "train.py")
-    assert len(lines) == 1, done.stderr[-3000:]
     expected = "no good" if how == "refuse" else "another process of this job has ended"
-    assert expected in lines[0]
+    assert expected in error_line(done, "train.py")
     assert "RuntimeError" not in done.stderr and "gloo" not in done.stderr
     assert checkpoint_of(tmp_path, "lost")["step"] == 6
 
 
-def test_torchrun_restarts_a_dead_process(tmp_path):
+def test_torchrun_restarts_a_dead_process(runs):
     """--max-restarts: from the last checkpoint, to the weights of a run in which none died."""
-    words = [*TINY, "--steps", "10", "--save-every", "3", "--name"]
+    words = [*TINY, "--steps", "10", "--save-every", "3", "--name", "back"]
     options = ["--max-restarts", "3"]
-    done = torchrun(2, WORKER, "die", 1, 7, *words, "back", cwd=tmp_path, options=options)
+    done = torchrun(2, WORKER, "die", 1, 7, *words, cwd=runs, options=options)
     assert "from step 6" in done.stdout and done.stdout.count("done:") == 1
-    torchrun(2, TRAIN, *words, "whole", cwd=tmp_path)
-    assert_same(*(checkpoint_of(tmp_path, name) for name in ("back", "whole")))
-    assert not list((tmp_path / "runs").rglob("*.tmp"))
+    assert_same(*(checkpoint_of(runs, name) for name in ("back", "by2")))
+    assert not list((runs / "runs").rglob("*.tmp"))
 
 
 def test_two_machines(runs):

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import message_of
+from conftest import refused
 from image_writers import pixels
-from metrics_worker import Maps, export
+from metrics_worker import export, maps
 
 import metrics
 from support import features
@@ -18,9 +18,6 @@ ALONE = Distributed(0, 1, 0, torch.device("cpu"))
 
 def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
-
-
-# ------------------------------------------------------------------ sums
 
 
 def moments(f, batch=64, dist=ALONE):
@@ -88,17 +85,7 @@ def test_a_small_covariance_is_not_taken_for_zero():
 
 
 def test_one_image_has_no_covariance():
-    with pytest.raises(ValueError, match="at least 2 images, not 1"):
-        moments(torch.zeros(1, 3))
-
-
-# ------------------------------------------------------------------ files of statistics
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    refused("at least 2 images, not 1", moments, torch.zeros(1, 3))
 
 
 def test_statistics_of_every_make(here):
@@ -136,22 +123,16 @@ def test_broken_npz_files_are_named_in_one_line(here):
     np.savez("words.npz", mu=np.array(["a"]), sigma=np.eye(1))
     np.savez("shape.npz", mu=np.zeros(3), sigma=np.eye(2))
     for name in "cut spoilt array page empty object words shape".split():
-        with pytest.raises(ValueError, match=f"^{name}.npz") as info:
-            features.read_statistics(f"{name}.npz")
-        assert "web page" in message_of(info) or name != "page"
-
-
-# ------------------------------------------------------------------ networks
+        message = str(refused(f"^{name}.npz", features.read_statistics, f"{name}.npz"))
+        assert "web page" in message or name != "page"
 
 
 def test_a_network_goes_to_the_device(here, monkeypatch):
-    """On a GPU the file's tensors must move along; "meta" stands in for one, and forgives a weight
-    that stayed behind."""
-    export("maps.pt2", Maps(), dynamic="N")
+    """On a GPU the file's tensors must move along; "meta" stands in for one."""
+    export("maps.pt2", maps, dynamic="N")
     move, moved = features.move_to_device_pass, []
-    monkeypatch.setattr(
-        features, "move_to_device_pass", lambda *args: moved.append(args[1]) or move(*args)
-    )
+    spy = lambda *args: moved.append(args[1]) or move(*args)  # noqa: E731
+    monkeypatch.setattr(features, "move_to_device_pass", spy)
     net = features.open_exported(Path("maps.pt2"), torch.device("meta"))
     assert net(torch.zeros(3, 3, 8, 8, device="meta")).device.type == "meta"
     assert moved == ["meta"]

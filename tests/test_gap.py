@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, refused
 from PIL import Image
 from torch.testing import assert_close
 
@@ -17,7 +18,6 @@ import samplers
 import schedules
 import toy
 import train
-from support import programs
 from support.cli import parse_into
 
 LINEAR = schedules.make_schedule("linear")
@@ -94,17 +94,16 @@ def test_intervals_cover_the_truth(truth):
 
 def test_a_coarser_grid_and_ddim_have_gaps_too():
     """The last G is the distance of the two runs for any grid and η: against samplers.sample."""
-    schedule, mixture = LINEAR, toy.two_bumps((1, 2, 2))
+    mixture = toy.two_bumps((1, 2, 2))
     x0 = mixture.sample(5, torch.Generator().manual_seed(0))
-    denoiser = D.Denoiser(toy.oracle(toy.one_gaussian((1, 2, 2)), schedule), schedule)
-    knows = D.Denoiser(
-        lambda x, c: (
-            (x - schedules.expand(schedule.alpha_sigma(c)[0], x) * x0)
-            / schedules.expand(schedule.alpha_sigma(c)[1], x)
-        ),
-        schedule,
-    )
-    times = schedules.time_grid(schedule, 23, "quadratic")
+    denoiser = D.Denoiser(toy.oracle(toy.one_gaussian((1, 2, 2)), LINEAR), LINEAR)
+
+    def answer(x, c):  # of a network that knows x0
+        a, s = (schedules.expand(v, x) for v in LINEAR.alpha_sigma(c))
+        return (x - a * x0) / s
+
+    knows = D.Denoiser(answer, LINEAR)
+    times = schedules.time_grid(LINEAR, 23, "quadratic")
     for eta in (0.0, 0.4, 1.0):
         noise = samplers.SeededNoise(range(5))
         *_, (t, G, reducible) = gap.gap_along_run(denoiser, x0, noise, times, eta)
@@ -112,29 +111,12 @@ def test_a_coarser_grid_and_ddim_have_gaps_too():
 
         def run(model, eta=eta):
             noise = samplers.SeededNoise(range(5))
-            xT = schedules.add_noise(schedule, x0, times[0], noise(x0.shape))
-            return samplers.sample(
-                model, xT, "ddim", spacing=times, eta=eta, noise=noise, denoise_to_zero=False
-            )
+            xT = schedules.add_noise(LINEAR, x0, times[0], noise(x0.shape))
+            arguments = dict(spacing=times, eta=eta, noise=noise, denoise_to_zero=False)
+            return samplers.sample(model, xT, "ddim", **arguments)
 
         assert_close(G, run(denoiser) - run(knows), rtol=0, atol=1e-9)
         assert G.abs().max() > 0.01
-
-
-# ---------------------------------------------------------------- the program
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Two small runs on a small set of images, without and with SA-2."""
-    folder = tmp_path_factory.mktemp("gap")
-    np.save(folder / "set.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for words in (["--name", "base"], ["--name", "sa2", "--sa-k", "2"]):
-            flags = ["--data", "set.npy", "--image-size", "8", "--batch-size", "4"]
-            train.main([*words, *flags, "--precision", "fp32", "--steps", "3"])
-    return folder
 
 
 def test_two_runs_are_compared_image_by_image():
@@ -157,14 +139,40 @@ def test_two_runs_are_compared_image_by_image():
     assert runs["all"][0]["less"] == 0 and "less" not in other
 
 
-def test_figure_4(runs, monkeypatch, capsys):
-    monkeypatch.chdir(runs)
-    gap.main(["base", "sa2", "-n", "8", "--steps", "20", "--ideal"])
+# ---------------------------------------------------------------- the program
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two small runs on a small set of images, without and with SA-2."""
+    folder = tmp_path_factory.mktemp("gap")
+    np.save(folder / "set.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("support.run.RunFolder.save_preview", lambda *inputs: None)
+        for words in (["base"], ["sa2", "--sa-k", "2"]):
+            train.main([*TINY, "--data", "set.npy", "--steps", "3", "--name", *words])
+    return folder
+
+
+@pytest.fixture
+def runs(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+def measured(words, out="gap"):
+    """The rows of gap.csv that the program writes."""
+    gap.main([*words.split(), "--out", f"{out}.png"])
+    with open(f"{out}.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_figure_4(runs, capsys):
+    rows = measured("base sa2 -n 8 --steps 20 --ideal")
     out = capsys.readouterr().out
     assert re.search(r"^sa2 +8 .*\[.*reducible: systematic", out, re.M)
     assert Image.open("gap.png").size[0] > 800
-    with open("gap.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
     assert [r["run"] for r in rows] == ["base"] * 19 + ["sa2"] * 19
     assert [float(r["t"]) for r in rows[:19]] == pytest.approx(np.linspace(1000, 1, 20)[1:])
     for row in rows:
@@ -176,96 +184,42 @@ def test_figure_4(runs, monkeypatch, capsys):
     less = float(rows[18]["systematic"]) - float(rows[-1]["systematic"])
     assert float(rows[-1]["less"]) == pytest.approx(less) and float(rows[18]["less"]) == 0
     assert f"base has {less:.3f} more" in out and not rows[17]["less"]
+    again = measured("base -n 8 --steps 20", "again")
     before = [r["norm"] for r in rows if r["run"] == "base"]
-    gap.main(["base", "-n", "8", "--steps", "20", "--out", "again.png"])
-    with open("again.csv", newline="") as f:
-        again = list(csv.DictReader(f))
     assert [r["norm"] for r in again] == before, "seeded: the same run has the same gap"
     assert "reducible_norm" not in again[0] and "tau" not in again[0]
 
 
 @pytest.mark.slow
-def test_the_weights_are_in_the_table_of_a_whole_run(runs, monkeypatch):
-    monkeypatch.chdir(runs)
-    gap.main(["base", "-n", "2"])
-    with open("gap.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
+def test_the_weights_are_in_the_table_of_a_whole_run(runs):
     tau = gap.gap_weights(D.load_run("base").schedule)
+    rows = measured("base -n 2")
     assert [float(r["tau"]) for r in rows] == pytest.approx(tau[1:1000].flip(0).tolist())
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["--num", "1"], "--num must be at least 2"),
-        (["--eta", "2"], "between 0 and 1"),
-        (["--steps", "1"], "--steps must be at least 2"),
-        (["--out", "gap.jpg"], "must be a .png"),
-        ([], "no run under"),
-        (["none"], "no run none"),
-    ],
-)
-def test_errors_are_one_line(words, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as end:
-        programs.run_main(lambda: gap.main(words))
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
-
-
-def test_seeds_share_no_noise(runs, tmp_path, monkeypatch):
-    monkeypatch.chdir(runs)
+def test_seeds_share_no_noise(runs, monkeypatch):
     seen, real = [], samplers.SeededNoise
     monkeypatch.setattr(
         samplers, "SeededNoise", lambda seeds, *a: seen.append(list(seeds)) or real(seeds, *a)
     )
     monkeypatch.setattr(gap, "plot_gaps", lambda *a: None)
     monkeypatch.setattr(gap.measure, "save_measurement", lambda *a: None)
-    for seed in "0", "1":
-        words = ["base", "-n", "2", "--steps", "2", "--seed", seed]
-        gap.main([*words, "--out", f"{tmp_path}/gap.png"])
+    for seed in "01":
+        gap.main(["base", "-n", "2", "--steps", "2", "--seed", seed])
     assert seen == [[0, 1], [2**20, 2**20 + 1]]
 
 
-def test_one_image_has_no_gap(runs, monkeypatch):
-    monkeypatch.chdir(runs)
-    np.save("one.npy", np.zeros((1, 8, 8, 3), np.uint8))
-    with pytest.raises(ValueError, match="^--data: .* at least 2 images"):
-        gap.main(["base", "--data", "one.npy"])
-
-
-def test_an_endless_set_has_no_ideal(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train.main(["--image-size", "8", "--batch-size", "4", "--precision", "fp32", "--steps", "1"])
-    with pytest.raises(ValueError, match="fits into memory, not shapes"):
-        gap.main(["--ideal", "-n", "2", "--steps", "2"])
-
-
-def test_a_table_knows_whole_t_only(runs, monkeypatch):
-    monkeypatch.chdir(runs)
-    with pytest.raises(ValueError, match="--steps 5000: base knows the 1000 whole t alone"):
-        gap.main(["base", "-n", "2", "--steps", "5000"])
-
-
 @pytest.mark.slow
-def test_a_run_named_twice_is_measured_twice(runs, monkeypatch, capsys):
-    monkeypatch.chdir(runs)
-    gap.main(["base", "base", "base", "-n", "6", "--steps", "3", "--batch-size", "4"])
-    with open("gap.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
+def test_a_run_named_twice_is_measured_twice(runs):
+    rows = measured("base base base -n 6 --steps 3 --batch-size 4")
     assert [r["run"] for r in rows[::2]] == ["base", "base'", "base''"]
-    gap.main(["base", "-n", "6", "--steps", "3"])
-    with open("gap.csv", newline="") as f:
-        one = list(csv.DictReader(f))
     # six images in batches of 4, and all at once: the same numbers up to rounding
-    for a, b in zip(rows[:2], one, strict=True):
+    for a, b in zip(rows[:2], measured("base -n 6 --steps 3"), strict=True):
         assert float(a["norm"]) == pytest.approx(float(b["norm"]), rel=1e-4)
 
 
-def test_flips_belong_to_the_ideal_of_a_run_that_flips(runs, monkeypatch):
-    monkeypatch.chdir(runs)
-    config = parse_into(gap.GapConfig, ["base"])
-    d = D.load_run("base")
+def test_flips_belong_to_the_ideal_of_a_run_that_flips(runs):
+    config, d = parse_into(gap.GapConfig, ["base"]), D.load_run("base")
     plain, flipped = (
         gap.ideal_set(d.replace(settings={**d.settings, "flip": f}), config, "base") for f in (0, 1)
     )
@@ -273,9 +227,7 @@ def test_flips_belong_to_the_ideal_of_a_run_that_flips(runs, monkeypatch):
     assert_close(flipped[40:], plain.flip(-1), rtol=0, atol=0)
 
 
-def test_a_set_that_is_gone_is_named(runs, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="base was trained on 'set.npy', .*--data"):
-        gap.main([str(runs / "runs" / "base"), "-n", "2", "--steps", "2"])
-    data = str(runs / "set.npy")
-    gap.main([str(runs / "runs" / "base"), "-n", "2", "--steps", "2", "--ideal", "--data", data])
+def test_a_set_that_is_gone_is_named(place, here):
+    words = [str(place / "runs" / "base"), "-n", "2", "--steps", "2"]
+    refused("base was trained on 'set.npy', .*--data", gap.main, words)
+    gap.main([*words, "--ideal", "--data", str(place / "set.npy")])

@@ -13,17 +13,13 @@ from torch.testing import assert_close
 import data
 import denoiser as D
 import lipschitz
-import metrics
 import sample
 import samplers
 import schedules
-from conftest import SMALL
+from conftest import SMALL, refused, saved
 from papers import autoencoder, covariance, latents
-from support import checkpoint
 from support.cli import parse_into
-from support.run import RunFolder
 
-LATENT = ["code", "--name", "latent", "--etsdm", "--sa-k", "2"]
 CODE = ["train", "--image-size", "16", "--name", "code"]
 
 
@@ -58,17 +54,12 @@ def latent_run(runs):
     return D.load_run("latent")
 
 
-def test_a_run_trains_resumes_and_samples_without_its_autoencoder(latent_run, capsys):
+def test_a_run_samples_without_its_autoencoder(latent_run):
+    """The first stage lies in the run itself. (Resuming it: test_systems.py.)"""
     d = latent_run
     assert d.shape == (4, 4, 4) and d.settings["unet"]["image_size"] == 4
     assert d.settings["image_size"] == 16
-    shutil.rmtree("runs/code")  # the first stage lies in the run itself
-    before = checkpoint.load_checkpoint("runs/latent/checkpoint.pt")["extra"]["first_stage"]
-    latents.main([*LATENT, *SMALL, "--steps", "3"])
-    after = checkpoint.load_checkpoint("runs/latent/checkpoint.pt")
-    assert after["step"] == 3
-    assert_close(after["extra"]["first_stage"], before, rtol=0, atol=0)
-
+    shutil.rmtree("runs/code")
     words = "latent -n 2 --nfe 2 --sampler ddpm --out out".split()
     sample.main(words)
     picture = np.array(Image.open("out/000001.png"))
@@ -80,27 +71,21 @@ def test_a_run_trains_resumes_and_samples_without_its_autoencoder(latent_run, ca
     z = samplers.sample_from_seeds(d, [0, 1], **arguments)
     ours = data.to_uint8(d.decode(z))[1].permute(1, 2, 0)
     assert_close(torch.from_numpy(picture).int(), ours.int(), rtol=0, atol=1)
-    with pytest.raises(ValueError, match="^--clip on.*latent"):
-        sample.main(["latent", "--clip", "on"])
 
 
-def test_a_changed_autoencoder_changes_no_run(latent_run, capsys):
-    before = checkpoint.load_checkpoint("runs/latent/checkpoint.pt")["extra"]["first_stage"]
-    autoencoder.main([*CODE, *SMALL, "--steps", "4"])
-    latents.main([*LATENT, *SMALL, "--steps", "3"])
-    assert "code has other weights than this run began with" in capsys.readouterr().out
-    after = checkpoint.load_checkpoint("runs/latent/checkpoint.pt")
-    assert after["step"] == 3
-    assert_close(after["extra"]["first_stage"], before, rtol=0, atol=0)
-
-
-def test_where_the_autoencoder_lies_makes_no_other_run(runs, capsys, monkeypatch):
-    monkeypatch.setattr(RunFolder, "save_preview", lambda *inputs: None)  # seconds each
+def test_where_the_autoencoder_lies_makes_no_other_run(runs, capsys, no_grids):
+    """And a changed autoencoder changes no run."""
     shutil.copytree("runs/code", "elsewhere/code")
     for steps, place in enumerate(("code", "./runs/code/checkpoint.pt", "elsewhere/code/"), 2):
         latents.main([place, *SMALL, "--steps", str(steps), "--name", "here"])
-        assert checkpoint.load_checkpoint("runs/here/checkpoint.pt")["step"] == steps
+        assert saved("here")["step"] == steps
     assert "other weights" not in capsys.readouterr().out
+    before = saved("here")["extra"]["first_stage"]
+    autoencoder.main([*CODE, *SMALL, "--steps", "4"])
+    latents.main(["code", *SMALL, "--steps", "5", "--name", "here"])
+    assert "code has other weights than this run began with" in capsys.readouterr().out
+    assert saved("here")["step"] == 5
+    assert_close(saved("here")["extra"]["first_stage"], before, rtol=0, atol=0)
 
 
 def test_latents_are_of_the_autoencoders_own_data(runs):
@@ -146,24 +131,6 @@ def test_measurements_are_of_latents(latent_run):
     assert math.isfinite(d.predict(x0, 5)[0].sum())
 
 
-def test_what_is_refused(runs):
-    for program, words, message in (
-        (sample, ["code"], "runs/code is an autoencoder.*python -m papers.latents code"),
-        (latents, ["plain"], "plain is not an autoencoder: python -m papers.autoencoder train"),
-        (latents, ["none"], "no run none"),
-        (latents, [], "AUTOENCODER is missing"),
-        (latents, ["code", "--preset", "celeba64"], "--preset celeba64 .*4x4.*--downsamplings"),
-    ):
-        with pytest.raises((ValueError, FileNotFoundError), match=f"^{message}") as caught:
-            program.main(words)
-        assert "\n" not in str(caught.value)
+def test_a_name_with_a_space_is_quoted(runs):
     Path("runs/code").rename("runs/my code")
-    with pytest.raises(ValueError, match="python -m papers.latents 'my code'"):
-        D.load_run("my code")
-    with pytest.raises(ValueError, match="my code is an autoencoder"):
-        metrics.main(["fid", "my code", "shapes", "--features", __file__])
-    with pytest.raises(SystemExit):  # not a flag here: the autoencoder has a size
-        latents.main(["code", "--image-size", "16"])
-    assert {p.name for p in Path("runs").iterdir()} == {
-        "base", "my code", "latent", "plain", "remap", "sr"
-    }  # fmt: skip
+    refused("python -m papers.latents 'my code'", D.load_run, "my code")

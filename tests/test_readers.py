@@ -3,15 +3,14 @@
 import gzip
 import hashlib
 import os
-import pickle
 import struct
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, message_of
-from image_writers import cifar_files, cifar_pickle, hwc, idx, pixels, tar_of
+from conftest import DATA, refused
+from image_writers import cifar_files, hwc, idx, pixels, tar_of
 from PIL import Image
 
 import data
@@ -19,13 +18,10 @@ from support import readers
 from support.images import prepare
 
 
-# ------------------------------------------------------------------ arrays
+NAMES = "x.idx3-ubyte x-ubyte.gz f/train-images-idx3-ubyte.gz f/train-images.idx3-ubyte"
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["x.idx3-ubyte", "x-ubyte.gz", "f/train-images-idx3-ubyte.gz", "f/train-images.idx3-ubyte"],
-)
+@pytest.mark.parametrize("name", NAMES.split())
 def test_idx_is_padded_exactly(tmp_path, name):
     array = pixels(5, 28, 28)
     path = tmp_path / name
@@ -50,20 +46,17 @@ def test_a_folder_named_like_the_idx_file_hides_nothing(tmp_path, layout):
     """Kaggle's archives: the folder train-images-idx3-ubyte, and the file train-images.idx3-ubyte,
     or the file in the folder."""
     array, labels = pixels(5, 28, 28), struct.pack(">2I", 0x801, 5) + bytes([1, 2, 3, 4, 5])
-    for kind, content in (("images", idx(array)), ("labels", labels)):
-        number = "3" if kind == "images" else "1"
-        place = tmp_path / f"train-{kind}-idx{number}-ubyte"
+    for name, content in (("images-idx3", idx(array)), ("labels-idx1", labels)):
+        place = tmp_path / f"train-{name}-ubyte"
         if layout == "a pipe":
             os.mkfifo(place)
         elif layout == "a broken link":
             place.symlink_to("nowhere")
         else:
             place.mkdir()
-        inside = place / place.name
-        beside = tmp_path / f"train-{kind}.idx{number}-ubyte"
-        (inside if layout == "inside" else beside).write_bytes(content)
-    d = data.load(tmp_path, 28, 1)
-    assert np.array_equal(d.images[:, 0].numpy(), array)
+        beside = tmp_path / f"train-{name.replace('-', '.')}-ubyte"
+        (place / place.name if layout == "inside" else beside).write_bytes(content)
+    assert np.array_equal(data.load(tmp_path, 28, 1).images[:, 0].numpy(), array)
     assert readers.read_labels(tmp_path).tolist() == [1, 2, 3, 4, 5]
 
 
@@ -92,36 +85,21 @@ def test_npy_with_alpha_and_another_size(tmp_path):
 
 
 def test_npz_keys(tmp_path):
+    """As a partial CIFAR-10 comes: images and labels of two parts, and the images' places."""
     one, two = pixels(3, 8, 8, 3), pixels(5, 8, 8)
     np.savez(tmp_path / "one.npz", x=one, labels=np.arange(3))
-    np.savez(tmp_path / "two.npz", a=one, b=two, f=np.zeros(3))
-    assert len(data.load(tmp_path / "one.npz", 8, 3)) == 3
-    assert len(data.load(f"{tmp_path}/two.npz:b", 8, 3)) == 5
+    np.savez(tmp_path / "two.npz", a=one, b=two, f=np.zeros(3), labels=pixels(8))
+    assert np.array_equal(hwc(data.load(tmp_path / "one.npz", 8, 3)[2]), one[2])
+    d = data.load(f"{tmp_path}/two.npz:b", 8, 1)
+    assert len(d) == 5 and np.array_equal(d[4][0].numpy(), two[4])
     for source in (f"{tmp_path}/two.npz", f"{tmp_path}/two.npz:c"):
-        with pytest.raises(ValueError, match="two.npz:KEY") as info:
-            data.load(source, 8, 3)
-        assert "a uint8 (3, 8, 8, 3), b uint8 (5, 8, 8), f float64 (3,)" in message_of(info)
+        message = str(refused("two.npz:KEY", data.load, source, 8, 3))
+        assert "a uint8 (3, 8, 8, 3), b uint8 (5, 8, 8), f float64 (3,)" in message
 
 
-@pytest.mark.parametrize(
-    "array,match",
-    [
-        (np.zeros((3, 8, 8), np.float32), "float32 is not uint8.*astype"),
-        (np.zeros((3, 8, 8, 7), np.uint8), "none of"),
-        (np.zeros((0, 8, 8), np.uint8), "no images"),
-        (np.array([{}], dtype=object), "allow_pickle"),
-    ],
-)
-def test_unfit_arrays_are_refused(tmp_path, array, match):
-    np.save(tmp_path / "x.npy", array)
-    np.savez(tmp_path / "x.npz", key=array)
-    for name in ("x.npy", "x.npz", "x.npz:key"):
-        with pytest.raises(ValueError, match=match) as info:
-            data.load(tmp_path / name, 8, 3)
-        message_of(info)
-
-
-# ------------------------------------------------------------------ CIFAR-10
+def test_an_array_of_floats_is_refused_with_the_way_out(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((3, 8, 8), np.float32))
+    refused("float32 is not uint8.*astype", data.load, tmp_path / "x.npy", 8, 3)
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -143,8 +121,7 @@ def test_cifar(tmp_path, binary, packed):
     assert d.summary == "10 images (10 RGB), 32x32 -> 3x32x32, in memory"
     if not packed:
         (source / ("data_batch_3.bin" if binary else "data_batch_3")).unlink()
-        with pytest.raises(ValueError, match="no CIFAR-10 data_batch_3"):
-            data.load(source, 32, 3)
+        refused("no CIFAR-10 data_batch_3", data.load, source, 32, 3)
 
 
 def test_a_damaged_archive_is_noticed_by_its_checksum(tmp_path):
@@ -152,48 +129,17 @@ def test_a_damaged_archive_is_noticed_by_its_checksum(tmp_path):
     packed = bytearray(gzip.compress(raw, 0))  # stored, so that a pixel is a byte
     packed[len(packed) // 2] ^= 1
     (tmp_path / "x.tar.gz").write_bytes(packed)
-    with pytest.raises(ValueError, match="CRC"):
-        data.load(tmp_path / "x.tar.gz", 32, 3)
-
-
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-@pytest.mark.parametrize("content", ["evil", "list", "text", "cut"])
-def test_pickles_that_are_not_arrays_are_refused(tmp_path, content):
-    payload = {
-        "evil": pickle.dumps({b"data": Evil(tmp_path / "owned")}),
-        "list": pickle.dumps([1]),
-        "text": pickle.dumps({b"data": "text"}),
-        "cut": cifar_pickle(pixels(2, 3072))[:500],
-    }[content]
-    for i in range(5):
-        (tmp_path / f"data_batch_{i + 1}").write_bytes(payload)
-    match = "refused: the pickle asks for posix.system" if content == "evil" else None
-    with pytest.raises(ValueError, match=match) as info:
-        data.load(tmp_path, 32, 3)
-    message_of(info)
-    assert not (tmp_path / "owned").exists()
+    refused("CRC", data.load, tmp_path / "x.tar.gz", 32, 3)
 
 
 def test_download(tmp_path, monkeypatch):
     source, target = tmp_path / "source", tmp_path / "new folder" / "file.tar.gz"
     source.write_bytes(b"content" * 1000)
     right = hashlib.sha256(source.read_bytes()).hexdigest()
-    for url, sha256 in (
-        (source.as_uri(), "0" * 64),
-        ((tmp_path / "none").as_uri(), right),
-        ("http://127.0.0.1:9/x", right),
-        ("nonsense", right),
-    ):
-        with pytest.raises(OSError) as info:
-            readers.download(url, str(target), sha256)
-        message = message_of(info)
+    none = (tmp_path / "none").as_uri()
+    for url in (source.as_uri(), none, "http://127.0.0.1:9/x", "nonsense"):
+        sha256 = right if url != source.as_uri() else "0" * 64
+        message = str(refused(None, readers.download, url, str(target), sha256))
         assert url in message and sha256 in message and str(target) in message
         assert not list(target.parent.iterdir())
     readers.download(source.as_uri(), str(target), right)
@@ -204,27 +150,11 @@ def test_download(tmp_path, monkeypatch):
 def test_cifar10_by_name_uses_the_cache_and_else_says_where_to_put_it(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(readers, "CIFAR_URL", (tmp_path / "no network").as_uri())
-    with pytest.raises(OSError, match="put the file with SHA-256") as info:
-        data.load("cifar10", 32, 3)
+    message = str(refused("put the file with SHA-256", data.load, "cifar10", 32, 3))
     path = tmp_path / "diffusion-data" / "cifar-10-python.tar.gz"
-    assert str(path) in message_of(info) and readers.CIFAR_SHA256 in str(info.value)
-    rows = pixels(10, 3072)
-    tar_of(path, cifar_files(False, rows))
+    assert str(path) in message and readers.CIFAR_SHA256 in message
+    tar_of(path, cifar_files(False, pixels(10, 3072)))
     assert len(data.load("cifar10", 32, 3)) == 10
-
-
-def test_npz_of_several_arrays(tmp_path):
-    """As a partial CIFAR-10 comes: images and labels of two parts, and the images' places."""
-    path, images = tmp_path / "partial.npz", pixels(12, 32, 32, 3)
-    labels, places = pixels(20), np.arange(8)
-    np.savez(path, train_x=pixels(8, 32, 32, 3), train_index=places, test_x=images, labels=labels)
-    with pytest.raises(ValueError, match="train_x uint8"):
-        data.load(path, 32, 3)
-    d = data.load(f"{path}:test_x", 32, 3)
-    assert np.array_equal(hwc(d[9]), images[9]) and len(d) == 12
-
-
-# ------------------------------------------------------------------ real data
 
 
 def test_real_fashion_mnist():
@@ -237,9 +167,8 @@ def test_real_fashion_mnist():
 
 def test_the_number_of_indexes_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "INDEXES", 2)
-    monkeypatch.setattr(
-        readers, "index_path", lambda source: str(tmp_path / "checked" / f"{source}.json")
-    )
+    place = lambda source: str(tmp_path / "checked" / f"{source}.json")  # noqa: E731
+    monkeypatch.setattr(readers, "index_path", place)
     for i in range(4):
         readers.remember(str(i), "x", {})
         os.utime(readers.index_path(str(i)), (i, i))

@@ -7,8 +7,8 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
+from conftest import SMALL, refused
 from PIL import Image
 from torch.testing import assert_close
 
@@ -16,10 +16,7 @@ import data
 import denoiser as D
 import metrics
 import sample
-from conftest import SMALL
 from papers import superres
-
-SR = ["train", "--image-size", "16", "--name", "sr", "--etsdm", "--sa-k", "2"]
 
 
 def shapes(n, side=8, channels=3):
@@ -31,8 +28,13 @@ def picture(path):
     return torch.from_numpy(np.array(Image.open(path)))
 
 
-def enlarge(*words, out="out", nfe=2):
-    superres.main(["enlarge", *words, "--nfe", str(nfe), "--out", out])
+def pictures(folder):
+    """The PNGs of a folder, in the order of their names: (N, C, H, W)."""
+    return torch.stack([picture(p) for p in sorted(Path(folder).glob("0*.png"))]).movedim(3, 1)
+
+
+def enlarge(words, out="out"):
+    superres.main(["enlarge", *words.split(), "--nfe", "2", "--out", out])
 
 
 def folder(name, *sizes):
@@ -62,74 +64,80 @@ def test_enlarging_is_bicubic_as_in_pillow():
         assert_close(ours[0], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("factor", [1, 3])
-def test_impossible_factors_are_refused(factor, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    message = f"^--factor {factor} must be at least 2 and divide the 8 pixels of --image-size"
-    with pytest.raises(ValueError, match=message):
-        superres.main(["train", "--image-size", "8", "--factor", str(factor)])
-    assert not Path("runs").exists()
-
-
 def test_from_training_to_psnr(runs, capsys):
-    superres.main([*SR, *SMALL, "--steps", "3"])  # resumes
+    words = ["train", "--image-size", "16", "--name", "sr", "--etsdm", "--sa-k", "2"]
+    superres.main([*words, *SMALL, "--steps", "3"])  # resumes
     out = capsys.readouterr().out
     assert "next: python -m papers.superres enlarge sr IMAGES" in out and "from step 2" in out
     grid = Image.open("runs/sr/samples/0000003.png")
     assert grid.size[0] % (3 * 16) == 0  # bicubic, sample, original
     d = D.load_run("sr")
     assert d.settings["unet"]["in_channels"] == 6 and d.settings["factor"] == 4 and d.step == 3
-    enlarge("sr", "shapes", "-n", "3", out="large", nfe=2)
+    enlarge("sr shapes -n 2", "large")
+    enlarge("sr shapes -n 3", "large")  # one more in the same folder
     out = capsys.readouterr().out
     assert "shrunk to 4x4" in out and "next: python metrics.py psnr large large-original" in out
-    names = [f"{i:06d}.png" for i in range(3)]
-    for place in ("large", "large-bicubic", "large-original"):
-        assert sorted(p.name for p in Path(place).glob("*.png")) == names
+    assert len(pictures("large")) == 3
     originals = shapes(3, 16)
-    theirs = torch.stack([picture(f"large-original/{name}") for name in names])
-    assert_close(theirs.permute(0, 3, 1, 2), originals, rtol=0, atol=0)
+    assert_close(pictures("large-original"), originals, rtol=0, atol=0)
     known = superres.LowRes((3, 16, 16), 4).conditioning(data.to_float(originals))
-    theirs = torch.stack([picture(f"large-bicubic/{name}") for name in names])
-    assert_close(theirs.permute(0, 3, 1, 2), data.to_uint8(known), rtol=0, atol=0)
+    assert_close(pictures("large-bicubic"), data.to_uint8(known), rtol=0, atol=0)
     metrics.main(["psnr", "large-bicubic", "large-original"])
     expected = metrics.psnr(data.to_uint8(known), originals).mean()
     assert f"PSNR {expected:.4f} dB" in capsys.readouterr().out
     # the same command again changes nothing, and says so
     before = {p: p.read_bytes() for p in Path(".").glob("large*/*.png")}
-    enlarge("sr", "shapes", "-n", "3", out="large", nfe=2)
+    enlarge("sr shapes -n 3", "large")
     assert "3 of 3 images exist already" in capsys.readouterr().out
     assert before == {p: p.read_bytes() for p in Path(".").glob("large*/*.png")}
 
 
-def test_small_images_are_enlarged_as_they_are(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_colour_bias(here, capsys):
+    """The mean over images and channels of how far each mean colour moved, without its sign."""
+    rng = np.random.default_rng(0)
+    for name in ("out", "out-original"):
+        Path(name).mkdir()
+    for i, shift in enumerate([(3, -2, 0), (-1, 0, 6)]):
+        image = rng.integers(20, 200, (8, 8, 3))
+        noise = rng.permutation(np.arange(64) % 2 * 2 - 1).reshape(8, 8, 1)  # mean 0
+        Image.fromarray(image.astype(np.uint8)).save(f"out-original/{i}.png")
+        Image.fromarray((image + noise + shift).astype(np.uint8)).save(f"out/{i}.png")
+    superres.main(["colour", "out", "out-original"])
+    assert f"colour bias {12 / 6:.3f} of 255 levels | 2 pairs" in capsys.readouterr().out
+    superres.main(["colour", "out", "out-original", "--json"])
+    assert json.loads(capsys.readouterr().out) == {"metric": "colour bias", "value": 2.0}
+    Path("out/1.png").unlink()
+    refused("^RESULTS out: it must hold PNGs", superres.main, ["colour", "out", "out-original"])
+    refused("^RESULTS ORIGINALS: give two folders, not 1", superres.main, ["colour", "out"])
+
+
+def test_small_images_are_enlarged_as_they_are(here, capsys):
     superres.main(["train", *SMALL, "--image-size", "16", "--name", "sr", "--channels", "1"])
     gray = shapes(2, 4, 1)
     Path("small").mkdir()
     for i, image in enumerate(gray):
         Image.fromarray(image[0].numpy()).save(f"small/{i}.png")
-    enlarge("sr", "small", "--batch-size", "1", out="two")
+    enlarge("sr small --batch-size 1", "two")
     assert "shrunk" not in capsys.readouterr().out and not Path("two-original").exists()
-    enlarge("sr", "small/0.png", out="one")
+    enlarge("sr small/0.png", "one")
     assert "1 images" in capsys.readouterr().out
     first = picture("one/000000.png")
     assert_close(first, picture("two/000000.png"), rtol=0, atol=0)
     # the network sees it: another image and the same noise give another picture
-    enlarge("sr", "small/1.png", out="other")
+    enlarge("sr small/1.png", "other")
     assert (picture("other/000000.png") != first).any()
     # other contents under the same name: pictures of two kinds do not mix
     Image.fromarray(255 - gray[1, 0].numpy()).save("small/1.png")
-    with pytest.raises(ValueError, match="^--out two holds images made in another way"):
-        enlarge("sr", "small", out="two")
+    refused("^--out two holds images made in another way", enlarge, "sr small", "two")
 
 
 def test_which_images_can_be_enlarged(runs, capsys):
     """Images of the small size, 4x4, or of the full one, 16x16, and more; nothing between."""
-    denoiser = D.load_run("sr")
     np.save("square.npy", np.zeros((2, 12, 12, 3), np.uint8))
     np.save("wide.npy", np.zeros((2, 16, 8, 3), np.uint8))
     with zipfile.ZipFile("x.zip", "w") as archive:
         archive.write(f"{folder('unpacked', (30, 9))}/0.png", "0.png")
+    denoiser = D.load_run("sr")
     for source, size in {
         folder("middle", (12, 12)): "12x12",
         folder("wide", (16, 8)): "16x8",
@@ -139,75 +147,34 @@ def test_which_images_can_be_enlarged(runs, capsys):
         "wide.npy": "8x16",
         "x.zip": "30x9",
     }.items():
-        with pytest.raises(ValueError) as caught:
-            superres.LowResInputs(source, denoiser)
-        assert str(caught.value) == (
-            f"IMAGES: {source} has images of {size}. Give 4x4, this run's small size, or "
-            "originals of at least 16x16"
-        )
-    with pytest.raises(ValueError, match="^IMAGES: nowhere: no such file or folder"):
-        enlarge("sr", "nowhere")
-    Path("broken").mkdir()
-    Path("broken/x.png").write_bytes(b"not an image")
-    with pytest.raises(ValueError, match="^IMAGES: .*broken") as caught:
-        enlarge("sr", "broken")
-    assert "--skip-bad-images" not in str(caught.value)  # it is not a flag of this program
-    assert not Path("out").exists()
-    capsys.readouterr()
-    enlarge("sr", folder("right", (16, 16)))
+        message = f"^IMAGES: {source} has images of {size}. Give 4x4, this run's small size, or "
+        refused(message + "originals of at least 16x16$", superres.LowResInputs, source, denoiser)
+    enlarge("sr " + folder("right", (16, 16)))
     assert "cropped" not in capsys.readouterr().out
-    enlarge("sr", folder("large", (16, 16), (20, 17)), out="other")  # one is not square
+    enlarge("sr " + folder("large", (16, 16), (20, 17)), "other")  # one is not square
     assert "larger images are cropped" in capsys.readouterr().out
     assert picture("other-original/000001.png").shape == (16, 16, 3)
 
 
-def test_whom_it_serves(runs):
-    Path("photos-original").mkdir()  # the comparisons' place, full of the user's own pictures
-    for i in range(3):
-        Image.new("RGB", (20, 20)).save(f"photos-original/{i}.png")
-    for words, flags in (
-        ("IMAGES are missing", ["enlarge", "sr"]),
-        ("plain was not trained to enlarge", ["enlarge", "plain", "shapes"]),
-        ("--out .*: its comparisons go to photos-original, which holds something else",
-         ["enlarge", "sr", "photos-original", "--out", "photos"]),
-        ("--nfe must be from 1", ["enlarge", "sr", "shapes", "--nfe", "0"]),
-        ("paint: the programs are train and enlarge", ["paint"]),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"^{words}") as caught:
-            superres.main(flags)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(SystemExit):
-        superres.main(["enlarge", "sr", "shapes", "--npz"])
-    assert sorted(os.listdir("photos-original")) == ["0.png", "1.png", "2.png"]
-    with pytest.raises(ValueError, match="^sr enlarges images: python -m papers.superres enlarge"):
-        sample.main(["sr"])
-    with pytest.raises(ValueError, match="sr enlarges images: python -m papers.superres enlarge"):
-        metrics.main(["fid", "sr", "shapes", "-n", "4", "--features", __file__])
-
-
 def test_comparisons_of_other_results_do_not_mix(runs):
-    enlarge("sr", "shapes", "-n", "2")
+    folder("photos-original", *[(20, 20)] * 3)  # their place, full of the user's own pictures
+    message = "^--out .*: its comparisons go to photos-original, which holds something else"
+    refused(message, enlarge, "sr photos-original", "photos")
+    assert sorted(os.listdir("photos-original")) == ["0.png", "1.png", "2.png"]
+    enlarge("sr shapes -n 2")
     note = json.loads(Path("out-bicubic/settings.json").read_text())
     assert note["low_res"] == json.loads(Path("out/settings.json").read_text())["low_res"]
     Path("out").rename("elsewhere")  # the comparisons stay
     Path("out.png").unlink()
-    with pytest.raises(ValueError, match="its comparisons go to out-bicubic, which holds"):
-        enlarge("sr", "shapes", "-n", "1", "--seed", "1")
-
-
-def test_more_images_of_a_set_continue_in_the_same_folder(runs):
-    enlarge("sr", "shapes", "-n", "1")
-    enlarge("sr", "shapes", "-n", "2")
-    for folder in ("out", "out-bicubic", "out-original"):
-        assert len(list(Path(folder).glob("0*.png"))) == 2
+    message = "its comparisons go to out-bicubic, which holds"
+    refused(message, enlarge, "sr shapes -n 1 --seed 1")
 
 
 def test_printed_commands_can_be_pasted(runs, capsys):
-    enlarge("sr", "shapes", "-n", "1", out="my out")
+    enlarge("sr shapes -n 1", "my out")
     command = capsys.readouterr().out.split("next: ")[1].strip()
     assert shlex.split(command) == ["python", "metrics.py", "psnr", "my out", "my out-original"]
     Path("runs/sr").rename("runs/my sr")
-    with pytest.raises(ValueError, match="superres enlarge 'my sr' IMAGES"):
-        sample.main(["my sr"])
+    refused("superres enlarge 'my sr' IMAGES", sample.main, ["my sr"])
     config = superres.SuperResConfig(name="my run")
     assert config.next_command() == "python -m papers.superres enlarge 'my run' IMAGES"

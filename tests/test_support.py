@@ -1,17 +1,18 @@
 """support/: random numbers, precision, processes, signals, and files that are whole or absent."""
 
+import copy
+import io
 import os
 import pickle
 import platform
 import re
 import signal
-import subprocess
-import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_program
+from conftest import ROOT, refused, run_program
 from torch.testing import assert_close
 
 from support import checkpoint, distributed, files, precision, programs, rng
@@ -44,28 +45,22 @@ def test_seeds_share_no_image():
 # ------------------------------------------------------------------ precision
 
 
-def test_autocast_dtype():
-    assert precision.autocast_dtype("fp32", CPU) is None
-    assert precision.autocast_dtype("bf16", CPU) == torch.bfloat16
+def test_a_network_made_for_inference_gives_what_autocast_gives():
     auto = precision.autocast_dtype("auto", CPU)
     assert (auto == torch.bfloat16) == precision.has_bf16_units(CPU)
-
-
-def test_a_network_made_for_inference_gives_what_autocast_gives():
     torch.manual_seed(0)
-    layers = lambda: (  # noqa: E731
-        torch.nn.Conv2d(3, 8, 3), torch.nn.Dropout(0.5), torch.nn.SiLU(), torch.nn.Conv2d(8, 2, 1)
-    )  # fmt: skip
-    plain, x = torch.nn.Sequential(*layers()).eval(), torch.randn(2, 3, 8, 8)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = plain(x)
-    for name, same in (("fp32", plain(x).detach()), ("bf16", expected)):
-        net = torch.nn.Sequential(*layers())
-        net.load_state_dict(plain.state_dict())
+    first, last = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 2, 1)
+    plain = torch.nn.Sequential(first, torch.nn.Dropout(0.5), torch.nn.SiLU(), last)
+    x = torch.randn(2, 3, 8, 8)
+    for name, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
+        assert precision.autocast_dtype(name, CPU) == dtype
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bool(dtype)):
+            expected = plain.eval()(x)
+        net = copy.deepcopy(plain).train()
         out = precision.for_inference(net, CPU, name)(x)
         assert not out.requires_grad and not net.training
-        assert_close(out, same, rtol=0, atol=0)
-    assert expected.dtype == torch.bfloat16
+        assert out.dtype == (dtype or torch.float32)
+        assert_close(out, expected, rtol=0, atol=0)
 
 
 class AddOne(torch.nn.Module):
@@ -115,22 +110,19 @@ def test_one_process_needs_no_torchrun(monkeypatch, capsys):
     assert capsys.readouterr().out == "hello\n"
 
 
-@pytest.mark.parametrize(
-    "names", [dict(RANK="1"), dict(RANK="3", WORLD_SIZE="1"), dict(WORLD_SIZE="abc")]
-)
+@pytest.mark.parametrize("names", ["RANK=1", "RANK=3 WORLD_SIZE=1", "WORLD_SIZE=abc"])
 def test_the_environment_of_a_half_started_job_is_named(names, monkeypatch):
-    for name, value in names.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="^RANK=.*in the environment do not fit.*torchrun"):
-        distributed.init()
+    for name in names.split():
+        monkeypatch.setenv(*name.split("="))
+    refused("^RANK=.*in the environment do not fit.*torchrun", distributed.init)
 
 
 def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
     one, two = (distributed.Distributed(0, 1, 0, CPU) for _ in range(2))
     with one:
         one.lock(tmp_path)
-        with two, pytest.raises(ValueError, match="another process is writing to"):
-            two.lock(tmp_path, seconds=0.3)
+        with two:
+            refused("another process is writing to", two.lock, tmp_path, seconds=0.3)
         threading.Timer(0.5, lambda: one.__exit__()).start()
         with two:
             two.lock(tmp_path, seconds=10)  # it waits for one that is ending
@@ -158,84 +150,78 @@ def test_no_port_is_written_down():
 # ------------------------------------------------------------------ how programs start and end
 
 
+def raiser(error):
+    def main():
+        raise error
+
+    return main
+
+
 @pytest.mark.parametrize(
     "error, status",
     [(ValueError("two\nlines"), 2), (FileNotFoundError("no x"), 2), (KeyboardInterrupt(), 130)],
 )
 def test_programs_end_in_one_line(error, status, capsys, monkeypatch):
+    """TRACEBACK=1 shows where an error came from; bugs always do."""
     monkeypatch.delenv("TRACEBACK", raising=False)
-
-    def main():
-        raise error
-
     with pytest.raises(SystemExit) as end:
-        programs.run_main(main)
+        programs.run_main(raiser(error))
     assert end.value.code == status
     text = capsys.readouterr().err
     assert text.count("\n") == (status == 2) and "Traceback" not in text
-
-
-def test_bugs_keep_their_traceback():
-    def main():
-        raise KeyError("a bug")
-
     with pytest.raises(KeyError):
-        programs.run_main(main)
-
-
-def test_traceback_1_shows_where_an_error_came_from(monkeypatch):
-    def main():
-        raise ValueError("bad flag")
-
+        programs.run_main(raiser(KeyError("a bug")))
     monkeypatch.setenv("TRACEBACK", "1")
-    with pytest.raises(ValueError):
-        programs.run_main(main)
+    if status == 2:
+        with pytest.raises(type(error)):
+            programs.run_main(raiser(error))
 
 
-def test_stop_collects_signals_and_restores_handlers():
-    before = signal.getsignal(signal.SIGTERM)
-    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-    try:
-        with programs.StopSignal() as stop:
-            stop.gently = True
-            assert stop.requested == ""
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.requested == "SIGTERM"
-            os.kill(os.getpid(), signal.SIGINT)
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-        assert signal.getsignal(signal.SIGTERM) == before
-    finally:
-        signal.signal(signal.SIGINT, outside)
+@pytest.fixture
+def handlers():
+    """Signals are treated as before, after the test."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def kill_me(name):
+    os.kill(os.getpid(), getattr(signal, name))
+
+
+def test_stop_collects_signals_and_restores_handlers(handlers):
+    """An ignored signal stays ignored: nohup and background jobs rely on it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with programs.StopSignal() as stop:
+        stop.gently = True
+        kill_me("SIGHUP")
+        assert stop.requested == ""
+        kill_me("SIGTERM")
+        assert stop.requested == "SIGTERM"
+        kill_me("SIGINT")
+        with pytest.raises(KeyboardInterrupt):
+            kill_me("SIGINT")
+    assert signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM]
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_work_that_a_signal_breaks_off_leaves_the_loop_running():
     with programs.StopSignal() as stop:
         stop.gently = True
         assert stop.unless_requested(lambda a: a + 1, 2) == 3
-        assert stop.unless_requested(os.kill, os.getpid(), signal.SIGTERM) is None
+        assert stop.unless_requested(kill_me, "SIGTERM") is None
         assert stop.requested == "SIGTERM" and stop.gently
         assert stop.unless_requested(lambda: "not called") is None
 
 
 def test_a_signal_before_the_first_step_ends_in_one_line(capsys):
     with programs.StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
+        kill_me("SIGTERM")
         raise AssertionError("the signal did not come")
     assert stop.requested == "SIGTERM"
     assert capsys.readouterr().out.startswith("stopped by SIGTERM before the first step. The same")
-
-
-def test_an_ignored_signal_stays_ignored():
-    """nohup and background jobs rely on it."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with programs.StopSignal() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.requested == ""
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def test_lost_output_ends_no_program():
@@ -268,20 +254,14 @@ def test_atomic_write_is_all_or_nothing(tmp_path):
         temporary.write_text("half of the n")
         raise OSError("disk full")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+    (tmp_path / ".a.txt.123.tmp").write_text("half")  # of a killed process
+    files.clean_stale(tmp_path)
     files.write_text(path, "new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_leftovers_of_a_killed_process_are_removed(tmp_path):
-    (tmp_path / ".checkpoint.pt.123.tmp").write_text("half")
-    (tmp_path / "checkpoint.pt").write_text("whole")
-    files.clean_stale(tmp_path)
-    assert os.listdir(tmp_path) == ["checkpoint.pt"]
-
-
 def test_the_next_write_removes_what_dead_writers_left_of_the_same_file(tmp_path):
-    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
-                          capture_output=True, text=True)  # fmt: skip
+    done = run_program("-c", "import os; print(os.getpid())", cwd=tmp_path)
     here, dead, alive = platform.node().replace(".", "-"), done.stdout.strip(), os.getppid()
     ours = f".a.npz.{here}.{dead}.tmp"
     others = [f".a.npz.{here}.{alive}.tmp", f".b.npz.{here}.{dead}.tmp", f".a.npz.far.{dead}.tmp"]
@@ -291,34 +271,15 @@ def test_the_next_write_removes_what_dead_writers_left_of_the_same_file(tmp_path
     assert set(os.listdir(tmp_path)) == {"a.npz", *others}
 
 
-@pytest.mark.slow
-def test_a_kill_during_the_write_leaves_the_old_checkpoint(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    checkpoint.save_checkpoint(path, whole(step=1))
-    code = (
-        "import os, signal; from support import files\n"
-        f"with files.atomic_write({str(path)!r}) as t:\n"
-        "    t.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    run_program("-c", code, cwd=tmp_path, status=-signal.SIGKILL)
-    assert checkpoint.load_checkpoint(path)["step"] == 1
-    files.clean_stale(tmp_path)
-    assert os.listdir(tmp_path) == ["checkpoint.pt"]
-
-
 # ------------------------------------------------------------------ checkpoints
 
 
-def whole(**more):
-    """A checkpoint with all entries, empty."""
-    empty = {name: kind() for name, kind in checkpoint.ENTRIES.items()}
-    return {**empty, **more}
-
-
 def test_checkpoint_round_trip(tmp_path):
+    """With all entries, most of them empty."""
     tensors = {"a": torch.randn(3), "b": torch.arange(4)}
-    saved = whole(step=7, net=tensors, settings={"x": None})
-    checkpoint.save_checkpoint(tmp_path / "c.pt", saved)
+    whole = {name: kind() for name, kind in checkpoint.ENTRIES.items()}
+    whole |= dict(step=7, net=tensors, settings={"x": None})
+    checkpoint.save_checkpoint(tmp_path / "c.pt", whole)
     back = checkpoint.load_checkpoint(tmp_path / "c.pt")
     assert back["step"] == 7 and back["settings"] == {"x": None}
     assert_close(back["net"], tensors, rtol=0, atol=0)
@@ -329,65 +290,54 @@ class Trap:
         return os.system, ("touch trapped",)
 
 
-def foreign_files(folder):
-    """Write files that are not checkpoints -> {name: what their error must contain}."""
-    net = torch.nn.Linear(2, 2)
-    torch.save(torch.optim.Adam(net.parameters()).state_dict(), folder / "optimizer.pt")
-    torch.save(net.state_dict(), folder / "weights.pt")
-    torch.save({"format": "sa-etsdm run 99"}, folder / "newer.pt")
-    torch.save([1, 2], folder / "list.pt")
-    (folder / "page.pt").write_text("<!DOCTYPE html><html>404</html>")
-    (folder / "empty.pt").write_bytes(b"")
-    (folder / "text.pt").write_text("hello")
-    torch.save({"x": torch.zeros(1000)}, folder / "whole.pt")
-    (folder / "cut.pt").write_bytes((folder / "whole.pt").read_bytes()[:900])
-    with open(folder / "trap.pt", "wb") as f:
-        pickle.dump(Trap(), f)
-    return {
-        "optimizer.pt": "state of an optimizer",
-        "weights.pt": "2 entries: weight, bias",
-        "newer.pt": "another version",
-        "list.pt": "a list",
-        "page.pt": "web page",
-        "empty.pt": "empty",
-        "text.pt": "first bytes",
-        "cut.pt": "cut short",
-        "trap.pt": "not a checkpoint",
-    }
+def torch_bytes(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
 
 
-def test_other_files_are_described(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, words in foreign_files(tmp_path).items():
-        with pytest.raises(ValueError, match=words) as error:
-            checkpoint.load_checkpoint(tmp_path / name)
-        assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
-    assert not (tmp_path / "trapped").exists(), "nothing in a file is ever executed"
+LAYER = torch.nn.Linear(2, 2)
+FOREIGN = {  # what the error must contain: a file that is not a checkpoint
+    "state of an optimizer": torch_bytes(torch.optim.Adam(LAYER.parameters()).state_dict()),
+    "2 entries: weight, bias": torch_bytes(LAYER.state_dict()),
+    "another version": torch_bytes({"format": "sa-etsdm run 99"}),
+    "a list": torch_bytes([1, 2]),
+    "cut short": torch_bytes({"x": torch.zeros(1000)})[:900],
+    "web page": b"<!DOCTYPE html><html>404</html>",
+    "empty": b"",
+    "first bytes": b"hello",
+    "not a checkpoint": pickle.dumps(Trap(), 2),
+}
+
+
+@pytest.mark.parametrize("words", FOREIGN)
+def test_other_files_are_described(words, here):
+    Path("x.pt").write_bytes(FOREIGN[words])
+    refused(f"^x.pt.*{words}", checkpoint.load_checkpoint, "x.pt")
+    assert not Path("trapped").exists(), "nothing in a file is ever executed"
     with pytest.raises(FileNotFoundError):
-        checkpoint.load_checkpoint(tmp_path / "nowhere.pt")
+        checkpoint.load_checkpoint("nowhere.pt")
 
 
 @pytest.mark.parametrize("key", [5, ("a", "b")])
 def test_weights_under_odd_keys_are_one_line(key):
-    with pytest.raises(ValueError, match="^a.pt does not fit") as error:
-        checkpoint.load_weights(torch.nn.Linear(1, 1), {key: torch.zeros(())}, "a.pt")
-    assert "\n" not in str(error.value)
+    weights = {key: torch.zeros(())}
+    refused("^a.pt does not fit", checkpoint.load_weights, torch.nn.Linear(1, 1), weights, "a.pt")
 
 
-def test_find_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="train one first"):
-        checkpoint.find_checkpoint()
+def test_find_checkpoint(here):
+    refused("train one first", checkpoint.find_checkpoint)
     for i, name in enumerate(("one", "two", "three")):
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        (folder / "checkpoint.pt").write_text("x")
-        os.utime(folder / "checkpoint.pt", (100 - i, 100 - i))
-    assert checkpoint.find_checkpoint().parent.name == "one"
-    assert checkpoint.find_checkpoint("two").parent.name == "two"
-    assert checkpoint.find_checkpoint(str(tmp_path / "runs" / "three")).parent.name == "three"
-    assert checkpoint.find_checkpoint("runs/three/checkpoint.pt").name == "checkpoint.pt"
-    with pytest.raises(FileNotFoundError, match="no run four; under runs/ .*: one three two"):
-        checkpoint.find_checkpoint("four")
-    with pytest.raises(FileNotFoundError, match="is it a run folder"):
-        checkpoint.find_checkpoint(str(tmp_path))
+        path = Path(f"runs/{name}/checkpoint.pt")
+        path.parent.mkdir(parents=True)
+        path.write_text("x")
+        os.utime(path, (100 - i, 100 - i))
+    for given, found in {
+        None: "one",
+        "two": "two",
+        str(here / "runs" / "three"): "three",
+        "runs/three/checkpoint.pt": "three",
+    }.items():
+        assert checkpoint.find_checkpoint(given).resolve() == here / f"runs/{found}/checkpoint.pt"
+    refused("no run four; under runs/ .*: one three two", checkpoint.find_checkpoint, "four")
+    refused("is it a run folder", checkpoint.find_checkpoint, str(here))

@@ -74,6 +74,14 @@ def slope(n, y):
     return (log_n @ log_y / (log_n @ log_n)).item()
 
 
+def show(*words, **numbers):
+    """A line of `pytest -s`."""
+    print("\n" + " ".join(map(str, words)) + ":", end="")
+    for name, values in numbers.items():
+        values = torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
+        print(f" {name.replace('_', ' ')}", *(f"{value:+.5g}" for value in values), end=";")
+
+
 # ------------------------------------------------------------------ E-TSDM: how s leaves 0
 
 START = 0.008 / 1.008 * math.pi / 2  # the angle at which iDDPM's cosine begins
@@ -130,20 +138,17 @@ def test_derivatives_in_t_are_exact(name, prediction):
     −ds/dt score − s ∂score/∂t with ds/dt = −(a/s) da/dt (VP), on tables as on continuous forms."""
     xt = PAIR.sample(6, torch.Generator().manual_seed(0))
     for schedule in (closed_form(name), schedules.make_schedule(name)):
-        net = ideal(schedule, prediction)
+        net, coefficients = ideal(schedule, prediction), schedule.alpha_sigma
         for t in f64(0.01, 0.4, 3.7, 60.3):
-            h = 1e-4 * t
-            difference = (net(xt, t + h) - net(xt, t - h)) / (2 * h)
-            exact = derivative(lambda t, net=net: net(xt, t), t)
+            difference = (net(xt, t + 1e-4 * t) - net(xt, t - 1e-4 * t)) / (2e-4 * t)
+            exact = derivative(functools.partial(net, xt), t)
             assert_close(exact, difference, rtol=1e-5, atol=1e-9)
             if prediction == "eps":
-                a, s = schedule.alpha_sigma(t)
-                da, ds = (
-                    derivative(lambda t, k=schedule, i=i: k.alpha_sigma(t)[i], t) for i in (0, 1)
-                )
+                a, s = coefficients(t)
+                da, ds = derivative(lambda t, k=coefficients: torch.stack(k(t)), t)
                 if not schedule.variance_exploding:  # a² + s² = 1
                     assert_close(ds, -a / s * da, rtol=1e-6, atol=1e-12)
-                d_score = derivative(lambda t, k=schedule: score(PAIR, xt, *k.alpha_sigma(t)), t)
+                d_score = derivative(lambda t, k=coefficients: score(PAIR, xt, *k(t)), t)
                 terms = -ds * score(PAIR, xt, a, s) - s * d_score
                 assert_close(exact, terms, rtol=1e-6, atol=1e-12)
 
@@ -152,14 +157,12 @@ def test_derivatives_in_t_are_exact(name, prediction):
 def test_s_leaves_zero_like_a_power_of_t(name):
     """s = C t^p and ds/dt = p C t^(p−1): infinite at 0 for p = 1/2, a finite constant other than 0
     for p = 1 (linear-mns, cosine-mns, cosine-shift), 0 for quadratic-mns. p and C from LEADING."""
-    p, C = LEADING[name]
-    schedule, t = closed_form(name), NEAR_0
-    s = schedule.alpha_sigma(t)[1]
-    ds = torch.stack([derivative(lambda t: schedule.alpha_sigma(t)[1], k) for k in t])
-    print(f"\n{name:18s} ds/dt at 1e-6: {ds[0]:.4e}, p C t^(p-1) = {p * C * t[0] ** (p - 1):.4e}")
-    # Beyond the leading term s has a relative correction of order t; digits go at t = 1e-6.
-    assert_close(s[:6], C * t[:6] ** p, rtol=1e-4, atol=0)
-    assert_close(ds[:6], p * C * t[:6] ** (p - 1), rtol=1e-4, atol=0)
+    (p, C), t, sigma = LEADING[name], NEAR_0[:6], lambda t: closed_form(name).alpha_sigma(t)[1]
+    ds = torch.stack([derivative(sigma, k) for k in t])
+    show(name, ds_dt_at_1e_6=ds[0], theory=p * C * t[0] ** (p - 1))
+    # Beyond the leading term s has a relative correction of order t.
+    assert_close(sigma(t), C * t**p, rtol=1e-4, atol=0)
+    assert_close(ds, p * C * t ** (p - 1), rtol=1e-4, atol=0)
 
 
 # ------------------------------------------------------------------ E-TSDM: theorem 3.1
@@ -173,23 +176,17 @@ def test_theorem_3_1(name, prediction):
 
     v* = a ε* − s x0* has the term −ds/dt x0*, and x0* -> x. Singular (p = 1/2): linear, quadratic,
     cosine, zero-terminal-snr. Bounded: Modified-NS and cosine-shift."""
-    p, C = LEADING[name]
-    net = ideal(closed_form(name), prediction)
-    x = PAIR.sample(40, torch.Generator().manual_seed(1))
-    t = torch.cat([NEAR_0, f64(1, 10)])
-    slopes = torch.stack([derivative(lambda t: net(x, t), k) for k in t])  # (times, B, D)
+    (p, C), x = LEADING[name], PAIR.sample(40, torch.Generator().manual_seed(1))
+    net, t = ideal(closed_form(name), prediction), torch.cat([NEAR_0, f64(1, 10)])
+    slopes = torch.stack([derivative(functools.partial(net, x), k) for k in t])  # (times, B, D)
     norms = slopes.norm(dim=2).mean(1)
-
-    rate = slope(NEAR_0, norms[:11])
+    rate, theory = slope(NEAR_0, norms[:11]), p - 1
     data_score = score(PAIR, x, 1.0, 0.0) + (x if prediction == "v" else 0)
-    leading = slopes[0] / (-p * C * t[0] ** (p - 1))
-    ratio = (leading.norm(dim=1) / data_score.norm(dim=1)).mean()
+    leading = slopes[0] / (-p * C * t[0] ** theory)
     growth = (norms[t < 2e-3].max() / norms[t > 2e-3].max()).item()
-    print(
-        f"\n{name:18s} {prediction:3s} rate {rate:+.4f} (theory {p - 1:+.1f}), constant/theory "
-        f"{ratio:.6f}, sup below 1e-3 / sup in [3e-3, 10]: {growth:.3f}"
-    )
-    assert abs(rate - (p - 1)) < 0.005
+    constant = (leading.norm(dim=1) / data_score.norm(dim=1)).mean()
+    show(name, prediction, rate=rate, theory=theory, constant_over_theory=constant, growth=growth)
+    assert abs(rate - theory) < 0.005
     assert_close(leading, data_score, rtol=1e-4, atol=1e-4)
     assert growth > 30 if p < 1 else growth < 1.001  # singular, or bounded
 
@@ -201,7 +198,8 @@ def test_cosine_shift_with_its_clip(prediction):
     schedule = schedules.make_schedule("cosine-shift", continuous=True)  # for side 32
     net, x = ideal(schedule, prediction), PAIR.sample(40, torch.Generator().manual_seed(1))
     clip = 2 / math.pi * math.atan(2 * math.exp(-7.5)) * T  # tan(πu/2) = 64/d exp(−15/2)
-    slopes = [derivative(lambda t: net(x, t), t) for t in (1e-6, 0.999 * clip, 1.001 * clip, 2)]
+    times = (1e-6, 0.999 * clip, 1.001 * clip, 2)
+    slopes = [derivative(functools.partial(net, x), t) for t in times]
     assert not slopes[0].any() and not slopes[1].any()
     C = LEADING["cosine-shift"][1]
     data_score = score(PAIR, x, 1.0, 0.0) + (x if prediction == "v" else 0)
@@ -211,20 +209,17 @@ def test_cosine_shift_with_its_clip(prediction):
     assert_close(jump.item(), math.exp(-7.5), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in schedules.SCHEDULES if name != "edm"]
-)  # no table
+@pytest.mark.parametrize("name", sorted({*schedules.SCHEDULES} - {"edm"}))  # it has no table
 def test_every_table_is_singular_below_its_first_step(name):
     """log ᾱ(t) = t log ᾱ(1) for t < 1, so s = √(−t log ᾱ(1)) + …: theorem 3.1's 1/√t whatever β_1
     is, for Modified-NS too. Training and the default grids ask for nothing below t = 1."""
-    schedule = schedules.make_schedule(name)
-    net, x = ideal(schedule, "eps"), PAIR.sample(40, torch.Generator().manual_seed(1))
-    slopes = torch.stack([derivative(lambda t: net(x, t), t) for t in NEAR_0])
+    schedule, x = schedules.make_schedule(name), PAIR.sample(40, torch.Generator().manual_seed(1))
+    net = functools.partial(ideal(schedule, "eps"), x)
+    slopes = torch.stack([derivative(net, t) for t in NEAR_0])
     rate = slope(NEAR_0, slopes.norm(dim=2).mean(1))
-    print(f"\n{name:18s} rate below t = 1: {rate:+.4f} (theory -0.5)")
+    show(name, rate_below_1=rate, theory=-0.5)
     assert abs(rate + 0.5) < 0.005
-    C = (-schedule.log_alpha_bar(1.0)).sqrt()
-    leading = slopes[0] / (-C / 2 * NEAR_0[0] ** -0.5)
+    leading = slopes[0] / (-0.5 * (-schedule.log_alpha_bar(1.0) / NEAR_0[0]).sqrt())
     assert_close(leading, score(PAIR, x, 1.0, 0.0), rtol=1e-4, atol=1e-4)
 
 
@@ -233,12 +228,8 @@ def test_every_table_is_singular_below_its_first_step(name):
 
 def shared(mixture, schedule, n=5, interval=INTERVAL):
     """The best Denoiser under sharing: it receives f(t) and gives the average over the part."""
-    times = toy.shared_times(interval, n, schedule.continuous)
-    return D.Denoiser(
-        toy.oracle(mixture, schedule, "eps", times),
-        schedule,
-        time_input=lambda t: etsdm.share_timesteps(t, interval, n),
-    )
+    net = toy.oracle(mixture, schedule, "eps", toy.shared_times(interval, n, schedule.continuous))
+    return D.Denoiser(net, schedule, time_input=lambda t: etsdm.share_timesteps(t, interval, n))
 
 
 def part(t, n, discrete, interval=INTERVAL):
@@ -277,7 +268,7 @@ def test_theorem_4_1_bound(name, discrete):
         assert (error <= limit * (1 + 1e-9)).all(), f"t = {t}"
         assert (error > 0).all()
         tightest, checked = max(tightest, (error / limit).max().item()), checked + len(xt)
-    print(f"\n{name:18s} {checked} points, error/bound at most {tightest:.3f}")
+    show(name, points=checked, error_over_bound_at_most=tightest)
     assert tightest > 0.3  # not a bound that holds because it is huge
 
 
@@ -293,9 +284,8 @@ def test_theorem_4_1_needs_both_terms():
         first, second = bound_terms(PAIR, schedule, xt, t, part(t, 5, False, interval=T))
         for words, limit in zip(shares, (first + second, first, second), strict=True):
             shares[words].append((error > limit.amax(0) * (1 + 1e-9)).double().mean().item())
-    print("\nshare of x with a larger error, parts of 200 steps, at t = 0.001, 5, 850, 950:")
     for words, share in shares.items():
-        print(f"{words:12s}", " ".join(f"{k:.3f}" for k in share))
+        show("share of x with a larger error at t = 0.001, 5, 850, 950", words, share=share)
     assert max(shares["bound"]) == 0
     assert max(shares["first term"]) > 0.9 and max(shares["second term"]) > 0.9
 
@@ -338,10 +328,8 @@ def test_theorem_4_1_rates(name, where):
         rates += [slope(ns, errors), slope(ns, limits)]
         assert abs(rates[-2] + p) < min(tolerance, 0.1), f"error: {rates}"
         assert abs(rates[-1] + p) < tolerance, f"bound: {rates}"
-    print(
-        f"\n{name:18s} {where:5s} exponents of error, bound: n = 5..320 {rates[0]:+.3f} "
-        f"{rates[1]:+.3f}, n = 40..40960 {rates[2]:+.3f} {rates[3]:+.3f} (theory {-p:+.1f})"
-    )
+    coarse, deep = rates[:2], rates[2:]  # n = 5..320 and 40..40960
+    show(name, where, exponents_of_error_and_bound=coarse, deep=deep, theory=-p)
     if where == "first":
         expected = LEADING[name][1] * (INTERVAL / ns[-1]) ** p
         x = draw(PAIR, closed_form(name), 0.0, 300)[0]
@@ -383,50 +371,14 @@ def test_what_training_under_sharing_converges_to(dimensions, n, gain):
     along, along_plain, square = (k.sum(1) for k in (along, along_plain, delta**2))
     luck = along.std() / len(xt) ** 0.5
     error = [(k - best).square().mean().sqrt().item() for k in (plain, weighted)]
-    print(
-        f"\nD = {dimensions}, n = {n}: rms of plain average − ε* {error[0]:.4f}, of weighted − ε* "
-        f"{error[1]:.4f}\n  E⟨ε − weighted, δ⟩ {along.mean():+.5f}, at most {4 * luck:.5f} by luck"
-        f"; E⟨ε − plain, δ⟩ {along_plain.mean():+.5f}, −E‖δ‖² {-square.mean():+.5f}"
-    )
+    show("D =", dimensions, n=n, rms_of_plain_and_weighted_average=error)
+    show("E⟨ε − weighted, δ⟩", found=along.mean(), at_most_by_luck=4 * luck)
+    show("E⟨ε − plain, δ⟩", found=along_plain.mean(), theory=-square.mean())
     assert abs(along.mean()) < 4 * luck < abs(along_plain.mean())
     assert error[1] < error[0] / gain
 
 
-# ------------------------------------------------------------------ E-TSDM: eq. 8, and sampling
-
-
-def lipschitz(denoiser, t, t_other, x):
-    """K(t, t′) = E ‖net(x_t, f(t)) − net(x_t, f(t′))‖₂ / |t − t′|, x_t the same for both."""
-    difference = denoiser.prediction_at(x, t) - denoiser.prediction_at(x, t_other)
-    return (difference.norm(dim=1).mean() / abs(t - t_other)).item()
-
-
-@pytest.mark.parametrize("continuous", [False, True], ids=["table", "continuous"])
-@pytest.mark.parametrize("name", ["linear", "cosine-mns"])
-def test_lipschitz_constant_under_sharing(name, continuous):
-    """Eq. 8. Inside a part K(t, t + 1) is exactly 0; from one part to the next it is not; beyond
-    the interval it is that of the network that receives t."""
-    schedule = schedules.make_schedule(name, continuous=continuous)
-    shared_net, plain_net = shared(PAIR, schedule), D.Denoiser(toy.oracle(PAIR, schedule), schedule)
-    rows = []
-    for t in range(1, 120):
-        x, _ = draw(PAIR, schedule, t, 100)
-        rows.append([lipschitz(k, t, t + 1, x) for k in (plain_net, shared_net)])
-    K, K_shared = torch.tensor(rows, dtype=torch.float64).T
-    t = torch.arange(1, 120)
-    into_next = (t < 100) & ((t + 1) % 20 == 0)
-    inside = (t < 100) & ~into_next
-    print(
-        f"\n{name:10s} K(1, 2), K(50, 51), K(99, 100), K(110, 111): c = t {K[0]:.4f} {K[49]:.4f} "
-        f"{K[98]:.4f} {K[109]:.4f}, c = f(t) {K_shared[0]:.4f} {K_shared[49]:.4f} "
-        f"{K_shared[98]:.4f} {K_shared[109]:.4f}"
-    )
-    assert into_next.sum() == 5 and inside.sum() == 94
-    assert (K > 0).all() and (K_shared[inside] == 0).all() and (K_shared[into_next] > 0).all()
-    assert_close(K_shared[99:], K[99:], rtol=0, atol=0)
-    x, _ = draw(PAIR, schedule, 10, 100)  # not only neighbours; and real times, however close
-    for t, t_other in ((1, 19), (0.001, 0.002), (20, 39.999), (80, 99)):
-        assert lipschitz(shared_net, t, t_other, x) == 0 < lipschitz(plain_net, t, t_other, x)
+# ------------------------------------------------------------------ E-TSDM: sampling
 
 
 def mixture_cdf(mixture):
@@ -454,7 +406,6 @@ def test_shared_times_sample_the_distribution(name, continuous, sampler, n, limi
     if sampler == "ddim" and continuous:
         denoisers["n = 1, to 500"] = shared(mixture, schedule, n=1, interval=500)
     distances = {}
-    print()
     for words, denoiser in denoisers.items():
         g, kwargs = torch.Generator().manual_seed(0), {}
         if sampler == "ddpm":
@@ -463,10 +414,7 @@ def test_shared_times_sample_the_distribution(name, continuous, sampler, n, limi
         distances[words] = stats.kstest(x0.numpy(), mixture_cdf(mixture)).statistic
         off = ((x0.mean() - mixture.mean()) / mixture.variance().sqrt()).item()
         ratio = (x0.var() / mixture.variance()).item()
-        print(
-            f"{name:7s} {sampler} {words:14s} D {distances[words]:.4f}, mean off by {off:+.4f} "
-            f"std, variance ratio {ratio:.4f}"
-        )
+        show(name, sampler, words, D=distances[words], mean_off=off, variance_ratio=ratio)
         if words == "c = f(t)":
             assert abs(off) < 0.05 and abs(ratio - 1) < 0.05
     assert distances["c = f(t)"] < limit
@@ -476,22 +424,13 @@ def test_shared_times_sample_the_distribution(name, continuous, sampler, n, limi
 
 # ------------------------------------------------------------------ SA-DPM: theorem 1
 
-KINDS = [("linear", "eps")]
-KINDS += [
-    pytest.param(*kind, marks=pytest.mark.slow)
-    for kind in (
-        ("zero-terminal-snr", "v"),
-        ("linear", "x0"),
-        ("cosine", "v"),
-        ("quadratic-mns", "eps"),
-        ("linear", "v"),
-    )
-]
+KINDS = "zero-terminal-snr v|linear x0|cosine v|quadratic-mns eps|linear v".split("|")
+KINDS = ["linear eps", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS)]
 
 
 def wrong_model(schedule, prediction="eps"):
     """A model with errors: the ideal network of another distribution than the data's."""
-    means = torch.stack([-0.8 * torch.ones(2), 0.6 * torch.ones(2)])
+    means = f64(-0.8, 0.6)[:, None].expand(2, 2)
     other = toy.Mixture([0.6, 0.4], means, [0.2, 0.3])
     return D.Denoiser(toy.oracle(other, schedule, prediction), schedule, prediction)
 
@@ -508,29 +447,23 @@ def knows(schedule, x0):
 
 def ddpm_run(denoiser, x0, steps=T, seed=0):
     """samplers.sample's DDPM from x_T ~ q(x_T | x_0) down to t = 1, and (t, x_t) of every call."""
-    schedule, calls = denoiser.schedule, []
-
-    def net(x, c):
-        calls.append((c[0].item(), x))
-        return denoiser.net(x, c)
-
-    noise = float64_noise(seed)
+    schedule, noise, calls = denoiser.schedule, float64_noise(seed), []
     xT = schedules.add_noise(schedule, x0, T, noise(x0.shape))
-    grid = schedules.time_grid(schedule, steps)
+    net = lambda x, c: (calls.append((c[0].item(), x)), denoiser.net(x, c))[1]  # noqa: E731
     model = D.Denoiser(net, schedule, denoiser.prediction)
-    x1 = samplers.sample(model, xT, "ddpm", spacing=grid, noise=noise, denoise_to_zero=False)
-    return x1, calls
+    kwargs = dict(spacing=schedules.time_grid(schedule, steps), denoise_to_zero=False)
+    return samplers.sample(model, xT, "ddpm", noise=noise, **kwargs), calls
 
 
 def float64_noise(seed=0):
-    return functools.partial(
-        torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    g = torch.Generator().manual_seed(seed)
+    return functools.partial(torch.randn, generator=g, dtype=torch.float64)
 
 
 @functools.cache
-def two_runs(name, prediction):
+def two_runs(kind):
     """(denoiser, x_0, calls of its run, its run minus the true one), on the same noises."""
+    name, prediction = kind.split()
     schedule = schedules.make_schedule(name)
     denoiser = wrong_model(schedule, prediction)
     x0 = PAIR.sample(6, torch.Generator().manual_seed(0))
@@ -538,11 +471,11 @@ def two_runs(name, prediction):
     return denoiser, x0, calls, model - ddpm_run(knows(schedule, x0), x0)[0]
 
 
-@pytest.mark.parametrize("name, prediction", KINDS)
-def test_theorem_1(name, prediction):
+@pytest.mark.parametrize("kind", KINDS)
+def test_theorem_1(kind):
     """The recursion (gap.gap_along_run), the closed form Σ τ_t e_t with e_t taken from the run, and
     the difference of two runs of samplers.sample on the same x_0 and noises: all three agree."""
-    denoiser, x0, calls, coupled = two_runs(name, prediction)
+    denoiser, x0, calls, coupled = two_runs(kind)
     schedule = denoiser.schedule
     *_, (t, recursion, _) = gap.gap_along_run(denoiser, x0, float64_noise())
 
@@ -553,10 +486,8 @@ def test_theorem_1(name, prediction):
         if a == 0:  # zero-terminal-snr at T: e_T = (x̂_0 − x_0) a/s is 0, and τ_T = ∞
             e, tau[T] = denoiser.predict(xt, time)[0] - x0, through_zero(schedule)
         closed += tau[round(time)] * e
-    print(
-        f"\n{name:17s} {prediction:3s} ‖G_1‖ recursion {recursion.norm():.9f}, "
-        f"Σ τ e {closed.norm():.9f}, two runs {coupled.norm():.9f}"
-    )
+    norms = [k.norm() for k in (recursion, closed, coupled)]
+    show(kind, norm_of_G_1_by_recursion_and_closed_form_and_two_runs=norms)
     assert t == 1 and len(calls) == T - 1
     assert_close(recursion, coupled, rtol=0, atol=1e-9)
     assert_close(closed, coupled, rtol=0, atol=1e-9)
@@ -574,7 +505,7 @@ def through_zero(schedule):
 def test_the_coefficient_is_not_the_one_with_an_index_moved_by_one():
     """√α_t (1 − ᾱ_{t−2})/(1 − ᾱ_t), as in the authors' measurement, is not what two runs differ
     by: from t = 300 down it is off by tens of per cent."""
-    denoiser, x0, calls, coupled = two_runs("linear", "eps")
+    denoiser, x0, calls, coupled = two_runs("linear eps")
     ab = denoiser.schedule.alpha_bar(torch.arange(T + 1))
     found = {}
     for shift in (1, 2):
@@ -586,7 +517,7 @@ def test_the_coefficient_is_not_the_one_with_an_index_moved_by_one():
             G = (1 - beta).sqrt() * (1 - ab[t - shift]) / (1 - ab[t]) * G
             G = G + beta / ((1 - beta) * (1 - ab[t])).sqrt() * e
         found[shift] = ((G - coupled).norm() / coupled.norm()).item()
-    print(f"\nrelative error at t = 1: with ᾱ_(t−1) {found[1]:.1e}, with ᾱ_(t−2) {found[2]:.3f}")
+    show("relative error at t = 1 with ᾱ_(t−1), ᾱ_(t−2)", found=[found[1], found[2]])
     assert found[1] < 1e-9 and found[2] > 0.1
 
 
@@ -594,29 +525,23 @@ def test_the_coefficient_is_not_the_one_with_an_index_moved_by_one():
 def test_even_the_ideal_network_has_a_gap():
     """G of ε* itself: large for one image, 0 in the mean over images (within 4 standard errors),
     nothing of it reducible. A wrong network has both a mean gap and a reducible one."""
-    schedule, mixture = schedules.make_schedule("linear"), toy.two_bumps((2,))
-    ideal = D.Denoiser(toy.oracle(mixture, schedule), schedule)
-    x0 = mixture.sample(1500, torch.Generator().manual_seed(0))
-    *_, (_, G, reducible) = gap.gap_along_run(
-        ideal, x0, float64_noise(), schedules.time_grid(schedule, 100),
-        ideal=lambda x, t: mixture.posterior(x, *schedule.alpha_sigma(t))[0],
-    )  # fmt: skip
-    error = G.std(0) / math.sqrt(len(G))
-    print(
-        f"\nmean ‖G‖ {G.norm(dim=1).mean():.3f}, mean G / its error {(G.mean(0) / error).tolist()}"
-    )
-    assert G.norm(dim=1).mean() > 0.5
-    assert (G.mean(0).abs() < 4 * error).all()
-    assert reducible.abs().max() < 1e-12
+    schedule = schedules.make_schedule("linear")
+    x0 = PAIR.sample(1500, torch.Generator().manual_seed(0))
 
-    wrong = wrong_model(schedule)
-    *_, (_, G, reducible) = gap.gap_along_run(
-        wrong, x0, float64_noise(), schedules.time_grid(schedule, 100),
-        ideal=lambda x, t: mixture.posterior(x, *schedule.alpha_sigma(t))[0],
-    )  # fmt: skip
-    print(f"a wrong network: mean G {G.mean(0).tolist()}, reducible {reducible.mean(0).tolist()}")
-    assert (G.mean(0).abs() > 10 * G.std(0) / math.sqrt(len(G))).all()
-    assert (reducible.mean(0).abs() > 10 * reducible.std(0) / math.sqrt(len(G))).all()
+    def last(denoiser):
+        best = lambda x, t: PAIR.posterior(x, *schedule.alpha_sigma(t))[0]  # noqa: E731
+        grid = schedules.time_grid(schedule, 100)
+        *_, (_, G, reducible) = gap.gap_along_run(denoiser, x0, float64_noise(), grid, ideal=best)
+        error = (G.std(0) / math.sqrt(len(G)), reducible.std(0) / math.sqrt(len(G)))
+        show("gap", mean_norm=G.norm(dim=1).mean(), mean=G.mean(0), error=error[0])
+        return G, reducible, *error
+
+    G, reducible, error, _ = last(D.Denoiser(toy.oracle(PAIR, schedule), schedule))
+    assert G.norm(dim=1).mean() > 0.5 and (G.mean(0).abs() < 4 * error).all()
+    assert reducible.abs().max() < 1e-12
+    G, reducible, error, error_of_reducible = last(wrong_model(schedule))
+    assert (G.mean(0).abs() > 10 * error).all()
+    assert (reducible.mean(0).abs() > 10 * error_of_reducible).all()
 
 
 # ------------------------------------------------------------------ SA-DPM: theorem 2
@@ -647,7 +572,7 @@ def test_theorem_2_for_any_errors(k, kind):
     if kind == "alternating":
         e[1::2] *= -1
     left, middle, right = chain(e, tau, k)
-    print(f"\n{kind:11s} k = {k}: {left:.3e} <= {middle:.3e} <= {right:.3e}")
+    show(kind, "errors, a chain that rises", k=k, chain=[left, middle, right])
     assert left <= middle * (1 + 1e-12) and middle <= right * (1 + 1e-12)
     if k == 1:
         assert_close(middle, right, rtol=1e-12, atol=0)
@@ -662,10 +587,8 @@ class Small(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = torch.nn.Sequential(
-            torch.nn.Linear(10, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64),
-            torch.nn.SiLU(), torch.nn.Linear(64, 2),
-        )  # fmt: skip
+        one, two, three = (torch.nn.Linear(*size) for size in ((10, 64), (64, 64), (64, 2)))
+        self.layers = torch.nn.Sequential(one, torch.nn.SiLU(), two, torch.nn.SiLU(), three)
 
     def forward(self, x, c):
         u = c[:, None] / T
@@ -673,21 +596,24 @@ class Small(torch.nn.Module):
         return self.layers(torch.cat([x, *waves], 1))
 
 
-@functools.cache
-def trained(k, steps=400):
-    """Small, trained for a while by the project's own losses on the mixture: with real errors."""
-    schedule = schedules.make_schedule("linear")
-    torch.manual_seed(0)
-    denoiser, g = D.Denoiser(Small().double(), schedule), torch.Generator().manual_seed(1)
+def learn(k, seed, steps=1500, dtype=torch.float32):
+    """Small, averaged over its last updates, trained on the mixture by SA-k, λ = 1."""
+    schedule, g = schedules.make_schedule("linear"), torch.Generator().manual_seed(seed + 100)
+    torch.manual_seed(seed)
+    denoiser = D.Denoiser(Small().to(dtype), schedule)
+    average = {key: p.detach().clone() for key, p in denoiser.net.state_dict().items()}
     optimizer = torch.optim.Adam(denoiser.net.parameters(), lr=3e-3)
-    for _ in range(steps):
-        x0 = PAIR.sample(128, g)
+    for i in range(steps):
+        x0 = PAIR.sample(128, g).to(dtype)
         t = losses.draw_timesteps(128, schedule, 1, T, g)
-        noises = torch.randn((k, *x0.shape), dtype=torch.float64, generator=g)
+        noises = torch.randn((k, *x0.shape), generator=g, dtype=dtype)
         simple, sa = losses.sa_loss(denoiser, x0, t, noises)
         optimizer.zero_grad()
         (simple.mean() + sa.mean() * (k > 1)).backward()
         optimizer.step()
+        for key, p in denoiser.net.state_dict().items():
+            average[key].lerp_(p, 1 - min(0.995, (1 + i) / (10 + i)))
+    denoiser.net.load_state_dict(average)
     return denoiser
 
 
@@ -695,7 +621,8 @@ def trained(k, steps=400):
 @pytest.mark.parametrize("trained_k", [1, 2])
 def test_theorem_2_for_learned_errors(trained_k):
     """The chain along the real sampling run of a trained network, whose left end is the gap G_1."""
-    denoiser, x0 = trained(trained_k), PAIR.sample(50, torch.Generator().manual_seed(5))
+    denoiser = learn(trained_k, seed=0, steps=400, dtype=torch.float64)
+    x0 = PAIR.sample(50, torch.Generator().manual_seed(5))
     schedule, tau = denoiser.schedule, gap.gap_weights(denoiser.schedule)
     with torch.no_grad():
         *_, (_, G, _) = gap.gap_along_run(denoiser, x0, float64_noise())
@@ -704,13 +631,9 @@ def test_theorem_2_for_learned_errors(trained_k):
         for time, xt in calls:
             a, s = schedule.alpha_sigma(time)
             e[round(time)] = (xt - a * x0) / s - denoiser.predict(xt, time)[1]
-    print()
     for k in (1, 2, 3, 4):
         left, middle, right = chain(e, tau, k)
-        print(
-            f"trained with k = {trained_k}, bound with k = {k}: "
-            f"{left:.3f} <= {middle:.3f} <= {right:.3f}"
-        )
+        show("trained with k =", trained_k, bound_with_k=k, chain=[left, middle, right])
         assert_close(left, G.square().sum(), rtol=1e-8, atol=0)
         assert left <= middle * (1 + 1e-12) and middle <= right * (1 + 1e-12)
 
@@ -750,31 +673,8 @@ def test_what_the_sequence_aware_loss_converges_to(k, weight):
 
         found = optimize.minimize_scalar(total, bounds=(0.1, 2.0)).x / variance
         expected = (1 + weight) / (1 + weight / k)
-        print(
-            f"\nk = {k}, λ = {weight}, t = {t}: variance times {found:.4f}, theory {expected:.4f}"
-        )
+        show(f"k = {k}, λ = {weight}, t = {t}", variance_times=found, theory=expected)
         assert found == pytest.approx(expected, rel=0.02)
-
-
-def learn(k, seed, steps=1500):
-    """Small, averaged over its last updates, trained in float32 on the mixture by SA-k, λ = 1."""
-    schedule, g = schedules.make_schedule("linear"), torch.Generator().manual_seed(seed + 100)
-    torch.manual_seed(seed)
-    denoiser = D.Denoiser(Small(), schedule)
-    average = {key: p.detach().clone() for key, p in denoiser.net.state_dict().items()}
-    optimizer = torch.optim.Adam(denoiser.net.parameters(), lr=3e-3)
-    for i in range(steps):
-        x0 = PAIR.sample(128, g).float()
-        t = losses.draw_timesteps(128, schedule, 1, T, g)
-        noises = torch.randn((k, *x0.shape), generator=g)
-        simple, sa = losses.sa_loss(denoiser, x0, t, noises)
-        optimizer.zero_grad()
-        (simple.mean() + sa.mean() * (k > 1)).backward()
-        optimizer.step()
-        for key, p in denoiser.net.state_dict().items():
-            average[key].lerp_(p, 1 - min(0.995, (1 + i) / (10 + i)))
-    denoiser.net.load_state_dict(average)
-    return denoiser
 
 
 @torch.no_grad()
@@ -782,9 +682,8 @@ def judge(denoiser):
     """(mean ‖G‖ of 2,000 draws, KS distance of DDIM's samples in 10 calls)."""
     x0 = PAIR.sample(2000, torch.Generator().manual_seed(0)).float()
     noise = functools.partial(torch.randn, generator=torch.Generator().manual_seed(1))
-    *_, (_, G, _) = gap.gap_along_run(
-        denoiser, x0, noise, schedules.time_grid(denoiser.schedule, 100), batch_size=2000
-    )
+    grid = schedules.time_grid(denoiser.schedule, 100)
+    *_, (_, G, _) = gap.gap_along_run(denoiser, x0, noise, grid, batch_size=2000)
     xT = torch.randn((4000, 2), generator=torch.Generator().manual_seed(7))
     x = samplers.sample(denoiser, xT, "ddim", 10)[:, 0].numpy()
     distance = stats.kstest(x, mixture_cdf(toy.two_bumps())).statistic
@@ -795,9 +694,7 @@ def judge(denoiser):
 def test_sequence_aware_training_on_the_mixture():
     """What the surplus of variance does, seed by seed: the gap of single images grows, and DDIM in
     10 calls, which spreads too little, comes nearer to the mixture."""
-    print()
     for seed in range(3):
-        found = {k: judge(learn(k, seed)) for k in (1, 2)}
-        for k, (norm, distance) in found.items():
-            print(f"seed {seed}, k = {k}: mean ‖G‖ {norm:.3f}, KS distance {distance:.3f}")
-        assert found[2][0] > found[1][0] and found[2][1] < found[1][1]
+        plain, aware = (judge(learn(k, seed)) for k in (1, 2))
+        show(f"seed {seed}", norm_and_distance_with_k_1=plain, with_k_2=aware)
+        assert aware[0] > plain[0] and aware[1] < plain[1]

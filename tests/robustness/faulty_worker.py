@@ -20,37 +20,26 @@ from support import distributed, programs
 real, seen = train.train_step, []
 
 
-def failing(how, rank, step):
-    """train.train_step, in which a process fails once: not again after a restart."""
-
-    def train_step(state, *inputs):
-        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        if first and state.step == step and int(os.environ["RANK"]) == rank:
-            if how == "refuse":
-                raise ValueError("no good")
-            os.kill(os.getpid(), signal.SIGKILL if how == "die" else signal.SIGSTOP)
-        return real(state, *inputs)
-
-    return train_step
-
-
-def logging(*inputs):
-    """train.train_step, whose losses are kept."""
-    values = real(*inputs)
+def train_step(state, *inputs):
+    """train.train_step, in which a process fails once (not again after a restart), or whose losses
+    are kept."""
+    if how != "log" and starts == "0" and (state.step, os.environ["RANK"]) == (int(step), rank):
+        if how == "refuse":
+            raise ValueError("no good")
+        os.kill(os.getpid(), signal.SIGKILL if how == "die" else signal.SIGSTOP)
+    values = real(state, *inputs)
     seen.append(values[:-1])
     return values
 
 
 if __name__ == "__main__":
     how, *words = sys.argv[1:]
-    if how == "log":
-        out = words.pop(0)
-        train.train_step = logging
-    else:
-        train.train_step = failing(how, int(words.pop(0)), int(words.pop(0)))
+    rank, step = (words.pop(0), words.pop(0)) if how != "log" else (None, None)
+    out = words.pop(0) if how == "log" else None
+    starts, train.train_step = os.environ["TORCHELASTIC_RESTART_COUNT"], train_step
     if how == "hang":  # not shorter: a slow start on a busy machine is no death
         distributed.STEP_TIMEOUT = timedelta(seconds=20)
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and os.environ["RANK"] == "0":
+    if starts != "0" and os.environ["RANK"] == "0":
         time.sleep(3)  # the other must wait, and not use the address of the dead process
     sys.argv = ["train.py", *words]
     programs.run_main(train.main)

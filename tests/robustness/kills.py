@@ -10,7 +10,8 @@ that takes no more bytes (a limit that the system enforces: write() fails, as on
 one save or for good.
 
 After each fault: the checkpoint can be read, is no older than the one before, and at most one
-temporary file is left (of pictures, one a thread), which the next start removes. At the end:
+temporary file is left (of pictures, one for each of a batch: threads write them at the same time),
+which the next start removes. At the end:
 weights, average and optimizer bit for bit those of an undisturbed run; every picture whole, and
 equal to that of an undisturbed call.
 
@@ -20,6 +21,7 @@ before the rename is checked here only by their order.
 
 import argparse
 import collections
+import contextlib
 import importlib
 import os
 import random
@@ -43,6 +45,7 @@ from PIL import Image  # noqa: E402
 from support import checkpoint, files, programs  # noqa: E402
 
 TINY = "--image-size 8 --batch-size 4 --precision fp32 --sample-every 1000".split()
+TINY += "--optimizer adam --lr 0.002 --lr-decay none".split()
 INSIDE = ("half", "flush", "rename", "renamed", "full", "full for good", "term while saving")
 OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT")
 
@@ -59,43 +62,37 @@ def arm(kind, nth, pattern):
     """Prepare this process to fail at its nth write of a file that matches `pattern`."""
     real, seen = files.atomic_write, []
 
-    class Spoilt:
+    @contextlib.contextmanager
+    def spoilt(path, *rest, **more):
         """files.atomic_write, with one fault in it."""
-
-        def __init__(self, path, *rest, **more):
-            self.real, self.now = real(path, *rest, **more), False
-            if re.search(pattern, Path(path).name):
-                seen.append(path)
-                self.now = len(seen) == nth or kind == "full for good" and len(seen) >= nth
-
-        def __enter__(self):
-            if self.now and kind in ("half", "full", "full for good"):
-                # bytes: somewhere inside a checkpoint, or inside a picture of 8 × 8
-                limit = 1000 + nth * 997 % 9000 if "checkpoint" in pattern else 50 + nth * 37 % 150
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            if self.now and kind == "flush":
-                os.fsync = lambda f: die()
-            if self.now and kind == "rename":
-                os.replace = lambda a, b: die()
-            if self.now and kind == "term while saving":
-                os.kill(os.getpid(), signal.SIGTERM)
-            return self.real.__enter__()
-
-        def __exit__(self, *exc):
-            try:
-                return self.real.__exit__(*exc)
-            finally:
-                if self.now and kind == "renamed":
-                    die()
-                if self.now and kind == "full":
-                    no = resource.RLIM_INFINITY
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (no, no))
+        now = False
+        if re.search(pattern, Path(path).name):
+            seen.append(path)
+            now = len(seen) == nth or kind == "full for good" and len(seen) >= nth
+        if now and kind in ("half", "full", "full for good"):
+            # bytes: somewhere inside a checkpoint, or inside a picture of 8 × 8
+            limit = 1000 + nth * 997 % 9000 if "checkpoint" in pattern else 50 + nth * 37 % 150
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        if now and kind == "flush":
+            os.fsync = lambda f: die()
+        if now and kind == "rename":
+            os.replace = lambda a, b: die()
+        if now and kind == "term while saving":
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            with real(path, *rest, **more) as temporary:
+                yield temporary
+        finally:
+            if now and kind == "renamed":
+                die()
+            if now and kind == "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, 2 * (resource.RLIM_INFINITY,))
 
     if kind in ("half", "full", "full for good"):  # the system's own way to stop a writer
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kind == "half" else signal.SIG_IGN)
     for module in list(sys.modules.values()):  # wherever it was imported to
         if getattr(module, "atomic_write", None) is real:
-            module.atomic_write = Spoilt
+            module.atomic_write = spoilt
 
 
 def victim(program, kind, nth, pattern, words):
@@ -123,14 +120,13 @@ class Run:
 
     def start(self, kind=None, nth=1):
         """The process; with a fault of INSIDE in it, or none."""
-        command = [sys.executable, str(ROOT / f"{self.program}.py")]
+        command = [str(ROOT / f"{self.program}.py")]
         if kind or self.threads:
             fault = [kind or "none", str(nth)]
-            command = [sys.executable, __file__, "--victim", self.program, *fault]
-            command += [self.pattern, "--"]
+            command = [__file__, "--victim", self.program, *fault, self.pattern, "--"]
         log = open(self.folder / "output.txt", "w")  # on the full disk, too
         return subprocess.Popen(
-            [*command, *self.words],
+            [sys.executable, *command, *self.words],
             cwd=self.folder,
             env={
                 **os.environ,
@@ -180,36 +176,44 @@ class Run:
     def judge(self, kind, status):
         """Check how it ended -> False if it had finished before. AssertionError: a wrong end."""
         text = self.output()
-        if re.search("done:|is finished|grid:|statistics in", text):
-            assert status == 0 or kind in OUTSIDE, (kind, status, text[-2000:])
-            return False
+        done = bool(re.search("done:|is finished|grid:|statistics in", text))
         training = self.program == "train" and "run:" in text  # from there on signals are expected
-        if kind == "term while saving" or training and kind in ("SIGTERM", "SIGINT"):
+        if done:
+            good = status == 0 or kind in OUTSIDE
+        elif kind == "term while saving" or training and kind in ("SIGTERM", "SIGINT"):
             name = "SIGINT" if kind == "SIGINT" else "SIGTERM"
-            assert status == 0 and f"stopped by {name}" in text, (kind, status, text[-2000:])
-            assert "The same command" in text, text
-        elif kind == "full for good":
-            assert status == 2 and "Traceback" not in text, (kind, status, text[-2000:])
-        elif kind == "full" and self.program != "train":
-            assert status == 2 and "Traceback" not in text, (kind, status, text[-2000:])
+            good = status == 0 and f"stopped by {name}" in text and "The same command" in text
+        elif kind == "full for good" or kind == "full" and self.program != "train":
+            good = status == 2 and "Traceback" not in text
         elif kind in OUTSIDE:
-            assert (
-                "stopped by" in text and status == 0 or status in (-getattr(signal, kind), 130, 1)
-            ), (kind, status, text[-2000:])
-        elif kind == "half":
-            assert status == -signal.SIGXFSZ, (kind, status, text[-2000:])
+            good = "stopped by" in text and status == 0
+            good = good or status in (-getattr(signal, kind), 130, 1)
         else:
-            assert status == -signal.SIGKILL, (kind, status, text[-2000:])
-        self.faults[kind] += 1
-        return True
+            good = status == -(signal.SIGXFSZ if kind == "half" else signal.SIGKILL)
+        assert good, (kind, status, text[-2000:])
+        self.faults[kind] += not done
+        return not done
 
     def finish(self):
         """Run it to its end, unharmed."""
         status = self.start().wait(600)
         assert status == 0, self.output()
+        assert not self.leftovers()
 
     def leftovers(self):
         return [p for p in self.folder.rglob("*") if p.name.endswith((".tmp", ".part"))]
+
+    def attack(self, kinds, ready, most, check, left=1, writes=4):
+        """One fault after the other; after each, check(kind, came), and at most `left` temporary
+        files. Then to the end."""
+        for kind in kinds:
+            if kind in OUTSIDE:
+                came = self.outside(kind, ready, most)
+            else:
+                came = self.inside(kind, self.dice.randint(1, writes))
+            assert len(self.leftovers()) <= left, self.leftovers()
+            check(kind, came)
+        self.finish()
 
 
 def kill_training(folder, kills, seed, steps=None, threads=False):
@@ -218,34 +222,23 @@ def kill_training(folder, kills, seed, steps=None, threads=False):
     steps = steps or 20 * kills + 40
     dice = random.Random(seed)
     words = [*TINY, "--steps", steps, "--save-every", 3, "--sa-k", 2]
-    whole = Run(folder, "train", [*words, "--name", "whole"], "checkpoint", dice)
-    whole.finish()
+    Run(folder, "train", [*words, "--name", "whole"], "checkpoint", dice).finish()
     words += ["--name", "killed"]
     run = Run(folder, "train", words, r"^checkpoint\.pt$", dice, threads)
-    path, step = run.folder / "runs" / "killed" / "checkpoint.pt", 0
-    kinds = [*OUTSIDE, *INSIDE] * (1 + kills // 10)
-    while run.faults.total() < kills:
-        kind = kinds[run.faults.total()]
-        if kind in OUTSIDE:
-            came = run.outside(kind, "step/s", 0.5)
-        else:
-            came = run.inside(kind, dice.randint(1, 4))
-        left = run.leftovers()
-        assert len(left) <= 1, left
+    whole, path = (Path(folder) / "runs" / n / "checkpoint.pt" for n in ("whole", "killed"))
+    seen = []
+
+    def check(kind, came):
         if path.exists():
-            now = checkpoint.load_checkpoint(path)["step"]
-            assert now >= step, (kind, now, step)
-            step = now
+            seen.append(checkpoint.load_checkpoint(path)["step"])
+        assert seen == sorted(seen), (kind, seen)
         assert came, "finished before it could be killed: give it more steps"
-    run.finish()
-    one, two = (
-        checkpoint.load_checkpoint(run.folder / "runs" / name / "checkpoint.pt")
-        for name in ("whole", "killed")
-    )
+
+    run.attack(([*OUTSIDE, *INSIDE] * (1 + kills // 10))[:kills], "step/s", 0.5, check)
+    one, two = map(checkpoint.load_checkpoint, (whole, path))
     assert one["step"] == two["step"] == steps and one["skipped"] == two["skipped"] == 0
     for part in ("net", "ema", "optimizer"):
         torch.testing.assert_close(two[part], one[part], rtol=0, atol=0)
-    assert not run.leftovers()
     rows = (path.parent / "log.csv").read_text().splitlines()
     assert len({row.count(",") for row in rows}) == 1, "torn rows"
     return run.faults, run.slowest, steps
@@ -259,31 +252,27 @@ def read_pictures(folder):
 
 def kill_sampling(folder, kills, seed):
     """sample.py --npz of the run that kill_training left -> faults by kind."""
-    dice = random.Random(seed)
-    words = ["killed", "-n", 40 * kills, "--nfe", 20, "--batch-size", 3, "--sampler", "ddpm"]
+    dice, batch = random.Random(seed), 3
+    words = ["killed", "-n", 40 * kills, "--nfe", 20, "--batch-size", batch, "--sampler", "ddpm"]
     words += ["--npz", "--out"]
     Run(folder, "sample", [*words, "whole"], "", dice).finish()
     run = Run(folder, "sample", [*words, "cut"], r"^(\d+|cut)\.(png|npz)$|^settings", dice)
-    out, had = run.folder / "cut", 0
-    kinds = (*OUTSIDE, "half", "flush", "rename", "renamed", "full")
-    for i in range(kills):
-        kind = kinds[(i * 3 + seed) % len(kinds)]
-        if kind in OUTSIDE:
-            run.outside(kind, "run:", 0.4)
-        else:
-            run.inside(kind, dice.randint(1, 4))
-        assert len(run.leftovers()) <= 3, run.leftovers()  # threads write a batch of pictures
-        now = len(list(out.glob("[0-9]*.png")))
-        assert now >= had
-        had = now
-        for path in out.glob("[0-9]*.png"):
+    out, seen = run.folder / "cut", []
+
+    def check(kind, came):
+        paths = list(out.glob("[0-9]*.png"))
+        seen.append(len(paths))
+        assert seen == sorted(seen)
+        for path in paths:
             Image.open(path).load()  # raises if it is cut
-    run.finish()
+
+    kinds = (*OUTSIDE, "half", "flush", "rename", "renamed", "full")
+    kinds = [kinds[(i * 3 + seed) % len(kinds)] for i in range(kills)]
+    run.attack(kinds, "run:", 0.4, check, left=batch)  # a thread for each picture of a batch
     whole, cut = read_pictures(run.folder / "whole"), read_pictures(out)
     assert whole.shape == cut.shape and abs(whole - cut).max() <= 1
     with np.load(run.folder / "cut.npz") as packed:
         np.testing.assert_array_equal(packed["arr_0"], cut)
-    assert not run.leftovers()
     return run.faults
 
 
@@ -298,40 +287,36 @@ class Features(torch.nn.Module):
         return self.conv(x).relu().mean((2, 3))
 
 
+def export_features(path):
+    """A file for --features: of images of 8 × 8."""
+    torch.manual_seed(0)
+    sizes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    zeros = (torch.zeros(2, 3, 8, 8),)
+    torch.export.save(torch.export.export(Features().eval(), zeros, dynamic_shapes=sizes), path)
+
+
 def kill_statistics(folder, kills, seed):
     """metrics.py stats -> faults by kind."""
     dice = random.Random(seed)
-    torch.manual_seed(0)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(
-        Features().eval(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=({0: batch},)
-    )
-    torch.export.save(program, Path(folder) / "features.pt2")
+    export_features(Path(folder) / "features.pt2")
     words = ["-n", 3000, "--image-size", 8, "--features", "features.pt2"]
     Run(folder, "metrics", ["stats", "shapes", "whole.npz", *words], "", dice).finish()
     run = Run(folder, "metrics", ["stats", "shapes", "killed.npz", *words], r"killed\.npz", dice)
+
+    def check(*how):
+        """The statistics are absent, or whole: those of an unkilled call."""
+        if how and not (run.folder / "killed.npz").exists():
+            return
+        with np.load(run.folder / "whole.npz") as one, np.load(run.folder / "killed.npz") as two:
+            assert one.files == two.files
+            for name in one.files:
+                np.testing.assert_array_equal(one[name], two[name])
+
     kinds = ("half", "SIGKILL", "rename", "full", "SIGTERM", "flush", "renamed")
-    for i in range(kills):
-        kind = kinds[i % len(kinds)]
-        if kind in OUTSIDE:
-            run.outside(kind, "shapes", 0.5)
-        else:
-            run.inside(kind, 1)
-        assert len(run.leftovers()) <= 1, run.leftovers()
-        if (run.folder / "killed.npz").exists():
-            compare(run.folder)
-    run.finish()
-    compare(run.folder)
-    assert not run.leftovers()
+    kinds = [kinds[i % len(kinds)] for i in range(kills)]
+    run.attack(kinds, "shapes", 0.5, check, writes=1)
+    check()
     return run.faults
-
-
-def compare(folder):
-    """The statistics are whole, and those of an unkilled call."""
-    with np.load(folder / "whole.npz") as one, np.load(folder / "killed.npz") as two:
-        assert one.files == two.files
-        for name in one.files:
-            np.testing.assert_array_equal(one[name], two[name])
 
 
 def main():

@@ -13,11 +13,11 @@ Not here: machines without /proc (macOS).
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "--image-size 16 --batch-size 16 --steps 10000000 --name soak".split()
@@ -36,22 +36,16 @@ def look(pid):
 def steps_of(folder):
     """The last step in log.csv."""
     try:
-        rows = (folder / "log.csv").read_text().splitlines()
-        return int(rows[-1].split(",")[0])
+        return int((folder / "log.csv").read_text().splitlines()[-1].split(",")[0])
     except (OSError, ValueError, IndexError):
         return 0
 
 
-def soak(folder, minutes, every=5.0, flags=()):
+def soak(folder, minutes, every=5.0):
     """Train in `folder` for so long -> rows (seconds, steps, processor seconds, bytes, files)."""
-    environment = {**os.environ, "GOMP_SPINCOUNT": "10000"}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *TRAIN, *flags],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, str(ROOT / "train.py"), *TRAIN]
+    environment, no = {**os.environ, "GOMP_SPINCOUNT": "10000"}, subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=no, stderr=no)
     run, rows = Path(folder) / "runs" / "soak", []
     try:
         while not (run / "checkpoint.pt").exists() and process.poll() is None:
@@ -71,23 +65,22 @@ def soak(folder, minutes, every=5.0, flags=()):
 
 def report(rows):
     """What the four quarters show: a dict, every figure a ratio or a count."""
-    n = len(rows) // 4
+    n, steps = len(rows) // 4, rows[-1][1] - rows[0][1]
     quarters = [rows[i * n : (i + 1) * n + 1] for i in range(4)]
-
-    def rate(part, column):
-        return (part[-1][1] - part[0][1]) / (part[-1][column] - part[0][column])
-
-    middle = [statistics.median(row[3] for row in part) for part in quarters]
-    files = [statistics.median(row[4] for row in part) for part in quarters]
+    memory, files = ([median(row[i] for row in part) for part in quarters] for i in (3, 4))
+    rates = [
+        [(part[-1][1] - part[0][1]) / (part[-1][i] - part[0][i]) for part in quarters]
+        for i in (2, 0)  # steps a second: of the processor, of the clock
+    ]
     return dict(
-        steps=rows[-1][1] - rows[0][1],
-        checkpoints=(rows[-1][1] - rows[0][1]) // 20,
-        memory_MB=[round(m / 1e6, 1) for m in middle],
-        memory=middle[3] / middle[1],
+        steps=steps,
+        checkpoints=steps // 20,
+        memory_MB=[round(m / 1e6, 1) for m in memory],
+        memory=memory[3] / memory[1],
         files=files,
-        steps_per_processor_second=[round(rate(part, 2), 3) for part in quarters],
-        throughput=rate(quarters[3], 2) / rate(quarters[0], 2),
-        throughput_by_the_clock=rate(quarters[3], 0) / rate(quarters[0], 0),
+        steps_per_processor_second=[round(rate, 3) for rate in rates[0]],
+        throughput=rates[0][3] / rates[0][0],
+        throughput_by_the_clock=rates[1][3] / rates[1][0],
     )
 
 
@@ -99,10 +92,10 @@ def main():
     found = report(soak(args.folder, args.minutes))
     for name, value in found.items():
         print(f"{name:28}{value}")
-    flat = abs(found["memory"] - 1) < 0.02 and len(set(found["files"])) == 1
-    steady = found["throughput"] > 0.97
-    print("memory and files flat, throughput steady" if flat and steady else "NOT FLAT")
-    sys.exit(not (flat and steady))
+    good = abs(found["memory"] - 1) < 0.02 and len(set(found["files"])) == 1
+    good = good and found["throughput"] > 0.97
+    print("memory and files flat, throughput steady" if good else "NOT FLAT")
+    sys.exit(not good)
 
 
 if __name__ == "__main__":
