@@ -35,10 +35,7 @@ from support.programs import run_main
 
 
 @dataclass
-class SampleConfig(samplers.SamplerConfig):  # --nfe, --spacing, --eta, ...
-    sampler: str = flag("ddpm", "which sampler; ddpm removes noise that a briefly trained network "
-                        "leaves, ddim keeps it, and is better in few calls after long training",
-                        choices=samplers.SAMPLERS, group="sampling")
+class SampleConfig(samplers.SamplerConfig):  # --sampler, --nfe, --spacing, --eta, ...
     run: str | None = flag(None, "a name under runs/, a run folder, or a checkpoint (default: the "
                            "newest run)", positional="RUN", group="images")
     # -n too, since torchrun takes --num for the beginning of its own --numa-binding

@@ -276,8 +276,7 @@ def sample_from_seeds(denoiser, seeds: Sequence[int], device="cpu", **arguments)
 
 def initial_std(schedule: Schedule, sampler="ddim", nfe=50, spacing="uniform", t_end=1.0,
                 t_start=None, denoise_to_zero=True, **others) -> float:
-    """The std of x at the first time of sample() with these arguments: about 1, and σ with edm (80
-    at T; below T that would be noise that no network was trained on)."""
+    """The std of x at the first time of sample() with these arguments: about 1; σ with edm."""
     times, _ = grid_for_nfe(schedule, sampler, nfe, spacing, t_end, t_start, denoise_to_zero)
     return schedule.alpha_sigma(times[0])[1].item() if schedule.variance_exploding else 1.0
 
@@ -292,10 +291,11 @@ def initial_time(denoiser) -> int:
 class SamplerConfig:
     """The flags of sample.py and metrics.py that choose a sampler."""
 
-    sampler: str = flag("ddim", "which sampler", choices=SAMPLERS, group="sampling")
+    sampler: str = flag("ddpm", "ddpm replaces noise that a briefly trained network leaves; ddim "
+                        "keeps it, and suits few calls", choices=SAMPLERS, group="sampling")
     nfe: int = flag(50, "network calls per image; heun: 2N - 1 for N steps")
-    spacing: str = flag("uniform", "times of the calls; remap: uniform in the time input of a "
-                        "--remap run", choices=(*SPACINGS, "remap"))
+    spacing: str = flag("uniform", "times of the calls; remap: uniform in f(t) of a --remap run",
+                        choices=(*SPACINGS, "remap"))
     eta: float = flag(0.0, "ddim: share of fresh noise, 0 to 1")
     order: int = flag(3, "dpm-solver: its order", choices=(1, 2, 3))
     variance: str | None = flag(None, "of the fresh noise: large for ddpm; for ddpm and ddim "

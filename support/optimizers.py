@@ -53,6 +53,7 @@ class Muon(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self):
+        """Move all parameters once. The gradients of the matrices are gone afterwards."""
         matrices, _ = self.param_groups
         shapes = defaultdict(list)
         for p in matrices["params"]:
@@ -60,6 +61,7 @@ class Muon(torch.optim.Adam):
                 continue
             if not self.state[p]:  # Adam's load_state_dict() asks for a step
                 self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
+            self.state[p]["step"] += 1
             average = self.state[p]["exp_avg"].mul_(matrices["momentum"]).add_(p.grad)
             update = p.grad.add(average, alpha=matrices["momentum"])  # Nesterov
             shapes[len(p), p[0].numel()].append((p, update))
@@ -83,10 +85,16 @@ def make_optimizer(net, config):
                 config.muon_lr, adam_lr=config.lr, betas=betas, eps=config.adam_eps)
 
 
-def set_learning_rate(optimizer, config, step):
-    """Warm-up and decay: the rates of `step`, of config.images // config.batch_size steps."""
+def rate_factor(config, step):
+    """Warm-up and decay: the share of the learning rates at `step`. The decay ends at 0, after
+    config.images // config.batch_size steps."""
     u = step / (config.images // config.batch_size)
     decay = dict(none=1.0, linear=1 - u, cosine=(1 + math.cos(math.pi * u)) / 2)[config.lr_decay]
-    factor = decay * min(1.0, (step + 1) / max(config.warmup, 1))
+    return decay * min(1.0, (step + 1) / max(config.warmup, 1))
+
+
+def set_learning_rate(optimizer, config, step):
+    """Give each group of parameters its learning rate at `step`."""
+    factor = rate_factor(config, step)
     for group in optimizer.param_groups:
         group["lr"] = factor * (config.muon_lr if group.get("momentum") else config.lr)

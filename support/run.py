@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from support import checkpoint, files
 from support.images import grid
+from support.optimizers import rate_factor
 
 PLOT_POINTS = 500  # of a curve in loss.png: this many, to twice as many
 
@@ -99,9 +100,9 @@ class RunFolder:
             lines.append(f"{saved['processes']} processes before, {self.dist.world_size} now: "
                          "dropout uses other numbers from here on; all else stays the same")
         if saved and config.lr_decay != "none" and config.images != saved["settings"]["images"]:
-            steps = config.images // config.batch_size
-            lines.append(f"--lr-decay {config.lr_decay}: the learning rate falls to 0 at step "
-                         f"{steps} now, so from step {saved['step']} on it is another than before")
+            share = rate_factor(config, saved["step"])
+            lines.append(f"the learning rate continues at {share * config.lr:.3g}, {share:.0%} of "
+                         f"--lr: its decay ends at step {config.images // config.batch_size} now")
         if saved and config.init not in ("", saved["settings"].get("init")):
             lines.append(f"--init {config.init} has no effect: this run has weights. Another "
                          "--name starts a new run from it")

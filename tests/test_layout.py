@@ -32,8 +32,8 @@ BUDGET = {
     "gap": 250, "toy": 110,
 }  # fmt: skip
 # papers: it was planned with 2,800; the networks of SA-DPM, DDIM and diffusers, read and written
-# (checkpoints.py, exports.py), are 500 more, shapes_check.py 100, and an experiment for every table
-# and figure 200.
+# (checkpoints.py, exports.py), are 500 more, shapes_check.py 100, late.py 200, and an experiment for
+# every table and figure 200.
 # support: it was planned with 1,700 lines, before the readers of foreign image formats, Inception's
 # layers, exported feature networks, the run folder, and folders of numbered images moved there:
 # these alone are 2,000. Choosing a device, and what a GPU needs, are 120 more.

@@ -328,7 +328,7 @@ def test_a_run_alone_is_compared_with_its_own_data(here, measure):
         ("mine", [3, 8, 8]),
         ("shapes", [3, 8, 8]),
     ]
-    assert "6 images by mine, ema weights, seed 0, ddim-2-step7" == alone["sides"][0]["what"]
+    assert "6 images by mine, ema weights, seed 0, ddpm-2-step7" == alone["sides"][0]["what"]
     assert measure("fid mine", words, "--weights raw")["value"] != alone["value"]
 
 
@@ -800,26 +800,26 @@ def test_a_run_by_name_folder_and_checkpoint(tmp_path, monkeypatch):
     for source in ("mine", "runs/mine", "runs/mine/checkpoint.pt"):
         side = open_one(f"{source} -n 6 --nfe 2")
         assert side.n == 6 and side.shape == (3, 8, 8)
-        assert side.summary == "6 images by mine, ema weights, seed 0, ddim-2-step7"
+        assert side.summary == "6 images by mine, ema weights, seed 0, ddpm-2-step7"
     assert open_one("mine").n == 10_000
     words = "--sampler dpm-solver --order 2 --spacing logsnr --weights raw --seed 3 --clip on"
     side = open_one(f"mine {words}")
     for part in ("raw weights, seed 3, dpm-solver", "order-2", "spacing-logsnr", "clip-on"):
         assert part in side.summary
     make_run(tmp_path, "late", "--prediction eps --schedule zero-terminal-snr")  # has no x_0 at T
-    assert open_one("late").summary.endswith("ddim-50-step7, from t = 999")
+    assert open_one("late").summary.endswith("ddpm-50-step7, from t = 999")
     write_folder(tmp_path / "mine", photos(3))  # a folder of images comes before a run of its name
     assert isinstance(open_one("mine"), metrics.Stored) and open_one("mine").n == 3
     assert isinstance(open_one("runs/mine -n 1"), metrics.Generated)
 
 
 @pytest.mark.parametrize(
-    "words", ["--nfe 3", "--nfe 4 --sampler ddpm --weights raw", "--nfe 3 --eta 0.5 --clip off"]
+    "words", ["ddim --nfe 3", "ddpm --nfe 4 --weights raw", "ddim --nfe 3 --eta 0.5 --clip off"]
 )
 def test_images_of_a_run_are_those_of_sample(here, tmp_path, words):
-    sample.main(f"mine --num 5 --seed 11 --out {tmp_path} {words}".split())
+    sample.main(f"mine --num 5 --seed 11 --out {tmp_path} --sampler {words}".split())
     files = np.stack([np.asarray(Image.open(p)) for p in sorted(tmp_path.glob("0*.png"))])
-    side = open_one(f"mine -n 5 --seed 11 {words}")
+    side = open_one(f"mine -n 5 --seed 11 --sampler {words}")
     assert pictures(side).dtype == np.uint8 and pictures(side).shape == (5, 8, 8, 3)
     assert files.std() > 20 and not np.array_equal(files[0], files[1])
     for order in ([0, 1, 2, 3, 4], [3, 1]):  # alone, or in another order, they are the same

@@ -33,8 +33,8 @@ REFUSED = {
         --lr -1 | --lr must be above 0
         --lr inf | --lr must be above 0
         --lr nan | --lr must be above 0, not nan
+        --muon-lr 0.1 --optimizer adam | --muon-lr has no effect without --optimizer muon
         --betas 0.0015 0.0195 | --betas needs another --schedule
-        --muon-lr 0.1 | --muon-lr has no effect without --optimizer muon
         --ema 1.5 | --ema must be at least 0 and below 1
         --dropout 1 | --dropout must be at least 0 and below 1
         --image-size 90000 | --image-size must be above 0 and below 8193
@@ -113,11 +113,11 @@ REFUSED = {
         --batch-size 0 | --batch-size must be from 1
         --nfe 0 | --nfe must be from 1
         --seed -1 | --seed must be from 0
-        --eta 0.1 --sampler ddpm | --eta has no effect on ddpm
-        --order 2 | --order has no effect on ddim
-        --variance large | --variance has no effect on ddim
+        --eta 0.1 | --eta has no effect on ddpm
+        --order 2 | --order has no effect on ddpm
+        --sampler ddim --variance large | --variance has no effect on ddim
         --variance analytic --sampler heun | --variance has no effect on heun
-        --churn 3 | --churn has no effect on ddim
+        --churn 3 | --churn has no effect on ddpm
         --sampler heun --churn-min 1 | --churn-min has no effect without --churn""",
     "metrics.py": """
         fid a b -n 0 | --num must be from 1
@@ -162,10 +162,15 @@ REFUSED = {
         base --out x.pdf | .*must be a \.png
         base --out nowhere/x.png | .*in a folder that exists""",
     "papers.covariance": """
+        none | no run none
         -n 0 | --num must be at least 1
         --batch-size 0 | --batch-size must be at least 1
         --seed -1 | --seed must be""",
     "papers.classifier": """
+        nowhere | .*nowhere.*: no such file
+        set --out x.pt | --out x.pt must be a .pt2
+        set --out none/x.pt2 | .*in a folder that exists
+        shapes --image-size 0 | --image-size must be
         set --epochs 0 | --epochs must be at least 1
         set --seed 18446744073709551616 | --seed must be""",
     "papers.experiments": "none | there is no experiment none",

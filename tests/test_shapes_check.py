@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 
 import data
+import sample
+import train
 from papers import shapes_check
 
 
@@ -71,3 +73,15 @@ def test_the_program_counts(drawings, tmp_path, capsys):
         shapes_check.main([])
     with pytest.raises(ValueError, match="^--num"):
         shapes_check.main([str(tmp_path), "-n", "0"])
+
+
+@pytest.mark.slow
+def test_the_first_run_looks_right(tmp_path, monkeypatch, capsys):
+    """What a newcomer sees: the README's two commands, with more samples. 94 % here."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--sa-k", "2"])
+    sample.main(["-n", "512", "--out", "samples"])
+    capsys.readouterr()
+    shapes_check.main(["samples"])
+    good = float(capsys.readouterr().out.split("good ")[1].rstrip("%\n"))
+    assert good >= 90

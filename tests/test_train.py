@@ -142,12 +142,23 @@ def test_a_finished_run_prints_how_to_continue(capsys, no_grids):
     assert small("--images", "16", name="renamed")["step"] == 4
 
 
+def test_a_run_that_goes_on_prints_where_its_decay_stands(capsys, no_grids):
+    """The learning rate was 0 at the end; with more images it is high again."""
+    words = "--lr 0.01 --warmup 0 --lr-decay linear --steps".split()
+    small(*words, "2")
+    assert "learning rate" not in capsys.readouterr().out
+    group = small(*words, "8")["optimizer"]["param_groups"][0]
+    note = "note: the learning rate continues at 0.0075, 75% of --lr: its decay ends at step 8 now"
+    assert note in capsys.readouterr().out
+    assert group["lr"] == pytest.approx(0.01 / 8)  # of the last step, 7
+
+
 @pytest.mark.slow
 def test_other_settings_are_another_run(no_grids):
     small("--steps", "2")
     message = "^--name: .*other settings .sa_k was 1 and is now 2"
     refused(message, small, "--steps", "2", "--sa-k", "2")
-    message = "ema was 0.995 and is now 0.5.*another --name"
+    message = "ema was 0.99 and is now 0.5.*another --name"
     refused(message, small, "--steps", "2", "--ema", "0.5")
     # What the message about non-finite losses advises must be possible.
     assert small("--steps", "3", "--lr", "1e-4", "--grad-clip", "0.5")["step"] == 3
@@ -277,7 +288,7 @@ assert not loaded, loaded
 @pytest.mark.slow
 def test_training_and_sampling_import_nothing_of_papers(here):
     """After `torchrun train.py --sa-k 2` and `python sample.py`."""
-    words = [*TINY, "--sa-k", "2", "--steps", "2"]
+    words = [*TINY, "--sa-k", "2", "--steps", "2", "--name", "sa2"]
     run_program("-c", NO_PAPERS.format(program="train"), *words, cwd=here)
     run_program("-c", NO_PAPERS.format(program="sample"), "-n", "2", "--nfe", "2", cwd=here)
-    assert saved("shapes-tiny-sa2")["step"] == 2
+    assert saved("sa2")["step"] == 2

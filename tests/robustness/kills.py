@@ -44,6 +44,7 @@ from PIL import Image  # noqa: E402
 from support import checkpoint, files, programs  # noqa: E402
 
 TINY = "--image-size 8 --batch-size 4 --precision fp32 --sample-every 1000".split()
+TINY += "--optimizer adam --lr 0.002 --lr-decay none".split()
 INSIDE = ("half", "flush", "rename", "renamed", "full", "full for good", "term while saving")
 OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT")
 
