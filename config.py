@@ -238,7 +238,7 @@ papers/."""
              f"--prediction eps has no x_0 at t = {self.T}, where alpha_bar = 0: training and "
              f"sampling begin at t = {self.T - 1}"),
             (self.sa_k > 1 and not self.sa_weight,
-             f"--sa-weight 0 leaves only the plain loss, whatever --sa-k {self.sa_k}"),
+             f"--sa-weight 0 leaves only the plain loss, also for --sa-k {self.sa_k}"),
             (self.etsdm and self.etsdm_n == self.etsdm_interval and not self.continuous,
              f"--etsdm-n {self.etsdm_n} gives each timestep its own part: nothing is shared"),
             ("microbatch" in self.given and self.microbatch >= b,

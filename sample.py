@@ -38,7 +38,7 @@ from support.programs import run_main
 class SampleConfig(samplers.SamplerConfig):  # --sampler, --nfe, --spacing, --eta, ...
     run: str | None = flag(None, "a name under runs/, a run folder, or a checkpoint (default: the "
                            "newest run)", positional="RUN", group="images")
-    # -n too, since torchrun takes --num for the beginning of its own --numa-binding
+    # -n too, since torchrun takes --num as an abbreviation of its --numa-binding
     num: int = flag(64, "number of images; under torchrun write -n", short="-n")
     batch_size: int = flag(64, "images at a time, per process")
     seed: int = flag(0, "image i is a function of (seed, i)")
@@ -112,7 +112,7 @@ def sampling_record(config, denoiser, arguments: dict) -> dict:
     record = dict(step=denoiser.step, weights=denoiser.weights, weights_hash=denoiser.hash,
                   seed=config.seed, precision=config.precision,
                   **{**arguments, "variance": config.variance})
-    if digest := getattr(arguments["variance"], "digest", None):  # Γ, if it is estimated anew
+    if digest := getattr(arguments["variance"], "digest", None):  # it differs for a new Γ
         record["variance_digest"] = digest
     return record
 

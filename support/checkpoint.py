@@ -146,7 +146,7 @@ def load_optimizer(optimizer, state, path):
 
 
 def weights_hash(net):
-    """A short hash of a network's weights: a run made anew, of the same name, has another."""
+    """A short hash of a network's weights. A new run of the same name has another hash."""
     digest = hashlib.sha256()
     for tensor in net.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())

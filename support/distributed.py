@@ -76,7 +76,7 @@ class Distributed:
 
     def barrier(self):
         """Wait for all processes, however long it takes. It polls, because Python handles a signal
-        only between two of its own lines, not inside a wait of gloo."""
+        only between two of its lines, not inside a wait of gloo."""
         if self.world_size > 1:
             work = dist.barrier(self.slow_group, async_op=True)
             while not work.is_completed():

@@ -64,7 +64,7 @@ def for_inference(net, device, precision="fp32", compiled=False):
     every call. ValueError: a GPU without bf16.
 
     On GPUs, and if compiled, a batch smaller than the largest so far is filled up with copies of
-    its first image, and the results of these are cut off: another size would be compiled anew.
+    its first image, and the results of these are cut off: another size would be compiled again.
     """
     dtype = autocast_dtype(precision, device)
     net.to(device).eval().requires_grad_(False)

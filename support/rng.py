@@ -1,10 +1,10 @@
-r"""Random generators that are functions of integers: nothing to save, nothing to restore.
+r"""Random generators that are functions of integers, so that checkpoints need no random state.
 
-    generator(seed, step)      the numbers of one training step
+    generator(seed, step)      the generator of one training step
     image_seed(seed, i)        the seed of image i of a sampling run; no two seeds share an image
     SeededNoise(seeds)         noise for a batch of images, each from its own seed
 
-Not here: what the numbers are used for.
+Not here: the use of the numbers.
 
     python -c "from support import rng; print(rng.hash_ints(0, 1), rng.hash_ints(1, 0))"
 """
@@ -24,9 +24,9 @@ def generator(*key, device="cpu"):
 
 
 def hash_ints(*key):
-    """Integers -> one 63-bit integer, by splitmix64's finaliser after each.
+    """Mix integers into one 63-bit integer, with splitmix64's finaliser after each.
 
-    Mixing makes (0, 1), (1, 0) and neighbouring seeds give unrelated streams.
+    So (0, 1), (1, 0) and adjacent seeds give unrelated streams.
     """
     z, mask = 0, 2**64 - 1
     for word in key:
@@ -41,8 +41,8 @@ MAX_SEEDS, MAX_IMAGES = 2**12, 2**20
 
 
 def image_seed(seed, i):
-    """The generator seed of image i: seed 0 gives i itself, and seeds below MAX_SEEDS share no
-    image among their first MAX_IMAGES.
+    """The generator seed of image i; i itself for seed 0. Seeds below MAX_SEEDS share no image
+    among their first MAX_IMAGES.
 
     torch's CPU generator uses only the low 32 bits of its seed: (seed << 32) + i would give all
     seeds the same images.

@@ -96,7 +96,7 @@ def test_sets_without_labels(tmp_path):
     write_folder(tmp_path / "flat", images)
     np.save(tmp_path / "x.npy", images)
     np.savez(tmp_path / "x.npz", images=images)
-    refuse("3 labels of 1 classes cannot be learnt", tmp_path / "flat")
+    refuse("3 labels and 1 classes do not fit", tmp_path / "flat")
     for source in (tmp_path / "x.npy", tmp_path / "x.npz", f"{tmp_path / 'x.npz'}:images"):
         refuse("no labels next to", source)
     refuse("no such file", tmp_path / "none")
@@ -112,7 +112,7 @@ def test_sets_without_labels(tmp_path):
     idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 1, 0])
     refuse("4 images with 3 labels", path)
     idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 0, 0, 0])
-    refuse("1 classes cannot be learnt", path)
+    refuse("1 classes do not fit", path)
     labels.unlink()
     refuse("no labels next to", path.parent)
 

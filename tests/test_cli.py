@@ -107,7 +107,7 @@ def test_other_settings_do_not_mix_with_old_pictures(out):
     samples(out, "--num 6 --nfe 3")
     before = {p: p.read_bytes() for p in out.iterdir()}
     for flags in ("--nfe 4", "--seed 1", "--precision bf16", "--weights raw"):
-        message = f"^--out {out} holds images made in another way"
+        message = f"^--out {out} holds images with other settings"
         refused(message, samples, out, "--num 6 --nfe 3 " + flags)
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 

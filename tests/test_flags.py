@@ -338,7 +338,7 @@ NOTES = {  # of training; of sampling, the flags begin with --sampler or --nfe
     "--workers 3": "--workers has no effect",
     "--skip-bad-images": "--skip-bad-images has no effect",
     "--sampler dpm-solver --nfe 2": "with --nfe 2 it is order 1",
-    "--sampler dpm-solver --nfe 3 --order 3": "--order 3 takes 4 calls",
+    "--sampler dpm-solver --nfe 3 --order 3": "--order 3 needs 4 calls",
     "--sampler heun --nfe 4": "it makes 3 of the 4 calls",
     "--nfe 1 --sampler ddim --eta 0.5": "--eta has no effect",
     "--nfe 1 --spacing logsnr --variance large": "--variance has no effect",

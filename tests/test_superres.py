@@ -128,7 +128,7 @@ def test_small_images_are_enlarged_as_they_are(here, capsys):
     assert (picture("other/000000.png") != first).any()
     # other contents under the same name: pictures of two kinds do not mix
     Image.fromarray(255 - gray[1, 0].numpy()).save("small/1.png")
-    refused("^--out two holds images made in another way", enlarge, "sr small", "two")
+    refused("^--out two holds images with other settings", enlarge, "sr small", "two")
 
 
 def test_which_images_can_be_enlarged(runs, capsys):

@@ -221,7 +221,9 @@ def test_a_signal_before_the_first_step_ends_in_one_line(capsys):
         kill_me("SIGTERM")
         raise AssertionError("the signal did not come")
     assert stop.requested == "SIGTERM"
-    assert capsys.readouterr().out.startswith("stopped by SIGTERM before the first step. The same")
+    assert capsys.readouterr().out.startswith(
+        "stopped by SIGTERM before the first step. Run the same"
+    )
 
 
 def test_lost_output_ends_no_program():

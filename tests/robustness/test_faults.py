@@ -389,7 +389,7 @@ def test_a_signal_breaks_off_the_wait_for_images_and_the_run_is_saved(
     train.main([*TINY, "--name", "small", "--data", "images", "--steps", "50"])
     sender.join()
     assert time.time() - began < 25
-    where = f"at step {before} of 50, saved in" if before else "before the first step. The same"
+    where = f"at step {before} of 50, saved in" if before else "before the first step. Run the same"
     assert f"stopped by SIGTERM {where}" in capsys.readouterr().out
     assert PATH.exists() == bool(before)
     assert not before or checkpoint.load_checkpoint(PATH)["step"] == before
@@ -520,7 +520,7 @@ def test_pictures_of_a_run_made_anew_are_not_mixed_with_those_of_the_old(run):
     found = checkpoint.load_checkpoint(run)
     found["ema"]["out_conv.bias"] += 0.3
     checkpoint.save_checkpoint(run, found)
-    refused("^--out o holds images made in another way", sample.main, words)
+    refused("^--out o holds images with other settings", sample.main, words)
     assert Path("o/000000.png").read_bytes() == old
 
 
