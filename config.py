@@ -63,8 +63,7 @@ class Config:
     channels: int = flag(3, "3 RGB, 1 true gray", choices=(1, 3))
     flip: bool = by_preset(False, "random horizontal flips")
     skip_bad_images: bool = flag(False, "continue without files that cannot be read", resume=True)
-    workers: int = flag(2, "threads that decode images which do not fit in memory", resume=True,
-                        low=0)
+    workers: int = flag(2, "threads that decode images not kept in memory", resume=True, low=0)
 
     preset: str = flag("tiny", "network and recipe", choices=tuple(unet.PRESETS), group="model")
     init: str = flag("", "start a new run from the network and averaged weights of this one",
@@ -120,6 +119,7 @@ class Config:
                      shown="made of data, preset and methods")
     sample_every: int = by_preset(5000, "steps between sample grids", resume=True, above=0)
     save_every: int = by_preset(1000, "steps between checkpoints", resume=True, above=0)
+    save_minutes: float = flag(10.0, "... or minutes, if they pass first", resume=True, low=0)
 
     T: ClassVar[int] = 1000
     prog: ClassVar[str] = "train.py"

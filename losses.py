@@ -4,11 +4,14 @@ r"""Training losses: DDPM's, SA-DPM's for any k, EDM's.
     L_simple = E‖r_0‖²,   L_SA = E‖(1/k) Σ_{i<k} r_i‖²,   r_i = ε_i − ε_θ(x_{t−i}, t − i)
 
 Why a second term: the error at the end of a sampling run is a weighted *sum* of the errors of its
-steps, Σ_t τ_t r(t). The schedule determines the weights τ_t (theorem 1). L_simple makes every r(t)
-small, but errors of adjacent steps may still add up. L_SA measures the mean of k adjacent errors.
-Theorem 2 bounds the sum more tightly by such means, but not by this loss: its errors come from one
-sampling run and carry the weights τ_t. Here, as in the authors' program, the errors come from fresh
-x_t with independent noises and have no weights.
+steps, Σ_t w_t with w_t = τ_t e_t and weights τ_t that follow from the schedule (theorem 1, gap.py).
+L_simple makes every error small, but neighbours may still add up. Theorem 2 bounds the sum by
+windows of k neighbours, more tightly than by the single w_t:
+
+    ‖Σ_t w_t‖² <= (N/k²) Σ_s ‖w_s + … + w_{s−k+1}‖² <= N Σ_t ‖w_t‖²,   N = T + k − 2 windows
+
+L_SA follows this idea, but it is not that bound: it has no τ_t, independent noises, x_t made from
+x_0 instead of x_t of a run, and windows cut at the lower end (tutorial.ipynb, chapter 4).
 
 The ideal network ε* does not minimise L_SA. The paper does not mention this. The k noises are
 independent, but x_0 is the same. So the error from x_0 adds up over the k steps, and the error from

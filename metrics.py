@@ -307,8 +307,9 @@ an .npz of statistics (mu, sigma; fid only), or a run, which is sampled on the f
 
 def main(argv=None):
     config = parse_into(MetricsConfig, argv)
-    # tf32=False: rounding to 10 bits changes FID by hundredths
-    with distributed.init(False, config.deterministic, device=config.device) as dist:
+    # Only on request, since rounding to 10 bits moves FID by hundredths.
+    tf32 = config.precision == "tf32"
+    with distributed.init(tf32, config.deterministic, device=config.device) as dist:
         sets = dist.main_first(lambda: open_sets(config.sources, config, dist))
         score_of = {"fid": fid, "is": score, "psnr": compare_pairs, "stats": save_statistics}
         report = score_of[config.metric](sets, config, dist)

@@ -119,8 +119,8 @@ def sampling_record(config, denoiser, arguments: dict) -> dict:
 
 def main(argv=None):
     config = parse_into(SampleConfig, argv)
-    # tf32=False: a picture must not depend on how its batch was rounded
-    with distributed.init(False, config.deterministic, device=config.device) as dist:
+    tf32 = config.precision == "tf32"  # else a picture must not depend on how its batch is rounded
+    with distributed.init(tf32, config.deterministic, device=config.device) as dist:
         denoiser, arguments = open_and_print(config, dist)
         if denoiser.settings.get("factor"):
             name = denoiser.folder.name

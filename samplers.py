@@ -39,6 +39,7 @@ from torch import Tensor
 
 from schedules import SPACINGS, Schedule, eps_from_x0, expand, time_grid
 from support.cli import device_flag, flag, flag_name
+from support.rng import SeededNoise
 
 SAMPLERS = ("ddpm", "ddim", "dpm-solver", "dpm-solver++", "heun")
 ESTIMATED = ("analytic", "npr", "sn")  # variances that papers/covariance.py reads from a run
@@ -248,21 +249,6 @@ def singlestep_plan(schedule, times, order, equal=False) -> tuple[Tensor, list[i
     return times, [o for m in moves for o in ([len(m)] if m.all() else [1] * len(m))]
 
 
-class SeededNoise:
-    """noise(shape) -> (B, ...) float32. The noise of an image depends on its seed alone. The CPU
-    draws it, so that a seed gives the same noise on every device."""
-
-    def __init__(self, seeds: Sequence[int], device="cpu"):
-        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        self.device = device
-
-    def __call__(self, shape) -> Tensor:
-        if shape[0] != len(self.generators):
-            raise ValueError(f"{shape[0]} images, but {len(self.generators)} seeds")
-        return torch.stack([torch.randn(shape[1:], generator=g)
-                            for g in self.generators]).to(self.device)
-
-
 def sample_from_seeds(denoiser, seeds: Sequence[int], device="cpu", **arguments) -> Tensor:
     """Sample one x_0 per seed, a function of that seed alone -> (B, *denoiser.shape). arguments:
     those of sample(). ValueError: the result is not finite (the images would look black)."""
@@ -307,7 +293,8 @@ class SamplerConfig:
     churn_noise: float = flag(1.0, "heun: factor of the churn noise, EDM's S_noise")
     clip: str = flag("auto", "keep the predicted x_0 in the data's range; auto: for ddpm, and ddim "
                      "with fresh noise", choices=("auto", "on", "off"))
-    precision: str = flag("fp32", "of the networks; bf16 is faster, and rounds", ("fp32", "bf16"))
+    precision: str = flag("fp32", "of the networks; tf32 (on GPUs) and bf16 are faster, and round",
+                          ("fp32", "tf32", "bf16"))
     device: str = device_flag()
     compile: bool = flag(False, "torch.compile the networks: takes a minute at the start")
     deterministic: bool = flag(False, "repeat results bit for bit on GPUs too, but more slowly")

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from papers.plans import data_name, typed
+from samplers import SamplerConfig
 from support import files
 
 MARKERS = "oDs^v"  # of plain, E-TSDM, ...: what distinguishes the rows of a system
@@ -247,7 +248,7 @@ def describe_numbers(e, plans, config, sets, found):
 
 def describe_sampler(e):
     """The sampler, if all rows and columns have the same one, so that no label names it."""
-    flags = [["--sampler", "ddim", *row.sample_flags, *more]
+    flags = [["--sampler", SamplerConfig.sampler, *row.sample_flags, *more]
              for row in e.rows for more in e.columns.values()]
     names = {" ".join(w for flag, w in pairwise(words) if flag == "--sampler") for words in flags}
     if len(names) > 1:

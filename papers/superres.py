@@ -208,7 +208,8 @@ def open_comparison_folders(folder, inputs):
 def enlarge(argv=None):
     """The program `enlarge`."""
     config = parse_into(EnlargeConfig, argv)
-    with distributed.init(False, config.deterministic, device=config.device) as dist:
+    tf32 = config.precision == "tf32"
+    with distributed.init(tf32, config.deterministic, device=config.device) as dist:
         denoiser, arguments = sample.open_and_print(config, dist)
         if not denoiser.settings.get("factor"):
             raise ValueError(f"{denoiser.folder.name} is not a super-resolution run: give a run of "

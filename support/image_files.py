@@ -483,16 +483,26 @@ def in_threads(work, items, threads, ahead):
 
 def stream(dataset, batches, threads, ahead, device="cpu"):
     """Yield the images of each batch (a list of indices): uint8 (b, C, H, W). Threads decode files
-    up to `ahead` images in advance. For a GPU, a set in memory moves to it if it fits; other
-    batches are pinned."""
+    up to `ahead` images in advance. For a GPU, a set in memory moves to it if it fits; otherwise a
+    thread makes and pins the next batch while the GPU works."""
     if isinstance(dataset, Array):
         images = devices.keep_near(dataset.images, device)
-        for indices in batches:
-            yield devices.pinned(devices.pick(images, indices), device)
+        if images.is_cuda:
+            yield from (devices.pick(images, indices) for indices in batches)
+    made = stacked(dataset, batches, threads, ahead)
+    if torch.device(device).type != "cuda":
+        yield from made
+    yield from in_threads(lambda _: next(made).pin_memory(), itertools.count(), 1, 1)
+
+
+def stacked(dataset, batches, threads, ahead):
+    """The images of each batch, on the CPU."""
+    if isinstance(dataset, Array):
+        yield from (dataset.images[indices] for indices in batches)
     batches, again = itertools.tee(batches)
     images = map(dataset.__getitem__, itertools.chain.from_iterable(batches))
     if threads and dataset.streamed:  # threads that draw shapes would take a core from training
         images = in_threads(dataset.__getitem__, itertools.chain.from_iterable(batches), threads,
                             ahead)
     for indices in again:
-        yield devices.pinned(torch.stack(list(itertools.islice(images, len(indices)))), device)
+        yield torch.stack(list(itertools.islice(images, len(indices))))

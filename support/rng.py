@@ -2,13 +2,20 @@ r"""Random generators that are functions of integers, so that checkpoints need n
 
     generator(seed, step)      the generator of one training step
     image_seed(seed, i)        the seed of image i of a sampling run; no two seeds share an image
+    SeededNoise(seeds)         noise for a batch of images, each from its own seed
 
 Not here: the use of the numbers.
 
     python -c "from support import rng; print(rng.hash_ints(0, 1), rng.hash_ints(1, 0))"
 """
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
+from torch import Tensor
+
+from support.device import move, pinned
 
 
 def generator(*key, device="cpu"):
@@ -41,3 +48,29 @@ def image_seed(seed, i):
     seeds the same images.
     """
     return seed * MAX_IMAGES + i
+
+
+class SeededNoise:
+    """noise(shape) -> (B, ...) float32, where image i depends on its own seed alone. It is drawn on
+    the CPU, so that a seed gives the same noise on every device.
+
+    ahead, the default for a GPU: a thread draws the next noise while the GPU works. Then every call
+    must ask for the same shape."""
+
+    def __init__(self, seeds: Sequence[int], device="cpu", ahead=None):
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.device = torch.device(device)
+        ahead = self.device.type == "cuda" if ahead is None else ahead
+        self.pool, self.next = ThreadPoolExecutor(1) if ahead else None, None
+
+    def draw(self, shape):
+        """The next noise of every image, in memory that a GPU reads without a wait."""
+        noise = torch.stack([torch.randn(shape[1:], generator=g) for g in self.generators])
+        return pinned(noise, self.device)
+
+    def __call__(self, shape) -> Tensor:
+        if shape[0] != len(self.generators):
+            raise ValueError(f"{shape[0]} images, but {len(self.generators)} seeds")
+        noise = self.next.result() if self.next else self.draw(shape)
+        self.next = self.pool.submit(self.draw, shape) if self.pool else None
+        return move(noise, self.device)

@@ -505,8 +505,8 @@ def test_a_few_per_cent_look_like_little(values, scale):
 @pytest.mark.parametrize(
     "flags, columns, text",
     [
-        ((), experiments.calls(5), "Sampled with DDIM."),
-        (("--clip", "on"), experiments.calls(5), "Sampled with DDIM, x̂_0 clipped to [-1, 1]."),
+        ((), experiments.calls(5), "Sampled with DDPM."),
+        (("--clip", "on"), experiments.calls(5), "Sampled with DDPM, x̂_0 clipped to [-1, 1]."),
         (("--sampler", "heun"), experiments.calls(5), "Sampled with Heun."),
         ((), experiments.named(experiments.DDPM, 5) | experiments.named(experiments.DDIM, 5), ""),
     ],

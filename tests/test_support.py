@@ -100,6 +100,7 @@ def test_one_process_needs_no_torchrun(monkeypatch, capsys):
         assert (dist.rank, dist.world_size, dist.is_main) == (0, 1, True)
         assert dist.all_reduce(torch.tensor(1.5)).item() == 1.5
         assert dist.any("x") is True and dist.any("") is False
+        assert dist.any("", 1, None) == [False, True, False]
         assert dist.broadcast("x") == "x" and dist.gather("y") == ["y"]
         dist.barrier()
         dist.print0("hello")

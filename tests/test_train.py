@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -256,6 +257,10 @@ def test_the_learning_rate_warms_up():
     assert_close(torch.tensor(rates), 0.01 * torch.tensor([0.25, 0.5, 0.75, 1, 1, 1]))
 
 
+def floats(net):
+    return [v for v in net.state_dict().values() if v.is_floating_point()]
+
+
 def test_ema_warms_up_and_decays():
     """d = min(decay, (1 + n)/(10 + n)): the first step by hand, then a long plain loop. Buffers are
     averaged, too."""
@@ -267,13 +272,26 @@ def test_ema_warms_up_and_decays():
         with torch.no_grad():
             net.weight.add_(torch.randn(3))
         net.running_mean.copy_(net.weight.detach() - 1)  # it begins at 0, the weight at 1
-        train.update_ema(ema, net, 0.9, n)
+        train.update_ema(floats(ema), floats(net), 0.9, n)
         d = min(0.9, (1 + n) / (10 + n))
         expected = d * expected + (1 - d) * net.weight.detach()
         if n == 0:
             assert_close(ema.weight, 0.1 * start + 0.9 * net.weight, rtol=1e-6, atol=1e-6)
     assert_close(ema.weight, expected, rtol=1e-5, atol=1e-5)
     assert_close(ema.running_mean, expected - 1, rtol=1e-5, atol=1e-5)
+
+
+def test_the_average_has_every_floating_point_number_of_the_network():
+    """Buffers too; and the lists stay those of the network when a checkpoint is loaded."""
+    config, _ = new_state()
+    net = torch.nn.BatchNorm1d(2)
+    state = train.TrainState(SimpleNamespace(net=net), config)
+    assert len(state.averages) == len(state.values) == 4  # two weights, a mean, a variance
+    net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()})
+    train.update_ema(state.averages, state.values, 0.5, 10**6)
+    assert_close(state.ema.running_mean, torch.full((2,), 0.5))
+    assert_close(state.ema.weight.data, torch.full((2,), 1.5))
+    assert state.ema.num_batches_tracked == 0, "a count is no average"
 
 
 NO_PAPERS = """
