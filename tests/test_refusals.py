@@ -63,8 +63,8 @@ REFUSED = {
     "papers.superres": "video | video: the programs are train, enlarge and colour",
     "papers.superres train": """
         --image-size 36 | --image-size must be a multiple
-        --image-size 8 --factor 1 | --factor 1 must be at least 2 and divide the 8 pixels of --image
-        --image-size 8 --factor 3 | --factor 3 must be at least 2 and divide the 8 pixels""",
+        --image-size 8 --factor 1 | --factor 1 must be at least 2 and divide --image-size 8
+        --image-size 8 --factor 3 | --factor 3 must be at least 2 and divide --image-size 8""",
     "papers.superres enlarge": """
         sr | IMAGES are missing
         plain shapes | plain is not a super-resolution run
