@@ -126,7 +126,7 @@ REFUSED = {
         fid a b --image-size 90000 | --image-size must be
         fid a b --seed -1 | --seed must be from 0
         fid a b --inception none | --inception
-        fid sr shapes -n 4 --features page.pt | .*sr enlarges images: python -m papers.superres
+        fid sr shapes -n 4 --features page.pt | .*sr is a super-resolution run
         fid code shapes -n 4 --features page.pt | .*code is an autoencoder
         psnr a b --features x.pt2 | --features has no effect: psnr compares""",
     "gap.py": r"""
