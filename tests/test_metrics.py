@@ -480,11 +480,7 @@ def test_feature_files_that_are_something_else(here):
 @pytest.mark.parametrize(
     "net, how, words",
     [
-        (
-            lambda x: (x, x),
-            {},
-            "must return one tensor (N, features) for N images; for 9 it returned ",
-        ),
+        (lambda x: (x, x), {}, "must return one tensor (N, features) for N images; for 9 it "),
         (lambda x: x.mean(), {}, "for 9 it returned ()"),
         (lambda x: x.mean((2, 3)) / 0, {}, "a and b: statistics with values that are not finite"),
         (means, dict(channels=1), "(exported for other images: --image-size, --channels?)"),
