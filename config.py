@@ -25,28 +25,29 @@ from support.run import check_run_name, run_name, settings_of
 
 PREDICTIONS = LOSS_SPACES = ("eps", "v", "x0", "edm")
 TIME_DISTRIBUTIONS = ("uniform", "lognormal")
-INHERITED = ("image_size", "channels", "schedule", "continuous", "prediction", "dropout", "etsdm",
-             "etsdm_interval", "etsdm_n")  # by --init, unless a flag says otherwise
+INHERITED = ("image_size", "channels", "schedule", "continuous", "betas", "prediction", "dropout",
+             "etsdm", "etsdm_interval", "etsdm_n")  # by --init, unless a flag says otherwise
 
-# How each preset is trained: SA-DPM's configuration files (epochs as images), E-TSDM's table
-# A1, which gives no length: 48 M is ours. loss_space None: that of the prediction.
-PAPER = dict(schedule="linear", prediction="eps", loss_space="eps", lr=2e-4, beta2=0.999,
-             ema=0.9999, grad_clip=1.0, warmup=0, flip=False, sample_every=5000, save_every=1000,
-             optimizer="adam", lr_decay="none")
-LARGE = dict(PAPER, lr=1e-4, grad_clip=0.0)
+# How each preset is trained: SA-DPM's configuration files (epochs as images), E-TSDM's table A1,
+# which gives no length: 48 M is ours. SA-DPM's loss is a sum over C·H·W numbers and ours is their
+# mean, so its clip of 1 and Adam's ε of 1e-8 become that many times smaller: the clip always acts.
+PAPER = dict(schedule="linear", prediction="eps", lr=2e-4, beta2=0.999, ema=0.9999, grad_clip=1.0,
+             sample_every=5000, save_every=1000, optimizer="adam", lr_decay="none")
+LARGE = dict(PAPER, lr=1e-4, grad_clip=0.0, flip=True)  # flips are DDPM's, which E-TSDM follows
+SUM = {n: dict(grad_clip=1 / n, adam_eps=1e-8 / n) for n in (3072, 12288)}
 RECIPES = {
-    # Ours, for two minutes on a CPU, in which eps on the linear schedule still gives coloured fog,
-    # and Adam alone grainy shapes of two colours.
+    # Ours, for two minutes on a CPU, in which eps on linear gives fog, and Adam grainy shapes.
     "tiny": dict(PAPER, batch_size=32, images=22_400, schedule="cosine", prediction="v",
-                 loss_space=None, optimizer="muon", lr=1e-2, lr_decay="linear", beta2=0.99,
-                 ema=0.99, warmup=20, sample_every=350, save_every=200),
-    "cifar10": dict(PAPER, batch_size=128, images=60_000_000),
-    "celeba64": dict(PAPER, batch_size=128, images=195_000_000, flip=True),
-    "celebahq256": dict(PAPER, batch_size=24, images=24_000_000, lr=2e-5, ema=0.999, grad_clip=0.0),
+                 optimizer="muon", lr=1e-2, lr_decay="linear", beta2=0.99, ema=0.99, warmup=20,
+                 sample_every=350, save_every=200),
+    "cifar10": dict(PAPER, batch_size=128, images=60_000_000, **SUM[3072]),
+    "celeba64": dict(PAPER, batch_size=128, images=195_000_000, flip=True, **SUM[12288]),
+    "celebahq256": dict(PAPER, batch_size=24, images=24_000_000, lr=2e-5, ema=0.999, grad_clip=0.0,
+                        adam_eps=1e-8 / 196608),
     # microbatch: what an 80 GB card holds (python -m benchmarks memory), a divisor of the batch
     "ffhq256": dict(LARGE, batch_size=96, images=48_000_000, microbatch=24),
     "ffhq256-large": dict(LARGE, batch_size=64, images=48_000_000, microbatch=8),
-    "adm256": dict(LARGE, batch_size=256, images=128_000_000, microbatch=8),
+    "adm256": dict(LARGE, flip=False, batch_size=256, images=128_000_000, microbatch=8),
 }
 
 
@@ -62,8 +63,7 @@ class Config:
     channels: int = flag(3, "3 RGB, 1 true gray", choices=(1, 3))
     flip: bool = by_preset(False, "random horizontal flips")
     skip_bad_images: bool = flag(False, "continue without files that cannot be read", resume=True)
-    workers: int = flag(2, "threads that decode images which do not fit in memory", resume=True,
-                        low=0)
+    workers: int = flag(2, "threads that decode images not kept in memory", resume=True, low=0)
 
     preset: str = flag("tiny", "network and recipe", choices=tuple(unet.PRESETS), group="model")
     init: str = flag("", "start a new run from the network and averaged weights of this one",
@@ -72,6 +72,7 @@ class Config:
     schedule: str = by_preset("linear", "noise schedule: " + ", ".join(schedules.SCHEDULES),
                               choices=schedules.SCHEDULES, metavar="NAME")
     continuous: bool = flag(False, "real-valued t, schedule in closed form")
+    betas: tuple[float, float] | None = flag(None, "first and last", nargs=2, shown="1e-4 0.02")
     prediction: str = by_preset("eps", "what the network predicts", choices=PREDICTIONS)
     etsdm: bool = flag(False, "E-TSDM: share the time input near t = 0")
     etsdm_interval: float = flag(100.0, "... below this t")
@@ -82,8 +83,8 @@ class Config:
     sa_k: int = flag(1, "SA-DPM: train k consecutive steps together; 1 is the plain loss",
                      group="loss")
     sa_weight: float = flag(1.0, "SA-DPM: weight of the sequence-aware loss", low=0)
-    loss_space: str | None = by_preset(None, "quantity that the plain loss measures",
-                                       choices=LOSS_SPACES)
+    loss_space: str | None = flag(None, "quantity that the plain loss measures",
+                                  choices=LOSS_SPACES, shown="that of --prediction")
     train_times: str | None = flag(None, "distribution of t: uniform, or log-normal in the noise "
                                    "level", choices=TIME_DISTRIBUTIONS,
                                    shown="uniform; lognormal for --schedule edm")
@@ -102,6 +103,7 @@ class Config:
     lr_decay: str = by_preset("none", "how the learning rates fall to 0 at the end of the run",
                               choices=("none", "linear", "cosine"))
     beta2: float = by_preset(0.999, "Adam's beta2", low=0, below=1)
+    adam_eps: float = by_preset(1e-8, "Adam's epsilon", resume=True, above=0)
     warmup: int = by_preset(0, "steps over which the learning rate rises from 0", low=0)
     ema: float = by_preset(0.9999, "decay of the averaged weights", low=0, below=1)
     grad_clip: float = by_preset(1.0, "largest gradient norm; 0: no clipping", resume=True, low=0)
@@ -117,6 +119,7 @@ class Config:
                      shown="made of data, preset and methods")
     sample_every: int = by_preset(5000, "steps between sample grids", resume=True, above=0)
     save_every: int = by_preset(1000, "steps between checkpoints", resume=True, above=0)
+    save_minutes: float = flag(10.0, "... or minutes, if they pass first", resume=True, low=0)
 
     T: ClassVar[int] = 1000
     prog: ClassVar[str] = "train.py"
@@ -146,10 +149,7 @@ papers/."""
         schedule = given.get("schedule", values["schedule"])
         if schedule in ("edm", "zero-terminal-snr") and not base:  # eps has no x_0 at T there
             values["prediction"] = "edm" if schedule == "edm" else "v"
-        prediction = given.get("prediction", values["prediction"])
-        # eps's residual, the papers' choice, is alpha times v's: it teaches nothing at alpha = 0
-        if values["loss_space"] is None or prediction == "edm" or schedule == "zero-terminal-snr":
-            values["loss_space"] = prediction
+        values["loss_space"] = given.get("prediction", values["prediction"])
         values["train_times"] = "lognormal" if schedule == "edm" else "uniform"
         if "microbatch" in values:  # one pass holds each image k times
             values["microbatch"] = max(1, values["microbatch"] // max(1, given.get("sa_k", 1)))
@@ -171,6 +171,7 @@ papers/."""
                 ("sa_weight", self.sa_k == 1, "requires --sa-k 2 or more"),
                 ("etsdm_interval", not self.etsdm, "has no effect without --etsdm"),
                 ("etsdm_n", not self.etsdm, "has no effect without --etsdm"),
+                ("betas", self.schedule.startswith(("cos", "edm")), "needs another --schedule"),
                 ("muon_lr", self.optimizer == "adam", "has no effect without --optimizer muon"),
                 ("continuous", edm, "has no effect with --schedule edm, which is continuous"),
                 ("image_size", self.init, f"is that of --init {self.init}: leave it out"),
@@ -237,7 +238,7 @@ papers/."""
              f"--prediction eps has no x_0 at t = {self.T}, where alpha_bar = 0: training and "
              f"sampling begin at t = {self.T - 1}"),
             (self.sa_k > 1 and not self.sa_weight,
-             f"--sa-weight 0 leaves only the plain loss, whatever --sa-k {self.sa_k}"),
+             f"--sa-weight 0 leaves only the plain loss, also for --sa-k {self.sa_k}"),
             (self.etsdm and self.etsdm_n == self.etsdm_interval and not self.continuous,
              f"--etsdm-n {self.etsdm_n} gives each timestep its own part: nothing is shared"),
             ("microbatch" in self.given and self.microbatch >= b,

@@ -1,11 +1,11 @@
 r"""Images in: pixels in [-1, 1], the built-in shapes, and batches in a fixed order.
 
-Every picture is a uint8 tensor (C, H, W), 0..255, with H = W = size and C = 1 or 3, until the
-trainer calls to_float. The order of training is a pure function of the position in the stream
-(batch_indices), so that a resumed run continues with the right image.
+An image is a uint8 tensor (C, H, W), 0..255, with H = W = size and C = 1 or 3, until train.py calls
+to_float. The order of the images is a pure function of the position in the stream (batch_indices),
+so that a resumed run continues with the right image.
 
-Not here: augmentation (the trainer flips); files, zips and arrays (support/image_files.py), and
-what their pixels mean (support/images.py).
+Not here: flips (train.py); files, zips and arrays (support/image_files.py); colour, cropping and
+resizing (support/images.py).
 
     python -c "import data; print(data.load('shapes', 32, 3).summary)"
     python -c "import data; print(data.batch_indices(n=10, start=8, batch=4, seed=0))"
@@ -29,8 +29,8 @@ from support.image_files import MAX_SIDE
 from support.images import prepare
 
 BUILT_IN = ("shapes", "cifar10")
-INFINITE = 2**31  # this many images or more: too many to permute, never seen twice anyway
-PREFETCH = 4  # batches that threads decode ahead
+INFINITE = 2**31  # a set of this size or more is not permuted: no image repeats anyway
+PREFETCH = 4  # batches that threads decode in advance
 
 
 def to_float(u8: Tensor) -> Tensor:
@@ -39,8 +39,8 @@ def to_float(u8: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Float in [-1, 1], any shape -> uint8, the exact inverse of to_float; outside is clamped."""
-    # Half up: truncation would darken by half a level. In bfloat16, +128 would leave few levels.
+    """Float, any shape, clamped to [-1, 1] -> uint8: the exact inverse of to_float."""
+    # Round half up: truncation would darken by half a level. bfloat16 keeps few levels near 128.
     return (x.float().clamp(-1, 1) * 127.5 + 128).floor().clamp(0, 255).to(torch.uint8)
 
 
@@ -51,15 +51,15 @@ SHAPE_NAMES = ("circle", "square", "triangle", "star")
 
 
 def choose_shape(seed) -> tuple[np.random.Generator, int, int]:
-    """-> (generator of the rest, index of the name, index of the colour)."""
+    """Draw shape and colour -> (generator for the rest, index of the name, of the colour)."""
     rng = np.random.default_rng(seed)
     return rng, rng.integers(len(SHAPE_NAMES)), rng.integers(len(SHAPE_COLOURS))
 
 
 def draw_shape(seed, size: int = 32) -> np.ndarray:
-    """One anti-aliased coloured shape on a plain light background -> uint8 (size, size, 3)."""
+    """Draw an anti-aliased coloured shape on a plain light background -> uint8 (size, size, 3)."""
     rng, kind, colour = choose_shape(seed)
-    colour, big = SHAPE_COLOURS[colour], 4 * size  # averaged down at the end: anti-aliasing
+    colour, big = SHAPE_COLOURS[colour], 4 * size  # drawn 4 times as large, then averaged
     radius = big * rng.uniform(0.32, 0.40)
     cx, cy = big * (0.5 + rng.uniform(-0.05, 0.05, 2))
     turn = rng.uniform(-0.12, 0.12)
@@ -78,7 +78,7 @@ def draw_shape(seed, size: int = 32) -> np.ndarray:
 
 
 class Shapes:
-    """Endless drawings, none ever stored: image i depends on (seed, i) and on nothing else."""
+    """Endless drawings, made on request: image i depends only on (seed, i)."""
 
     streamed = False
 
@@ -105,8 +105,8 @@ def load(source: str, size: int | None, channels: int, seed: int = 0, skip_bad: 
                   .npy, .npz or FILE.npz:KEY, an IDX file or folder, CIFAR-10's archive or folder
     size          side in pixels; None: the images' own, if all are squares of one size
     skip_bad      leave broken image files out instead of stopping
-    memory_limit  bytes of prepared images up to which files are kept in memory
-    ValueError or OSError, of one line: what is wrong with the source.
+    memory_limit  keep prepared images in memory if all together need at most this many bytes
+    ValueError or OSError, in one line: what is wrong with the source.
     """
     if channels not in (1, 3) or size is not None and not 1 <= size <= MAX_SIDE:
         raise ValueError(f"--image-size must be from 1 to {MAX_SIDE:,}, not {size}, and --channels "
@@ -125,24 +125,25 @@ def load(source: str, size: int | None, channels: int, seed: int = 0, skip_bad: 
 def require_local(source: str, run: str) -> str:
     """`source`, the data set of a run, if it exists here; else FileNotFoundError."""
     if source not in BUILT_IN and not os.path.exists(readers.split_key(source)[0]):
-        raise FileNotFoundError(f"{run} was trained on {source!r}, which does not exist here: name "
-                                "the images (--data; for fid, as B)")
+        raise FileNotFoundError(f"{run} was trained on {source!r}, which does not exist here: give "
+                                "the images with --data, or to fid as B")
     return source
 
 
 # ------------------------------------------------------------------ the order of training
 
-@lru_cache(maxsize=2)  # two, because a batch may straddle the end of an epoch
+@lru_cache(maxsize=2)  # two, because a batch may span two epochs
 def permutation(n: int, epoch: int, seed: int) -> np.ndarray:
-    """The order of this epoch: int64 (n,)."""
+    """The order of the images in this epoch: int64 (n,)."""
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 def batch_indices(n: int, start: int, batch: int, seed: int) -> np.ndarray:
     """Image indices at stream positions start .. start + batch - 1: int64 (batch,).
 
-    Position p is in epoch p // n. Each epoch visits every image once, in another order; an endless
-    set (n >= 2^31) is counted through. (NumPy keeps default_rng's streams, but does not promise.)
+    Position p is in epoch p // n. Each epoch visits every image once, in another order. In an
+    endless set (n >= 2^31), position p is image p. (NumPy does not guarantee that default_rng's
+    streams stay the same, but so far they have.)
     """
     positions = np.arange(start, start + batch, dtype=np.int64)
     if n >= INFINITE:
@@ -158,9 +159,9 @@ def batches(dataset, batch: int, start: int, seed: int, rank: int = 0, world_siz
             workers: int = 0, device="cpu") -> Iterator[Tensor]:
     """Endless uint8 tensors (batch // world_size, C, H, W) from stream position `start` on.
 
-    `batch` is the global one; process `rank` takes its contiguous part of what one process would
-    take. `start` counts images: steps done times `batch`. ValueError if batch > len(dataset), or
-    world_size does not divide it.
+    `batch` is the global batch size; process `rank` gets a contiguous part of the global batch.
+    `start` counts images: completed steps times `batch`. ValueError: batch > len(dataset), or
+    world_size does not divide batch.
     """
     n, share = len(dataset), batch // world_size
     if batch > n:

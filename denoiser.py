@@ -1,4 +1,4 @@
-r"""The Denoiser: given x_t and t, what are x_0 and ε? The only place that converts between them.
+r"""The Denoiser estimates x_0 and ε from x_t and t. Only this file converts between predictions.
 
     x_t = α x_0 + σ ε            v = α ε − σ x_0   (velocity, Salimans & Ho 2022)
 
@@ -10,8 +10,8 @@ r"""The Denoiser: given x_t and t, what are x_0 and ε? The only place that conv
 
 The last is EDM's preconditioning (Karras et al. 2022, table 1), with d the std of the data (0.5 for
 pixels, 1 for latents) and r = √(σ² + α² d²) the std of x_t. The network receives x_t/r and, as its
-time input, ln(σ/α)/4. Its input and its target then have unit variance at every t. In EDM's own
-coordinates, α = 1, these are c_in, c_skip, c_out and c_noise; in (α, σ) they serve every schedule.
+time input, ln(σ/α)/4. Its input and its target then have unit variance at every t. For α = 1, as in
+EDM, these are EDM's c_in, c_skip, c_out and c_noise; with (α, σ) they hold for every schedule.
 
 A Denoiser joins a network, a schedule, a prediction type and a time input t -> c. Losses, samplers,
 metrics and analysis use only `predict`, so each works with any combination: E-TSDM is one value of
@@ -61,13 +61,13 @@ class Pixels:
         return x0
 
     def conditioning(self, images):
-        """What the network sees of the images next to x_t: nothing."""
+        """What the network receives of the images in addition to x_t: nothing."""
         return None
 
 
 class Denoiser:
-    """net: a Module or any callable net(x (B, C, ...), c (B,)) -> (B, C or more, ...); second heads
-    and learned variances follow the prediction. time_input: a function t -> c, None for c = t."""
+    """net: a Module or any callable net(x (B, C, ...), c (B,)) -> (B, C or more, ...); the channels
+    of a second head or learned variance come last. time_input: a function t -> c, None for c = t"""
 
     def __init__(self, net, schedule: Schedule, prediction="eps", time_input=None, space=None):
         if prediction not in PREDICTIONS:
@@ -104,32 +104,32 @@ class Denoiser:
         t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float64)
         c = t if self.time_input is None else self.time_input(t)
         if self.prediction == "edm":
-            # E-TSDM shares t, the coordinate of EDM's grid of noise levels. ln 0 does not exist: a
-            # sub-interval that begins at t = 0 is given the level of t = 1, the grid's last.
+            # E-TSDM shares t, the coordinate of EDM's grid of noise levels. At t = 0, ln σ does not
+            # exist, so the sub-interval from 0 on gets the level of t = 1, the last of the grid.
             lam = self.schedule.lam(torch.where(c > 0, c.double(), 1.0))
-            c = -lam.clamp(min=-10.0) / 4  # ln(σ/α)/4; the bound is for alpha_bar = 0
+            c = -lam.clamp(min=-10.0) / 4  # ln(σ/α)/4; the clamp is for alpha_bar = 0
         return c
 
     def network_output(self, x: Tensor, t: Tensor | float,
                        t_input: Tensor | float | None = None) -> Tensor:
-        """Raw network output at x_t: (B, C or more, ...), in x's dtype whatever autocast used.
+        """Raw network output at x_t: (B, C or more, ...), in x's dtype even under autocast.
 
-        t_input: time for the network's time input instead of t; x_t is still scaled for t (to
-        measure the slope in t alone).
+        t_input: a time that replaces t in the time input only; x_t is still scaled for t. This
+        measures the slope in t alone.
         """
         net_input = x / expand(self.marginal_std(t), x) if self.prediction == "edm" else x
-        if self.conditioning is not None:  # in the same order, repeated as x_0 was (SA-k)
+        if self.conditioning is not None:  # SA-k repeats the batch: repeat this in the same order
             times = len(x) // len(self.conditioning)
             repeated = self.conditioning.repeat(times, *[1] * (self.conditioning.dim() - 1))
             net_input = torch.cat([net_input, repeated.to(x.dtype)], dim=1)
-        dtype = torch.promote_types(x.dtype, torch.float32)  # c is never half: bf16 has no 999
+        dtype = torch.promote_types(x.dtype, torch.float32)  # bf16 would round t = 999 to 1000
         c = self.time_input_at(t if t_input is None else t_input)
         c = c.to(x.device, dtype, non_blocking=x.is_cuda).expand(len(x))
         return self.net(net_input, c).to(x.dtype)
 
     def prediction_at(self, x: Tensor, t: Tensor | float,
                       t_input: Tensor | float | None = None) -> Tensor:
-        """The network's prediction at x_t, without what a second head adds: like x (B, C, ...)."""
+        """The network's prediction at x_t, without the output of a second head: like x."""
         return self.network_output(x, t, t_input)[:, :x.shape[1]]
 
     def to_x0_eps(self, x: Tensor, t: Tensor | float, prediction: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,26 +148,26 @@ class Denoiser:
                 sigma / r**2 * x - alpha * d / r * prediction)
 
     def predict(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """x_t (B, ...), t a number or (B,) -> (x0, eps), both like x. From eps, x0 is infinite or
-        NaN where alpha_bar = 0: eps holds no information on x_0 there."""
+        """x_t (B, ...), t a number or (B,) -> (x0, eps), both like x. With eps-prediction, x0 is
+        infinite or NaN if alpha_bar = 0: x_t then holds no x_0."""
         return self.to_x0_eps(x, t, self.prediction_at(x, t))
 
 
 def zero_based_time(T: int = 1000, share=None) -> Callable[[Tensor], Tensor]:
-    """The time input of imported networks. Most programs count DDPM's steps 0..T-1, ours are 1..T:
-    their networks receive t - 1, in thousandths of T. share: E-TSDM's f, in their count."""
+    """The time input of imported networks: t - 1, in thousandths of T. Their programs count DDPM's
+    steps 0..T-1, this one 1..T. share: E-TSDM's f, applied to their count."""
     return lambda t: (share(t - 1) if share else t - 1) * (1000 / T)
 
 
 def build_denoiser(settings: dict, extra: dict | None = None) -> Denoiser:
     """The Denoiser that a run's settings describe, with a new U-Net; settings are attached.
 
-    settings: Config.settings(), the flat dict of config.json. extra: what a checkpoint holds
-    besides the weights (the first stage of latent diffusion). KeyError, ValueError, TypeError:
-    settings that do not describe a denoiser.
+    settings: Config.settings(), as in config.json. extra: further contents of a checkpoint (latent
+    diffusion's first stage). KeyError, ValueError, TypeError: they do not describe a denoiser.
     """
     schedule = schedules.make_schedule(settings["schedule"], settings["T"], settings["continuous"],
-                                       settings["unet"]["image_size"])
+                                       settings["unet"]["image_size"],
+                                       settings.get("betas") or (1e-4, 0.02))
     time_input = None
     if settings["etsdm"]:
         time_input = etsdm.make_time_input(settings["etsdm_interval"], settings["etsdm_n"])
@@ -186,9 +186,9 @@ def build_denoiser(settings: dict, extra: dict | None = None) -> Denoiser:
 def load_run(run: str | Path | None, weights: str = "ema") -> Denoiser:
     """Open a run folder, its checkpoint.pt, a name under runs/, or None for the newest run.
 
-    weights: "ema" (what the papers sample from) or "raw", the last ones. -> Denoiser in eval mode
-    on the CPU, with .settings, .folder, .step, .weights. ValueError, OSError, one line each: not a
-    run, or one that cannot draw images.
+    weights: "ema" (averaged; the papers sample from these) or "raw" (the last ones). -> Denoiser in
+    eval mode on the CPU, with .settings, .folder, .step, .weights. ValueError, OSError, in one
+    line: this is not a run, or the run cannot generate images.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights are ema or raw, not {weights!r}")
@@ -196,12 +196,12 @@ def load_run(run: str | Path | None, weights: str = "ema") -> Denoiser:
     saved = checkpoint.load_checkpoint(path)
     if "unet" not in saved["settings"]:
         name = shlex.quote(path.parent.name)
-        raise ValueError(f"{path.parent} is an autoencoder, which draws nothing by itself: train a "
+        raise ValueError(f"{path.parent} is an autoencoder and cannot generate images: train a "
                          f"model of its latents, python -m papers.latents {name}")
     try:
         denoiser = build_denoiser(saved["settings"], saved.get("extra", {}))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"the settings in {path} do not describe a model of this version "
+        raise ValueError(f"{path}: the settings do not describe a model of this version "
                          f"({error})") from error
     checkpoint.load_weights(denoiser.net, saved["ema" if weights == "ema" else "net"], path)
     denoiser.folder, denoiser.step, denoiser.weights = path.parent, saved["step"], weights

@@ -1,34 +1,34 @@
-r"""The estimation gap: how far the errors of a sampling run have added up (SA-DPM, theorem 1).
+r"""The estimation gap: how the errors of a sampling run add up (SA-DPM, theorem 1).
 
-One image x_0 and one set of noises, two reverse processes: the model's, which steps with its own
-estimate x̂_0, and the true one, which knows x_0. A step t -> t_next of either is
+Two reverse processes share one image x_0 and one set of noises. The model's process steps with its
+own estimate x̂_0, the true process with x_0. A step t -> t_next of the true process is
 
     x_next = A x_0 + c x_t + std z,    c = √(σ_next² − std²)/σ_t,  A = α_next − c α_t,  std = η√β̃
 
-so their difference G obeys, with e_t = ε_t − ε_θ(x_t, t), ε_t = (x_t − α_t x_0)/σ_t the noise that
-really is in the model's x_t,
+The noise in the model's x_t is really ε_t = (x_t − α_t x_0)/σ_t. With the error e_t = ε_t −
+ε_θ(x_t, t), the difference G of the two processes is
 
     G_next = c G_t + A (x̂_0 − x_0) = c G_t + A σ_t/α_t e_t,    G_T = 0     (theorem 1's recursion)
     G_1    = Σ_{t=2}^T τ_t e_t                                     (its closed form, for η = 1)
 
 Even the ideal network has a gap, since x_T does not determine x_0: ‖G‖ of one image is mostly the
-distance from that image to the one that was generated instead. So this is reported at every t:
+distance from this image to the generated one. So this is reported at every t:
 
-    norm        mean_B ‖G‖: spread and all
-    mean        ‖mean_B G‖, which figure 4 is about: the spread averages out, but only like 1/√B
-    systematic  the same without what the spread still adds: an unbiased estimate of ‖E G‖², from
+    norm        mean_B ‖G‖: it includes the spread over images
+    mean        ‖mean_B G‖, as in figure 4: the spread averages out, but only like 1/√B
+    systematic  the same without the rest of the spread: an unbiased estimate of ‖E G‖², from
                 products of different images only, with a 95 % interval (bootstrap over images)
-    reducible   the same for Σ τ_t (ε* − ε_θ) along the model's run: what training can change. The
-                ideal ε* is known for toy mixtures, and for a finite set of images (--ideal): the
-                mean of its images, weighted by how well each explains x_t. (That network knows its
-                images by heart. One that generalises differs from it.)
+    reducible   the same for Σ τ_t (ε* − ε_θ) along the model's run, the part that training can
+                reduce. The ideal ε* is known for toy mixtures and for a finite set of images
+                (--ideal). For these x̂_0 is the mean of the images, weighted by the likelihood of
+                x_t. (This ideal network memorises the images. A network that generalises differs.)
 
-The authors' released measurement has ᾱ_{t−2} in the coefficient of G_t where the DDPM posterior has
-ᾱ_{t−1}, which makes the gap about half as large (test_theory.py compares both with two real runs);
-leaves out the first step; has the other sign; and returns the mean as a map, without an interval.
+The authors' released measurement has ᾱ_{t−2} in the coefficient of G_t; the DDPM posterior has
+ᾱ_{t−1}. This makes their gap about half as large (test_theory.py compares both with two real runs).
+It also omits the first step, has the opposite sign, and returns only a map, a mean over channels.
 
-Not here: training with what it measures (losses.py), or theorem 2, ‖Σ w_t‖² <= N/k² Σ‖W_s‖² <=
-N Σ‖w_t‖² (tests/test_theory.py).
+Not here: training (losses.py); theorem 2, ‖Σ w_t‖² <= N/k² Σ‖W_s‖² <= N Σ‖w_t‖²
+(tests/test_theory.py).
 
     python gap.py RUN [RUN ...]                  # figure 4: gap.png and gap.csv
     python -c "import gap, schedules; print(gap.gap_weights(schedules.make_schedule('linear'))[:5])"
@@ -66,8 +66,8 @@ def gap_weights(schedule: Schedule) -> Tensor:
 
         τ_t = √ᾱ_{t−1} (1 − ᾱ_1)/(√ᾱ_1 (1 − ᾱ_{t−1})) · β_t/√((1 − β_t)(1 − ᾱ_t))
 
-    The last factor is what e_t does to x_{t−1}; the first is how much of that the later steps pass
-    on, the product of their c. (∞ at T where ᾱ_T = 0: there ε holds nothing about x_0.)
+    The last factor is the effect of e_t on x_{t−1}. The first is the share that the later steps
+    pass on, the product of their c. (∞ at T if ᾱ_T = 0: there ε does not depend on x_0.)
     """
     t = torch.arange(2, schedule.T + 1, dtype=torch.float64)
     (alpha, sigma), (alpha_1, sigma_1) = schedule.alpha_sigma(t - 1), schedule.alpha_sigma(1.0)
@@ -79,9 +79,9 @@ def gap_weights(schedule: Schedule) -> Tensor:
 
 
 def step_coefficients(schedule: Schedule, t, t_next, eta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(η²β̃, A, σ_t/α_t) of a step. A is a small difference of two large numbers if the times are
-    close; times its conjugate it is a sum. With r = √(σ_next² − η²β̃), and β of any schedule, A =
-    (α_next² σ_t² − r² α_t²)/(σ_t (α_next σ_t + r α_t)), whose numerator is α_next² β + η²β̃ α_t²."""
+    """(η²β̃, A, σ_t/α_t) of a step. For close times A is a small difference of large numbers. So it
+    is expanded by its conjugate: with r = √(σ_next² − η²β̃), A = (α_next² σ_t² − r² α_t²)/
+    (σ_t (α_next σ_t + r α_t)), and the numerator is the sum α_next² β + η²β̃ α_t²."""
     (alpha, sigma), (alpha_next, sigma_next) = (schedule.alpha_sigma(k) for k in (t, t_next))
     beta, beta_tilde = schedule.step_variances(t, t_next)
     fresh = eta**2 * beta_tilde
@@ -93,12 +93,12 @@ def step_coefficients(schedule: Schedule, t, t_next, eta: float) -> tuple[Tensor
 @torch.no_grad()
 def gap_along_run(denoiser, x0, noise, times=None, eta=1.0, ideal=None, progress=None,
                   batch_size=64):
-    """The gap along the model's own run, from x_T ~ q(x_T | x0): yields, for each t of the grid
-    after the first, (t, G, reducible), each (B, ...) float64.
+    """The gap along the model's own run from x_T ~ q(x_T | x0). Yield (t, G, reducible) for each t
+    of the grid after the first; both (B, ...) float64.
 
-    noise  noise(shape) -> Gaussian like x0: first that of x_T, then that of each step
-    times  falling grid, T..1 unless given; the step onto t = 0 is not part of the theorem
-    ideal  ideal(x, t) -> E[x_0 | x_t], for `reducible`, which is else None
+    noise  noise(shape) -> Gaussian like x0, first for x_T, then for each step
+    times  falling grid, default T..1; the step to t = 0 is not part of the theorem
+    ideal  ideal(x, t) -> E[x_0 | x_t]; without it, `reducible` is None
     """
     schedule = denoiser.schedule
     if times is None:
@@ -112,7 +112,7 @@ def gap_along_run(denoiser, x0, noise, times=None, eta=1.0, ideal=None, progress
         fresh, A, _ = step_coefficients(schedule, t, t_next, eta)
         (_, sigma), (_, sigma_next) = schedule.alpha_sigma(t), schedule.alpha_sigma(t_next)
         c = (sigma_next**2 - fresh).clamp(min=0).sqrt() / sigma
-        # A (x̂_0 − x_0) is A σ/α e_t, and has a value where α = 0 too
+        # A (x̂_0 − x_0) is A σ/α e_t, but is finite for α = 0 too
         G = c * G + A * (double(x0_hat) - double(x0))
         if ideal is not None:
             reducible = c * reducible + A * (double(x0_hat) - double(ideal(x, t)))
@@ -122,26 +122,26 @@ def gap_along_run(denoiser, x0, noise, times=None, eta=1.0, ideal=None, progress
 
 
 def ideal_of_images(images, schedule):
-    """ideal(x, t) of a finite set, images (N, ...) as its whole distribution: the mean of the
-    images, weighted by N(x; α x_0, σ² I)."""
-    flat = double(images).flatten(1)  # (N, D); half the squared norms once:
+    """ideal(x, t) if images (N, ...) are the whole distribution: the mean of the images, weighted
+    by N(x; α x_0, σ² I)."""
+    flat = double(images).flatten(1)  # (N, D)
     half = flat.square().sum(1) / 2
 
     def ideal(x, t):
         alpha, sigma = map(float, schedule.alpha_sigma(t))
-        # −‖x − α x_0‖²/(2 σ²) without the ‖x‖² that all of them share: one matrix product
+        # −‖x − α x_0‖²/(2 σ²) without the constant ‖x‖²: needs one matrix product only
         log_weights = (alpha * double(x).flatten(1) @ flat.T - alpha**2 * half) / sigma**2
         return (log_weights.softmax(1) @ flat).reshape(x.shape)
     return ideal
 
 
 def measure_run(config, name, denoiser, x0):
-    """One run -> rows of the CSV (dicts, one per t), and the bootstrap values at the end."""
+    """Measure one run -> rows of the CSV (dicts, one per t), bootstrap values of the last t."""
     noise = samplers.SeededNoise([rng.image_seed(config.seed, i) for i in range(len(x0))],
                                  x0.device)
     start = samplers.initial_time(denoiser)
     if (config.steps or 0) > start and not denoiser.schedule.continuous:
-        raise ValueError(f"--steps {config.steps}: {name} knows the {start} whole t alone")
+        raise ValueError(f"--steps {config.steps}: {name} has only {start} discrete timesteps")
     times = schedules.time_grid(denoiser.schedule, config.steps or start, t_start=start)
     ideal = None if not config.ideal else ideal_of_images(
         ideal_set(denoiser, config, name).to(x0.device), denoiser.schedule)
@@ -152,7 +152,7 @@ def measure_run(config, name, denoiser, x0):
                                          config.batch_size):
         row = dict(run=name, t=t, images=which, n=len(x0), **summarize(inner_products(G), counts))
         boot = row.pop("boot")
-        if tau is not None:  # theorem 1's weights belong to this very grid
+        if tau is not None:  # theorem 1's weights belong to exactly this grid
             row["tau"] = tau[round(t)].item()
         if reducible is not None:
             part = summarize(inner_products(reducible), counts)
@@ -162,13 +162,13 @@ def measure_run(config, name, denoiser, x0):
 
 
 def ideal_set(denoiser, config, name):
-    """The whole set that a run was trained on, as x_0: (N, *shape). ValueError: it has no end."""
+    """The whole training set of a run, as x_0: (N, *shape). ValueError: the set is too large."""
     s = denoiser.settings
     source = config.data or data.require_local(s["data"], name)
     whole = lipschitz.load_images(source, s["image_size"], s["channels"], config.seed,
                                   skip_bad=True, progress=True)
     if not isinstance(whole, image_files.Array):
-        raise ValueError(f"--ideal takes a set that fits into memory, not {source}")
+        raise ValueError(f"--ideal needs a set that fits into memory, not {source}")
     images = data.to_float(whole.images)
     images = torch.cat([images, images.flip(-1)]) if s["flip"] else images
     return torch.cat([denoiser.encode(part)[0] for part in images.split(256)])
@@ -180,8 +180,8 @@ PANELS = {"mean": "norm of the batch mean", "systematic": "systematic part, 95 %
 
 
 def plot_gaps(runs, weights):
-    """Figure 4: a panel for each quantity, a line for each run; t falls to the right, as in
-    sampling. runs: {name: rows}; weights: {schedule: τ}."""
+    """Plot figure 4: a panel per quantity, a line per run; t falls to the right, as in sampling.
+    runs: {name: rows}; weights: {schedule: τ}."""
     keys = [key for key in PANELS if any(key in rows[0] for rows in runs.values())]
     figure = files.figure(figsize=(3.6 * (len(keys) + 1), 3.8), layout="constrained")
     *axes, last = figure.subplots(1, len(keys) + 1)
@@ -205,9 +205,9 @@ def plot_gaps(runs, weights):
 
 
 def add_reductions(runs, boots):
-    """Into the last row of each run that saw the first one's images: by how much its systematic
-    part is less than the first one's, and the 95 % interval. What the images leave by chance, they
-    leave in both: the difference is known better than either part."""
+    """Add to the last row of each run with the first run's images how much smaller its systematic
+    part is than the first run's, with the 95 % interval. The images have the same random effect on
+    both runs, so the difference is more certain than either part."""
     (first, rows), *_ = runs.items()
     for name, (*_, end) in runs.items():
         if end["images"] == rows[-1]["images"] and end["n"] == rows[-1]["n"]:
@@ -217,7 +217,7 @@ def add_reductions(runs, boots):
 
 
 def table_of_ends(runs):
-    """The end of each run, and what add_reductions() found, as lines of text."""
+    """The last row of each run and the result of add_reductions() as lines of text."""
     first, *_ = runs
     lines = [f"{'at t = 1':24s} {'images':>6s} {'mean':>7s} {'systematic, 95 %':>22s} {'norm':>7s}"]
     for name, (*_, end) in runs.items():
@@ -226,15 +226,15 @@ def table_of_ends(runs):
         if "reducible_norm" in end:
             line += "   reducible: systematic {reducible_systematic:.3f}, norm {reducible_norm:.3f}"
         if name != first and "less" in end:
-            line += "   {first} has {less:.3f} more [{less_low:.3f}, {less_high:.3f}]"
+            line += "   {less:.3f} less than {first} [{less_low:.3f}, {less_high:.3f}]"
         lines.append(line.format(first=first, **end))
     return "\n".join(lines)
 
 
 @dataclass
 class GapConfig(measure.MeasureConfig):
-    steps: int | None = flag(None, "N points from T to 1, N - 1 steps", shown="T", low=2)
-    eta: float = flag(1.0, "share of fresh noise: 1 DDPM, 0 DDIM")
+    steps: int | None = flag(None, "points of the grid from T to 1", shown="T", low=2)
+    eta: float = flag(1.0, "share of fresh noise: 1 is DDPM, 0 is DDIM")
     ideal: bool = flag(False, "take the run's whole data set as the truth: adds the reducible gap")
     prog: ClassVar[str] = "gap.py"
     usage: ClassVar[str] = "python gap.py [RUN ...] [flags]"
@@ -244,7 +244,7 @@ class GapConfig(measure.MeasureConfig):
       the gap along 1000 steps of DDPM, without and with SA-2: figure 4. (64 images are too few to
       distinguish good networks.) Figure 1: python -m papers.figures illustration
   python gap.py fashion-mnist-tiny fashion-mnist-tiny-sa2 --steps 100 --ideal
-      also what training could remove: the gap from the ideal network of that set of images"""
+      also the gap to the ideal network of that data set, which training could remove"""
     least: ClassVar[dict] = measure.MeasureConfig.least | dict(num=2)
     picture: ClassVar[str] = "gap.png"
 

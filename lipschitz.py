@@ -1,15 +1,15 @@
-r"""How fast does a network's output change with t alone? E-TSDM's Lipschitz constants, as curves.
+r"""E-TSDM's Lipschitz constants: curves of how fast a network's output changes with t alone.
 
     K(t, t') = E ‖net(x_t, f(t)) − net(x_t, f(t'))‖₂ / |t − t'|,  t' = t + dt              eq. 8
 
-E-TSDM (ICLR 2024), figures 1b, A1, A2, A5, A7: x_t, drawn at t, is fixed, and the network receives
-first t, then t' as its time input. The ideal ε has an infinite slope at t = 0 (theorem 3.1). Shared
-time inputs, f(t) = f(t'), make K exactly 0 inside a sub-interval. Figure 2 (--perturb) moves x_t
-instead, and measures ‖x̂_0(x_t + scale z) − x̂_0(x_t)‖₂, z ~ N(0, I).
+E-TSDM (ICLR 2024), figures 1b, A1, A2, A5, A7: x_t is drawn at t and stays fixed. The network's
+time input is first that of t, then that of t'. The ideal ε has an infinite slope at t = 0 (theorem
+3.1). Shared time inputs, f(t) = f(t'), make K exactly 0 inside a sub-interval. Figure 2 (--perturb)
+moves x_t instead and measures ‖x̂_0(x_t + scale z) − x̂_0(x_t)‖₂, z ~ N(0, I).
 
 Not here: a bound. K is a mean of difference quotients, over some images.
 
-    python lipschitz.py NAME OTHER             # two runs under runs/: a picture, a .csv and a table
+    python lipschitz.py NAME OTHER             # two runs under runs/ -> a figure, a .csv, a table
 
 x_t = α x_0 + σ ε, x0 (N, C, H, W) in [-1, 1]; f the time input; net's raw output: ε, v or x_0.
 """
@@ -36,23 +36,23 @@ from support.programs import run_main
 load_images = lru_cache(maxsize=2)(data.load)  # several runs are measured on the same images
 
 def lipschitz_constants(denoiser, x0, ts, dt=1, seed=0, **how):
-    """Equation 8 at each t of ts: (len(ts),) float64, means over the images."""
+    """Equation 8 at each t of ts: (len(ts),) float64, each a mean over the images."""
     return difference_quotients(denoiser, x0, ts, dt, seed, **how).mean(1)
 
 
 def difference_quotients(denoiser, x0, ts, dt=1, seed=0, batch_size=64, label=None):
-    """‖net(x_t, f(t)) − net(x_t, f(t + dt))‖₂/dt of each image: (len(ts), N) float64. 1/dt
-    magnifies float32's rounding. ValueError: dt is lost in it; t or t + dt not in [0, T]."""
+    """‖net(x_t, f(t)) − net(x_t, f(t + dt))‖₂/dt of each image: (len(ts), N) float64. A small dt
+    magnifies rounding errors. ValueError: t + dt rounds to t, or t or t + dt is not in [0, T]."""
     T, ts = denoiser.schedule.T, [float(t) for t in ts]
     if not (ts and dt > 0 and 0 <= min(ts) <= max(ts) <= T - dt):
         raise ValueError(f"--dt must be above 0, and t from 0 to T - dt = {T - dt:g}")
     last = torch.tensor([max(ts), max(ts) + dt], dtype=torch.float64).to(x0.dtype).double()
     if abs(last.diff().item() / dt - 1) > 0.02:  # the network's time input has x's dtype
-        raise ValueError(f"--dt {dt:g} is lost in the rounding of t = {max(ts):g}: lower --max-t")
+        raise ValueError(f"--dt {dt:g} is lost in rounding at t = {max(ts):g}: lower --max-t")
 
     def outputs(x0, eps, z, t):
-        # Two calls also where f(t) = f(t'): the 0 is measured, not assumed. Of one shape, which is
-        # what makes it exact: in one batch of 2 B, kernels may round rows j and B + j differently.
+        # Two calls even if f(t) = f(t'), so that the 0 is measured, not assumed. Equal shapes make
+        # it exact: in one batch of 2 B, kernels may round rows j and B + j differently.
         xt = add_noise(denoiser.schedule, x0, t, eps)
         return denoiser.prediction_at(xt, t), denoiser.prediction_at(xt, t, t_input=t + dt)
     return distances(outputs, denoiser.net, x0, ts, seed, batch_size, label) / dt
@@ -60,7 +60,7 @@ def difference_quotients(denoiser, x0, ts, dt=1, seed=0, batch_size=64, label=No
 
 def displacements(denoiser, x0, scales, t=100, seed=0, batch_size=64, label=None):
     """‖x̂_0(x_t + scale z) − x̂_0(x_t)‖₂ per image: (len(scales), N). ValueError: t not in (0, T)."""
-    if not 0 < t < denoiser.schedule.T:  # at T there may be no signal, and no x̂_0 from ε
+    if not 0 < t < denoiser.schedule.T:  # at T, α may be 0: ε then gives no x̂_0
         raise ValueError(f"--t must be above 0 and below {denoiser.schedule.T}, not {t:g}")
 
     def outputs(x0, eps, z, scale):
@@ -71,8 +71,8 @@ def displacements(denoiser, x0, scales, t=100, seed=0, batch_size=64, label=None
 
 @torch.no_grad()
 def distances(outputs, net, x0, values, seed, batch_size, label):
-    """‖p − q‖₂, (p, q) = outputs(x_0, ε, z, value), of each value and image; net in eval mode. ε
-    and z of image i depend on (seed, i) alone: runs are paired, batch sizes do not matter."""
+    """‖p − q‖₂ for each value and image, (p, q) = outputs(x_0, ε, z, value); net in eval mode. ε
+    and z of image i depend only on (seed, i): the same for all runs and batch sizes."""
     found = torch.empty(len(values), len(x0), dtype=torch.float64)
     noise = torch.stack([torch.randn((2, *x0.shape[1:]), generator=rng.generator(seed, i))
                          for i in range(len(x0))], 1).to(x0)  # ε and z: (2, N, ...)
@@ -86,13 +86,13 @@ def distances(outputs, net, x0, values, seed, batch_size, label):
 
 def open_runs(config: measure.MeasureConfig, device: torch.device):
     """Yield (name, denoiser, x0) for each run. x0, float32 (num, *shape): the first config.num
-    images in the order of config.seed, of config.data or of the run's own set, or their latents;
-    fewer, if it has fewer. gap.py uses this too."""
+    images (or all, if the set has fewer), or their latents, in the order of config.seed. The set is
+    config.data, else the run's own. gap.py uses this too."""
     for name, path in config.named_runs():
         denoiser = load_run(path, config.weights)
         s = denoiser.settings
         if s.get("factor"):
-            raise ValueError(f"{name} enlarges images, and draws nothing from noise alone")
+            raise ValueError(f"{name} is a super-resolution run, which this program cannot measure")
         dataset = load_images(config.data or data.require_local(s["data"], name), s["image_size"],
                               s["channels"], config.seed, skip_bad=True, progress=True)
         num = min(config.num, len(dataset))
@@ -107,15 +107,15 @@ class LipschitzConfig(measure.MeasureConfig):
     dt: float = flag(1.0, "t' - t, in timesteps")
     max_t: float = flag(np.inf, "the largest t", shown="T - dt")
     perturb: bool = flag(False, "move x_t instead of t")
-    t: float = flag(100.0, "with --perturb: at this t")
+    t: float = flag(100.0, "with --perturb: the timestep")
     scales: tuple[float, ...] = flag((0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
-                                     "with --perturb: std of the noise", nargs="+")
+                                     "with --perturb: stds of the added noise", nargs="+")
     prog: ClassVar[str] = "lipschitz.py"
     usage: ClassVar[str] = "python lipschitz.py [RUN ...] [flags]"
     description: ClassVar[str] = "How much a network's output changes with t alone, as PNG and CSV."
     examples: ClassVar[str] = """\
   python lipschitz.py A B -n 256             K(t, t + 1) without and with E-TSDM: figure 1b
-  python lipschitz.py A --dt 0.01 --max-t 9  a --continuous run, close to its singularity
+  python lipschitz.py A --dt 0.01 --max-t 9  a --continuous run, close to the singularity at 0
   python lipschitz.py A B --perturb          how far the predicted x_0 moves with x_t: figure 2"""
     least: ClassVar[dict] = measure.MeasureConfig.least | dict(dt=1e-9, max_t=0, scales=0)
 
@@ -127,7 +127,7 @@ class LipschitzConfig(measure.MeasureConfig):
 
 
 def measure_run(config, name, denoiser, x0):
-    """One run -> rows of the table, edges of its sub-intervals; prints a line."""
+    """Measure a run and print a line -> rows of the table, edges of the run's sub-intervals."""
     s, dt, how = denoiser.settings, config.dt, (config.seed, config.batch_size, name)
     time = "t" if config.perturb else "dt"
     if getattr(config, time) % 1 and not s["continuous"]:
@@ -136,7 +136,7 @@ def measure_run(config, name, denoiser, x0):
         k = displacements(denoiser, x0, config.scales, config.t, *how).numpy()
         print(f"{name}:  ", "; ".join(map("{:g}: {:.3g}".format, config.scales, k.mean(1))))
         return measure.percentile_rows(name, k, t=[config.t] * len(k), scale=config.scales), []
-    # Trained times (a table's begin at 1): dense up to 120 dt, then evenly in log t; and each edge.
+    # Trained times (discrete: from 1 on): dense up to 120 dt, then even in log t, and each edge.
     edges = np.linspace(0, s["etsdm_interval"], s["etsdm_n"] + 1) if s["etsdm"] else np.zeros(0)
     low, high = losses.time_range(denoiser.schedule, denoiser.prediction)
     low *= not s["continuous"]
@@ -159,7 +159,7 @@ def measure_run(config, name, denoiser, x0):
 
 
 def write_curves(config, curves):
-    """The .csv, and the picture: means as lines, the middle 80 % of the images as shades."""
+    """Write the .csv and the figure: lines are means, shades the middle 80 % of the images."""
     axes = files.figure(figsize=(7.5, 4.5), layout="constrained").add_subplot()
     all_rows = [row for rows, _ in curves.values() for row in rows]
     for i, (name, (rows, edges)) in enumerate(curves.items()):
@@ -178,7 +178,7 @@ def write_curves(config, curves):
 def main(argv=None):
     config = parse_into(LipschitzConfig, argv)
     with distributed.init(tf32=False, device=config.device) as dist:
-        if dist.is_main:  # one process does it all
+        if dist.is_main:  # only one process measures
             opened = open_runs(config, dist.device)
             write_curves(config, {name: measure_run(config, name, *run) for name, *run in opened})
 

@@ -4,27 +4,33 @@ r"""Training losses: DDPM's, SA-DPM's for any k, EDM's.
     L_simple = E‖r_0‖²,   L_SA = E‖(1/k) Σ_{i<k} r_i‖²,   r_i = ε_i − ε_θ(x_{t−i}, t − i)
 
 Why a second term: the error at the end of a sampling run is a weighted *sum* of the errors of its
-steps, Σ_t τ_t r(t), with weights τ_t that follow from the schedule (theorem 1). L_simple makes
-every r(t) small, but neighbours may still add up. L_SA measures the mean of k neighbours, and
-bounds the total more tightly (theorem 2).
+steps, Σ_t w_t with w_t = τ_t e_t and weights τ_t that follow from the schedule (theorem 1, gap.py).
+L_simple makes every error small, but neighbours may still add up. Theorem 2 bounds the sum by
+windows of k neighbours, more tightly than by the single w_t:
 
-ε*, the ideal network, does not minimise L_SA. The paper does not mention this. The k noises are
+    ‖Σ_t w_t‖² <= (N/k²) Σ_s ‖w_s + … + w_{s−k+1}‖² <= N Σ_t ‖w_t‖²,   N = T + k − 2 windows
+
+L_SA follows this idea, but it is not that bound: it has no τ_t, independent noises, x_t made from
+x_0 instead of x_t of a run, and windows cut at the lower end (tutorial.ipynb, chapter 4).
+
+The ideal network ε* does not minimise L_SA. The paper does not mention this. The k noises are
 independent, but x_0 is the same. So the error from x_0 adds up over the k steps, and the error from
-the noises averages out: the first counts k times as much. On Gaussian data the minimum of L
-belongs to the ideal network of data whose variance is (1 + weight)/(1 + weight/k) times as large,
-4/3 for k = 2 and weight 1 (tests/test_theory.py). Samples of trained runs also vary more, by nearly
-as much. DDIM in few steps gives samples that vary too little, so it gains (docs/lab-notebook.md).
+the noises averages out: the first counts k times as much. On Gaussian data, the network that
+minimises L is the ideal network for data of a larger variance: by (1 + weight)/(1 + weight/k), 4/3
+for k = 2 and weight 1 (tests/test_theory.py). Samples of trained runs also have a larger variance,
+by nearly this factor. DDIM in few steps gives too small a variance, so it gains from this
+(docs/lab-notebook.md).
 
 Two choices that the paper leaves open:
 
-  * x_{t−i} has an independent noise ε_i: one image at k noise levels, not one trajectory.
+  * x_{t−i} has an independent noise ε_i: the image at k noise levels, not along a trajectory.
 
-  * Both losses are residuals of ε, whatever the network predicts, because the theory is about ε.
+  * Both losses are residuals of ε for every prediction type, because the theory is about ε.
     With v-prediction, L_simple in ε is α² times the loss in v. If α = 0 (t = T of
-    zero-terminal-snr), the network learns nothing there. So L_simple can be measured in another
+    zero-terminal-snr), the network learns nothing at that t. So L_simple can be measured in another
     space (`space`, train.py --loss-space). L_SA stays in ε.
 
-Not here: averages over the batch, precision, processes (train.py); the losses of second heads
+Not here: the mean over a batch, precision, processes (train.py); the losses of second heads
 (papers/heads.py), DDPM-r and SA-reuse (papers/alternatives.py).
 
     python train.py --sa-k 2 --sa-weight 1.0
@@ -53,8 +59,8 @@ def sa_loss(denoiser: Denoiser, x0: Tensor, t: Tensor, noises: Tensor,
             space: str = "eps") -> tuple[Tensor, Tensor]:
     """SA-DPM, algorithm 2 -> (L_simple (B,), L_SA (B,)), from one forward pass over k B images.
 
-    noises (k, B, ...): noises[0] belongs to t, and both losses share it. Terms with t − i < 1 are
-    left out of the sum; its divisor stays k. With k = 1, L_SA is L_simple in ε.
+    noises (k, B, ...): noises[0] belongs to t, and both losses use it. The sum omits terms with
+    t − i < 1; the divisor stays k. With k = 1, L_SA is L_simple in ε.
     """
     k, B = noises.shape[:2]
     ts, valid = consecutive_times(t, k)  # (k, B): t, t − 1, ...
@@ -70,11 +76,11 @@ def sa_loss(denoiser: Denoiser, x0: Tensor, t: Tensor, noises: Tensor,
 
 
 def consecutive_times(t: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """t (B,) -> (times t − i (k, B), valid (k, B)). If t − i < 1, there is no such step: t
-    takes its place, with valid False."""
+    """t (B,) -> (times t − i (k, B), valid (k, B)). If t − i < 1, such a step does not exist: the
+    time is then t, and valid is False."""
     times = t - torch.arange(k, device=t.device)[:, None]
     valid = times >= 1
-    valid[0] = True  # in continuous time t may be below 1: it counts, but has no predecessor
+    valid[0] = True  # a continuous t may be below 1: it counts, but no step precedes it
     return torch.where(valid, times, t), valid
 
 
@@ -84,21 +90,21 @@ def mean_square(r: Tensor) -> Tensor:
 
 
 def residual_in(space: str, denoiser: Denoiser, eps: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """From the residuals of ε and x_0, (B, ...): the residual in this space, of LOSS_SPACES."""
+    """Residuals of ε and x_0, (B, ...) -> the residual in one of LOSS_SPACES, (B, ...)."""
     if space in ("eps", "x0"):
         return eps if space == "eps" else x0
     alpha, sigma = denoiser.schedule.alpha_sigma(t)
     if space == "v":  # v = α ε − σ x_0; the residuals obey the same formula
         return expand(alpha, x0) * eps - expand(sigma, x0) * x0
-    if space == "edm":  # of F: the factor is the root of EDM's weight, (σ² + d²)/(σ d)²
+    if space == "edm":  # the residual of F: the factor's square is EDM's weight, (σ² + d²)/(σ d)²
         return expand(denoiser.marginal_std(t) / (sigma * denoiser.data_std), x0) * x0
     raise ValueError(f"unknown loss space {space!r}: choose from {' '.join(LOSS_SPACES)}")
 
 
 def time_range(schedule: Schedule, prediction: str) -> tuple[float, int]:
-    """(lowest, highest) t to train on: 1..T, or from T/1e5 in continuous time, since σ = 0 at 0.
+    """(lowest, highest) t to train on: 1..T. Continuous time begins at T/1e5, since σ = 0 at t = 0.
 
-    If ᾱ(T) = 0, x_T contains no x_0, and ε does not give x_0: eps-prediction ends at T − 1.
+    If ᾱ(T) = 0, ε at T does not determine x_0: eps-prediction then ends at T − 1.
     """
     skip = int(prediction == "eps" and schedule.alpha_bar(schedule.T) == 0)
     return (schedule.T / 1e5 if schedule.continuous else 1), schedule.T - skip
@@ -111,9 +117,9 @@ def lognormal_times(u: Tensor, schedule: Schedule, low: float, high: float) -> T
 
 def draw_timesteps(n: int, schedule: Schedule, low: float, high: float, generator=None,
                    quantile=None) -> Tensor:
-    """n times in low..high, uniform or from `quantile` (u in [0, 1] -> t), antithetic: u and 1 − u
-    (t and low + high − t) come in pairs, which evens out the noise levels in a batch. Integers
-    (int64) on a discrete schedule, else float64."""
+    """Draw n times in low..high, uniform or by `quantile` (u in [0, 1] -> t). They are antithetic:
+    u and 1 − u (t and low + high − t) form a pair, so that noise levels vary less between batches.
+    Integers (int64) on a discrete schedule, else float64."""
     half = (n + 1) // 2
     if quantile is not None:
         u = torch.rand(half, dtype=torch.float64, generator=generator)

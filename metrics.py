@@ -4,14 +4,14 @@ r"""Scores of images: FID, Inception Score, PSNR.
     IS     = exp E_x KL(p(y | x) ‖ p(y))              of Inception's classes   Salimans et al. 2016
     PSNR   = 10 log₁₀(255²/MSE) of each pair of images, in decibels
 
-A score depends on a network, a resizer and a number of images as much as on the images: FID falls
-as N grows (the bias is about 1/N), and other weights give other values. So all of them are printed
-with it, and there is no fallback: a distance in another network's features is named after its file,
-FD(NAME), and never FID.
+A score depends on the network, the resizer and the number of images as much as on the images: FID
+falls as N grows (its bias falls like 1/N), and other weights give other values. So all three are
+printed with the score. Only the published Inception network gives an "FID"; with another network
+the distance is named FD(NAME), after its file.
 
 Not here: KID, CLIP scores, precision and recall; feature networks (support/features.py).
 
-    python metrics.py fid RUN                              # 10,000 new samples, its own data set
+    python metrics.py fid RUN                           # 10,000 new samples against its data set
     torchrun --nproc_per_node 8 metrics.py fid RUN cifar10 -n 50000
     python metrics.py stats cifar10 cifar10.npz      # once; then: metrics.py fid RUN cifar10.npz
     python -c "import metrics; print(metrics.frechet_distance([0], [[1]], [3], [[4]]))"
@@ -38,17 +38,17 @@ from support import checkpoint, distributed, features, files, image_files, image
 from support.cli import flag, flag_name, parse_into
 from support.programs import run_main
 
-MIN_IMAGES = 10_000  # with fewer a score depends on N more than on the images; default of --num
+MIN_IMAGES = 10_000  # with fewer, a score depends more on N than on the images; default of --num
 
 
 # ------------------------------------------------------------------ formulas
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
-    r"""‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of arrays (D,), (D, D); 0 or more.
+    r"""‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of arrays (D,), (D, D); at least 0.
 
-    With Σ = RᵀR, tr (Σ₁Σ₂)^½ is the sum of the singular values of R₁R₂ᵀ. That stays real and
-    accurate at any rank, unlike a matrix square root of Σ₁Σ₂. ValueError: shapes that do not fit,
-    or a matrix that is not a covariance.
+    With Σ = RᵀR, tr (Σ₁Σ₂)^½ is the sum of the singular values of R₁R₂ᵀ. Unlike a matrix square
+    root of Σ₁Σ₂, this is real and accurate at any rank. ValueError: the shapes do not fit, or a
+    matrix is not a covariance.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(v, np.float64) for v in (mu1, sigma1, mu2, sigma2))
     D = mu1.size
@@ -67,18 +67,18 @@ def square_root(sigma: np.ndarray) -> np.ndarray:
     w, V = np.linalg.eigh(sigma)
     if w[0] < -1e-3 * w[-1] or abs(sigma - sigma.T).max() > 1e-3 * abs(sigma).max():
         raise ValueError("not a covariance: it is not symmetric with eigenvalues of 0 or more")
-    # Rounding turns eigenvalues that are 0 into 1e-16 of the largest, whose root would count.
+    # Rounding turns eigenvalues of 0 into 1e-16 of the largest; their roots would change the sum.
     keep = w > len(w) * np.finfo(float).eps * w[-1]
     return np.sqrt(w[keep])[:, None] * V.T[keep]
 
 
 def inception_score(logits, splits: int = 10) -> tuple[float, float]:
-    """logits (N, classes) without bias -> (mean, std) over `splits` parts, shuffled with a fixed
-    seed: files often lie sorted by class. ValueError: N < splits, or values that are not finite."""
+    """logits (N, classes) without bias -> (mean, std) over `splits` parts. A fixed seed shuffles
+    the images: files are often sorted by class. ValueError: N < splits, or values not finite."""
     n = len(logits)
     if n < splits:
         raise ValueError(f"the Inception Score needs at least one image in each of its {splits} "
-                         f"parts, and there are {n}")
+                         f"parts, not {n} images")
     if not torch.isfinite(torch.as_tensor(logits)).all():
         raise ValueError("logits that are not finite have no Inception Score")
     order = np.random.RandomState(2020).permutation(n)
@@ -93,7 +93,7 @@ def inception_score(logits, splits: int = 10) -> tuple[float, float]:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """uint8 images (N, C, H, W), pair by pair -> (N,) float64 decibels, ∞ for equal ones."""
+    """Pairs of uint8 images (N, C, H, W) -> (N,) float64 decibels, ∞ for equal images."""
     mse = (a.double() - b.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(255.0**2 / mse)
 
@@ -101,16 +101,16 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 # ------------------------------------------------------------------ sets of images
 
 class Generated:
-    """Images of a run, made when asked for: image i is sample.py's image i of this seed."""
+    """Images of a run, sampled on request: image i is sample.py's image i of this seed."""
 
-    names = None  # they have no partners
+    names = None  # psnr cannot pair them
 
     def __init__(self, source: str, path: Path, config, device):
         self.denoiser, self.arguments = sample.open_run(path, config, device)
         s, start = self.denoiser.settings, self.arguments["t_start"]
         if s.get("factor"):
-            raise ValueError(f"{source} enlarges images: python -m papers.superres enlarge writes "
-                             "its results, which psnr and fid take as a folder")
+            raise ValueError(f"{source} is a super-resolution run: enlarge images with python -m "
+                             "papers.superres enlarge, then score that folder")
         self.source, self.seed, self.device = source, config.seed, device
         self.n, self.shape = config.num or MIN_IMAGES, (s["channels"], *[s["image_size"]] * 2)
         self.notes = config.warnings(self.denoiser)
@@ -119,12 +119,12 @@ class Generated:
                         + f", from t = {start}" * (start < s["T"]))  # T − 1 if ᾱ(T) = 0
 
     def batch(self, indices: list[int]) -> Tensor:
-        """uint8 (b, C, H, W): quantized, as files are."""
+        """uint8 (b, C, H, W): quantised, like image files."""
         return sample.draw(self.denoiser, indices, self.seed, self.device, self.arguments)
 
 
 class Stored:
-    """A folder, zip, array or data set. size None: the images' own; channels None: 3."""
+    """Images of a folder, zip, array or data set. size None: the images' own; channels None: 3."""
 
     notes = ()
 
@@ -158,9 +158,9 @@ def find_run(source: str) -> Path | None:
 
 
 def open_sets(sources: list[str], config, dist) -> list:
-    """A Generated, Stored or features.Statistics for each source; for a run alone, its data set
-    too. All images have one shape: the run's if there is one, else --image-size and --channels,
-    else the images' own if they agree: images resized differently would measure the resizers."""
+    """Open each source as Generated, Stored or features.Statistics; for a single run, its data set
+    too. All images get one shape: a run's, else --image-size and --channels, else the images' own
+    if they agree. (Images resized in different ways would measure the resizers.)"""
     sets = [features.read_statistics(s) if config.metric == "fid" else None for s in sources]
     runs = [None if known else find_run(s) for s, known in zip(sources, sets, strict=True)]
     if config.metric == "fid" and len(sources) == 1:
@@ -177,14 +177,14 @@ def open_sets(sources: list[str], config, dist) -> list:
             sets[i] = Generated(sources[i], run, config, dist.device)
             for name, own in (("image_size", sets[i].shape[1]), ("channels", sets[i].shape[0])):
                 if getattr(config, name) not in (None, own):
-                    raise ValueError(f"{flag_name(name)}: leave it out, the run's images are "
-                                     + "x".join(map(str, sets[i].shape)))
+                    raise ValueError(f"{flag_name(name)} does not fit the run's images, "
+                                     + "x".join(map(str, sets[i].shape)) + ": leave it out")
             channels, size, _ = sets[i].shape
     for i, source in enumerate(sources):
         sets[i] = sets[i] or Stored(source, size, channels, config, dist.is_main)
     shapes = sorted({s.shape for s in sets if s.shape})
     if len(shapes) > 1:
-        raise ValueError(f"{' and '.join(sources)}: images of different shapes do not compare ("
+        raise ValueError(f"{' and '.join(sources)}: images of different shapes cannot be compared ("
                          + " and ".join("x".join(map(str, s)) for s in shapes)
                          + "): give --image-size, or --channels")
     return sets
@@ -221,15 +221,15 @@ def compare_pairs(sets, config, dist) -> dict:
     features.check_pairs(a, b)
     total = torch.zeros(2, dtype=torch.float64)
     for indices, batch in features.image_batches(a, config.batch_size, dist, "psnr"):
-        decibels = psnr(batch[:, :a.shape[0]].cpu(), b.batch(indices))  # gray as gray
+        decibels = psnr(batch[:, :a.shape[0]].cpu(), b.batch(indices))  # [:1] of gray images
         total += torch.stack([decibels.sum(), decibels.isinf().sum()])
     mean, equal = (dist.all_reduce(total) / torch.tensor([a.n, 1])).tolist()
-    warnings = [f"{equal:,.0f} pairs are equal: infinitely many decibels"] * (equal > 0)
+    warnings = [f"{equal:,.0f} pairs are equal: their PSNR is infinite"] * (equal > 0)
     return features.report("PSNR", mean, f"{mean:.4f} dB", None, sets, warnings)
 
 
 def save_statistics(sets, config, dist) -> dict:
-    """stats A OUT.npz: μ and Σ in pytorch-fid's form, and what they depend on -> a report."""
+    """stats A OUT.npz: save μ and Σ in pytorch-fid's form, with their settings -> a report."""
     net = features.open_network(config, dist)
     found = features.statistics(sets[0], net, config.batch_size, dist)
     dist.on_main(lambda: files.save_npz(config.out, **found.arrays()))
@@ -242,23 +242,23 @@ def save_statistics(sets, config, dist) -> dict:
 class MetricsConfig(samplers.SamplerConfig):
     metric: str = flag("", "what to calculate", choices=("fid", "is", "psnr", "stats"),
                        positional="METRIC", group="what")
-    images: tuple[str, ...] = flag((), "what to score (fid: a run alone is compared with its own "
-                                   "data set; stats: and the .npz to write)", positional="A [B]",
+    images: tuple[str, ...] = flag((), "what to score (fid: a single run is compared with its own "
+                                   "data set; stats: B is the .npz to write)", positional="A [B]",
                                    nargs="+")
     inception: Path | None = flag(None, f"file of Inception's weights, {inception.NAME}",
                                   shown="from the cache folder, else downloaded, 96 MB",
                                   group="features")
-    features: Path | None = flag(None, "another network instead of Inception; such a file can run "
-                                 "programs: give only one that you trust")
+    features: Path | None = flag(None, "a network that replaces Inception. Such a file can run "
+                                 "code: use only files that you trust")
     num: int | None = flag(None, "images of a run or of shapes; a set on disk is used whole",
                            short="-n", shown=f"{MIN_IMAGES}", group="images")
     image_size: int | None = flag(None, "resize and crop sets to this side", shown="the run's, "
                                   "else their own")
-    channels: int | None = flag(None, "1: turn sets gray", (1, 3), shown="the run's, else 3")
-    skip_bad_images: bool = flag(False, "continue without files that cannot be read")
+    channels: int | None = flag(None, "1: convert to gray", (1, 3), shown="the run's, else 3")
+    skip_bad_images: bool = flag(False, "skip files that cannot be read")
     batch_size: int = flag(64, "images at a time, per process")
     seed: int = flag(0, "of a run's images; image i is a function of (seed, i)")
-    json: bool = flag(False, "print one JSON object instead")
+    json: bool = flag(False, "print one JSON object instead of text")
 
     prog: ClassVar[str] = "metrics.py"
     usage: ClassVar[str] = "python metrics.py {fid,is,psnr,stats} A [B] [flags]"
@@ -267,17 +267,17 @@ Score images. A and B are each a folder, zip or array of images, a data set (sha
 an .npz of statistics (mu, sigma; fid only), or a run, which is sampled on the fly."""
     examples: ClassVar[str] = """\
   python metrics.py fid shapes-tiny-sa2
-      the FID of 10,000 samples of a run from the data set it was trained on
+      the FID of 10,000 samples of a run against its training set
   torchrun --nproc_per_node 8 metrics.py fid my-run cifar10 -n 50000 --sampler ddpm --nfe 1000
-      as papers do it: 50,000 samples against the training set
+      as in papers: 50,000 samples against the training set
   python metrics.py stats cifar10 cifar10.npz && python metrics.py fid samples/ cifar10.npz
-      statistics of a set once, used many times (in pytorch-fid's form)
+      compute the statistics of a set once, use them many times (in pytorch-fid's form)
   python metrics.py is samples/
   python metrics.py psnr enlarged/ originals/
       pairs of images, matched by folder and file name
   python metrics.py fid my-run --features classifier.pt2
-      a distance in the features of your own network: float32 (N, 3, H, W) in [-1, 1] ->
-      (N, D), saved by torch.export.save; never called FID. `is` takes the D numbers as logits"""
+      a distance in the features of your own network, reported as FD and not as FID: float32
+      (N, 3, H, W) in [-1, 1] -> (N, D), saved by torch.export.save. `is` takes the D as logits"""
 
     def check(self):
         super().check()
@@ -293,22 +293,23 @@ an .npz of statistics (mu, sigma; fid only), or a run, which is sampled on the f
             features.check_output(self.out)
 
     def refuse_unused(self, sampled, stored):
-        """ValueError for sampling flags if nothing is sampled, and flags of sets without a set."""
+        """ValueError: sampling flags if nothing is sampled, or flags of sets without a set."""
         names = {f.name for f in fields(samplers.SamplerConfig)} - {"device"} | {"seed"}
-        if stored and self.metric != "psnr" and not self.features:  # Inception is a network, too
+        if stored and self.metric != "psnr" and not self.features:  # these also apply to Inception
             names -= {"precision", "compile", "deterministic"}
         if not sampled and (unused := sorted(names & self.given)):
-            raise ValueError(f"{flag_name(unused[0])} is for sampling a run, and there is none")
+            raise ValueError(f"{flag_name(unused[0])} is only for sampling a run: leave it out")
         if self.skip_bad_images and all(source in data.BUILT_IN for source in stored):
-            raise ValueError("--skip-bad-images is for folders and zips of images: there is none")
+            raise ValueError("--skip-bad-images is only for folders and zips: leave it out")
         if self.num and not sampled and "shapes" not in stored:
-            raise ValueError("--num is for a run or for shapes: sets on disk are used whole")
+            raise ValueError("--num is only for a run or shapes: other sets are used whole")
 
 
 def main(argv=None):
     config = parse_into(MetricsConfig, argv)
-    # tf32=False: rounding to 10 bits moves FID by hundredths
-    with distributed.init(False, config.deterministic, device=config.device) as dist:
+    # Only on request, since rounding to 10 bits moves FID by hundredths.
+    tf32 = config.precision == "tf32"
+    with distributed.init(tf32, config.deterministic, device=config.device) as dist:
         sets = dist.main_first(lambda: open_sets(config.sources, config, dist))
         score_of = {"fid": fid, "is": score, "psnr": compare_pairs, "stats": save_statistics}
         report = score_of[config.metric](sets, config, dist)

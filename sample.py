@@ -35,13 +35,10 @@ from support.programs import run_main
 
 
 @dataclass
-class SampleConfig(samplers.SamplerConfig):  # --nfe, --spacing, --eta, ...
-    sampler: str = flag("ddpm", "which sampler; ddpm removes noise that a briefly trained network "
-                        "leaves, ddim keeps it, and is better in few calls after long training",
-                        choices=samplers.SAMPLERS, group="sampling")
+class SampleConfig(samplers.SamplerConfig):  # --sampler, --nfe, --spacing, --eta, ...
     run: str | None = flag(None, "a name under runs/, a run folder, or a checkpoint (default: the "
                            "newest run)", positional="RUN", group="images")
-    # -n too, since torchrun takes --num for the beginning of its own --numa-binding
+    # -n too, since torchrun takes --num as an abbreviation of its --numa-binding
     num: int = flag(64, "number of images; under torchrun write -n", short="-n")
     batch_size: int = flag(64, "images at a time, per process")
     seed: int = flag(0, "image i is a function of (seed, i)")
@@ -115,15 +112,15 @@ def sampling_record(config, denoiser, arguments: dict) -> dict:
     record = dict(step=denoiser.step, weights=denoiser.weights, weights_hash=denoiser.hash,
                   seed=config.seed, precision=config.precision,
                   **{**arguments, "variance": config.variance})
-    if digest := getattr(arguments["variance"], "digest", None):  # Γ, if it is estimated anew
+    if digest := getattr(arguments["variance"], "digest", None):  # it differs for a new Γ
         record["variance_digest"] = digest
     return record
 
 
 def main(argv=None):
     config = parse_into(SampleConfig, argv)
-    # tf32=False: a picture must not depend on how its batch was rounded
-    with distributed.init(False, config.deterministic, device=config.device) as dist:
+    tf32 = config.precision == "tf32"  # else a picture must not depend on how its batch is rounded
+    with distributed.init(tf32, config.deterministic, device=config.device) as dist:
         denoiser, arguments = open_and_print(config, dist)
         if denoiser.settings.get("factor"):
             name = denoiser.folder.name

@@ -3,10 +3,10 @@ r"""Samplers: from noise x_T back to an image x_0, in `nfe` network calls.
     ddpm          ancestral sampling: draw x_next from q(x_next | x_t, x̂_0)       DDPM, algorithm 2
     ddim          the same with an adjustable share eta of fresh noise              DDIM, eq. 12
     dpm-solver    the probability-flow ODE, its linear part solved exactly: singlestep order 1, 2, 3
-    dpm-solver++  the same for x_0 instead of ε; multistep order 2 (2M), which reuses the last call
-    heun          the same ODE in x/α over σ/α, corrected once a step; churn         EDM, alg. 1, 2
+    dpm-solver++  the same for x_0 instead of ε; multistep order 2 (2M) reuses the previous call
+    heun          the same ODE for x/α over σ/α, one correction per step; churn      EDM, alg. 1, 2
 
-All use one identity. Given (x_0, ε) at time t, the noise-free step to another time is
+All use one identity. Given (x_0, ε) at time t, the step to another time without fresh noise is
 
     x_next = α_next x_0 + σ_next ε                                         the DDIM step, order 1
 
@@ -14,12 +14,12 @@ DDPM and DDIM replace a part of ε by fresh noise. The DPM solvers read this ste
 
     d(x/α)/dλ = −exp(−λ) ε(x, λ),   λ = log(α/σ)                           the probability-flow ODE
 
-for constant ε. Expanding ε around the start of the step adds integrals of exp(−λ) times powers of
-λ: (exp(h) − 1) and ((exp(h) − 1)/h − 1) below, times differences of ε between points of the step.
+for constant ε. A Taylor expansion of ε in λ adds integrals of exp(−λ) times powers of λ: the
+factors (exp(h) − 1) and ((exp(h) − 1)/h − 1) below, of differences of ε between points of the step.
 
 Every sampler makes exactly nfe network calls. Heun takes two per step and may leave one unused; it
-then warns. All use only denoiser.predict(x, t) -> (x_0, ε) and the schedule, so each works with
-every schedule, prediction and time input. Not here: image files, estimated variances (papers/).
+then warns. Samplers use only denoiser.predict(x, t) -> (x_0, ε) and the schedule, so each works
+with every schedule, prediction and time input. Not here: image files; estimated variances.
 
     x = samplers.sample(denoiser, torch.randn(16, 3, 32, 32), "dpm-solver", 20, "logsnr")
 
@@ -39,6 +39,7 @@ from torch import Tensor
 
 from schedules import SPACINGS, Schedule, eps_from_x0, expand, time_grid
 from support.cli import device_flag, flag, flag_name
+from support.rng import SeededNoise
 
 SAMPLERS = ("ddpm", "ddim", "dpm-solver", "dpm-solver++", "heun")
 ESTIMATED = ("analytic", "npr", "sn")  # variances that papers/covariance.py reads from a run
@@ -52,22 +53,22 @@ def sample(denoiser, x: Tensor, sampler: str = "ddim", nfe: int = 50,
            noise: Callable | None = None, variance: str | Callable | None = None,
            t_start: float | None = None, s_churn: float = 0.0, s_min: float = 0.0,
            s_max: float = math.inf, s_noise: float = 1.0) -> Tensor:
-    r"""Noise x (B, ...) -> x_0 (B, ...), with nfe network calls (heun: at most).
+    r"""Sample: noise x (B, ...) -> x_0 (B, ...), with nfe network calls (heun: at most nfe).
 
     x                standard normal noise times initial_std()
-    spacing          of schedules.time_grid, or a falling tensor of times instead
+    spacing          a name for schedules.time_grid, or the times themselves (a falling tensor)
     eta              ddim: share of DDPM's fresh noise, from 0 (none) to 1 (DDPM)
     order            dpm-solver: 1, 2 or 3 (dpm-solver++ is always 2M)
     t_start, t_end   first and last time of the grid; t_start None: T
-    denoise_to_zero  the last call gives x_0, seen from t_end; else it is part of the step to t_end
-    clip             (low, high): x̂_0 is clamped, and ε computed again from it; None never clips
+    denoise_to_zero  the last call predicts x_0 at t_end; False: it is part of the step to t_end
+    clip             (low, high): clamp x̂_0 and compute ε again from it; None never clips
     noise            noise(shape) -> Gaussian like x; None draws from torch's global generator
     variance         of the fresh noise: "small" = η² β̃ (as None), "large" = β (ddpm only), or a
                      function (x, t, t_next) -> variance of x_next given x_t (ddpm and ddim)
     s_churn, ...     heun: EDM's S_churn, S_min, S_max, S_noise; its σ is σ/α
 
     UserWarning: heun leaves a call unused. ValueError, which names the flag: an argument is out of
-    range, or has no effect on this sampler; or ε-prediction at ᾱ = 0, where it has no x_0.
+    range or has no effect on this sampler; or ε-prediction at ᾱ = 0, which gives no x_0.
     """
     SamplerConfig(sampler=sampler, nfe=nfe, eta=eta, order=order, variance=variance, churn=s_churn,
                   churn_min=s_min, churn_max=s_max, churn_noise=s_noise).check()
@@ -77,7 +78,7 @@ def sample(denoiser, x: Tensor, sampler: str = "ddim", nfe: int = 50,
         warnings.warn(UNUSED_CALL.format(calls, nfe), stacklevel=3)  # 3: the caller's line
     if times[0] > initial_time(denoiser):
         raise ValueError(f"eps-prediction has no x_0 at t = {times[0]:g}, where alpha_bar = 0 in "
-                         f"{schedule.name}: predict v or x0, or start lower (t_start)")
+                         f"{schedule.name}: lower t_start, or predict v or x0")
     noise = noise or (lambda shape: torch.randn(shape, dtype=x.dtype, device=x.device))
     if sampler == "heun":
         times = times.tolist() + [0.0] * denoise_to_zero
@@ -94,7 +95,7 @@ def sample(denoiser, x: Tensor, sampler: str = "ddim", nfe: int = 50,
 
 
 def predict(denoiser, x, t, clip):
-    """denoiser.predict with x̂_0 clamped to clip. ε is then computed again, so that both give x."""
+    """denoiser.predict with x̂_0 clamped to clip. ε is recomputed, so that α x̂_0 + σ ε = x."""
     x0, eps = denoiser.predict(x, t)
     if clip is None:
         return x0, eps
@@ -109,7 +110,7 @@ def ddim(denoiser, x, times, eta, variance, clip, noise):
         x0, eps = predict(denoiser, x, t, clip)
         alpha_next, sigma_next = schedule.alpha_sigma(t_next)
         beta, beta_tilde = schedule.step_variances(t, t_next)
-        fresh = eta**2 * beta_tilde  # this part of ε's variance is replaced by fresh noise
+        fresh = eta**2 * beta_tilde  # fresh noise replaces this part of ε's variance
         var = beta if variance == "large" else fresh
         if callable(variance):
             var = torch.as_tensor(variance(x, t, t_next), dtype=torch.float64)
@@ -120,8 +121,8 @@ def ddim(denoiser, x, times, eta, variance, clip, noise):
 
 
 def dpm_solver(denoiser, x, times, orders, clip):
-    """Singlestep DPM-Solver (Lu et al. 2022, algorithms 1 and 2) with singlestep_plan()'s updates:
-    h is the length of one in λ, and its inner points are at λ + r1 h and λ + r2 h."""
+    """Singlestep DPM-Solver (Lu et al. 2022, algorithms 1 and 2) with singlestep_plan()'s updates.
+    An update has length h in λ and inner points at λ + r1 h and λ + r2 h."""
     for order in orders:
         t, times = times[:order + 1], times[order:]  # start, inner points, end
         points = torch.tensor(t, dtype=torch.float64)
@@ -143,9 +144,9 @@ def dpm_solver(denoiser, x, times, orders, clip):
 
 
 def dpm_solver_2m(denoiser, x, times, clip):
-    """DPM-Solver++ 2M (Lu et al. 2023, algorithm 2): the slope of x_0 comes from the last step. The
-    first step has none and is order 1. So is the last of fewer than 10 steps: extrapolating that
-    far does more harm than good."""
+    """DPM-Solver++ 2M (Lu et al. 2023, algorithm 2): the previous step gives the slope of x_0. The
+    first step has no slope and is order 1. The last step of fewer than 10 is also order 1: such a
+    long extrapolation does more harm than good."""
     schedule, steps = denoiser.schedule, len(times) - 1
     x0_before, h_before = None, 0.0
     for i, (t, t_next) in enumerate(pairwise(times)):
@@ -153,7 +154,7 @@ def dpm_solver_2m(denoiser, x, times, clip):
         alpha_next, sigma_next = schedule.alpha_sigma(t_next)
         h = schedule.lam(t_next) - schedule.lam(t)
         x = alpha_next * x0 + sigma_next * eps
-        # A step of no length, or of infinite length (from ᾱ = 0), gives no slope.
+        # A step of length 0 or infinite length (from ᾱ = 0) gives no slope.
         if 0 < h_before < math.inf and not (i == steps - 1 and steps < 10):
             x = x - alpha_next * torch.expm1(-h) / 2 * h / h_before * (x0 - x0_before)
         x0_before, h_before = x0, h
@@ -161,8 +162,8 @@ def dpm_solver_2m(denoiser, x, times, clip):
 
 
 def heun(denoiser, x, times, clip, noise, s_churn, s_min, s_max, s_noise):
-    """Heun's method on d(x/α)/d(σ/α) = ε: EDM's algorithm 2, for every schedule. Two steps are
-    order 1: the step to t = 0, which gives x_0, and a step from α = 0."""
+    """Heun's method for d(x/α)/d(σ/α) = ε: EDM's algorithm 2, for every schedule. The step to t = 0
+    (it gives x_0) and a step from α = 0 are order 1."""
     schedule = denoiser.schedule
     gamma = min(s_churn / max(len(times) - 1, 1), math.sqrt(2) - 1)
     for t, t_next in pairwise(times):
@@ -179,8 +180,8 @@ def heun(denoiser, x, times, clip, noise, s_churn, s_min, s_max, s_noise):
 
 def add_churn(schedule, x, t, gamma, s_min, s_max, s_noise, noise):
     """Raise σ/α to σ̂ = σ/α (1 + γ): x/α ← x/α + √(σ̂² − (σ/α)²) s_noise z -> (x, t̂). σ̂ cannot
-    exceed the schedule's maximum, so at t = T only edm adds noise. z is drawn only if it is used;
-    EDM's program draws it at every step, so seeds do not compare."""
+    exceed the schedule's maximum, so at t = T only edm adds noise. z is drawn only if it is used.
+    EDM's program draws it at every step: equal seeds give other images there."""
     alpha, sigma = schedule.alpha_sigma(t)
     t_hat = schedule.t_of_lam(schedule.lam(t) - math.log1p(gamma)).item()
     alpha_hat, sigma_hat = schedule.alpha_sigma(t_hat)
@@ -194,7 +195,7 @@ def grid_for_nfe(schedule: Schedule, sampler: str, nfe: int, spacing: str | Tens
                  t_end: float = 1.0, t_start: float | None = None,
                  denoise_to_zero: bool = True) -> tuple[Tensor, int]:
     """(times, calls): the longest time grid that nfe network calls allow, and the calls it uses.
-    spacing may be a function (points, t_start, t_end) -> times, or the times: then calls is nfe."""
+    spacing: also a function (points, t_start, t_end) -> times, or the times (calls is then nfe)."""
     def grid(points):
         if callable(spacing):
             return spacing(points, schedule.T if t_start is None else t_start, t_end)
@@ -212,16 +213,16 @@ def grid_for_nfe(schedule: Schedule, sampler: str, nfe: int, spacing: str | Tens
     while schedule.lam(times[0]) == -math.inf and heun_calls(grid(len(times) + 1)) <= nfe:
         times = grid(len(times) + 1)
     if heun_calls(times) == 0:
-        raise ValueError(f"nfe {nfe} is too small for heun, whose steps take two calls: use 2")
+        raise ValueError(f"--nfe {nfe} is too small for heun, which needs two calls: use 2")
     return times, heun_calls(times)
 
 
 def check_time_grid(times: Tensor, T: int) -> Tensor:
-    """The grid as float64 on the CPU. ValueError: not strictly falling times in (0, T]."""
+    """Check a grid -> float64 on the CPU. ValueError: not strictly falling times in (0, T]."""
     times = times.double().cpu()
     if times.dim() != 1 or not len(times) or (times.diff() >= 0).any() or not (
             0 < times[-1] <= times[0] <= T):
-        raise ValueError(f"a grid of times must fall strictly, above 0 and up to {T}")
+        raise ValueError(f"the times of a grid must fall strictly and lie in (0, {T}]")
     return times
 
 
@@ -230,16 +231,16 @@ def singlestep_plan(schedule, times, order, equal=False) -> tuple[Tensor, list[i
 
     As many updates of full order as fit, then the rest: 10 steps are 3 + 3 + 3 + 1. Inner points
     are grid points; with `equal`, updates and their parts are equally long in λ instead. An update
-    that does not move in λ throughout (ᾱ = 0, clipped log SNR) becomes order 1.
+    in which λ stands still (ᾱ = 0, clipped log SNR) becomes steps of order 1.
     """
     no_signal = int((schedule.lam(times)[:-1] == -math.inf).sum())
     full, rest = divmod(len(times) - 1 - no_signal, order)
     orders = [1] * no_signal + [order] * full + [rest] * (rest > 0)
     if order == 3 and full and not rest:
-        orders[-1:] = [2, 1]  # DPM-Solver-fast keeps two short updates for the end
+        orders[-1:] = [2, 1]  # as DPM-Solver-fast does
     if equal and orders:
         outer = time_grid(schedule, len(orders) + 1, "logsnr", times[-1].item(), times[0].item())
-        parts = [outer[:1]]  # first the start, then each update's inner points and its end
+        parts = [outer[:1]]  # the start, then the inner points and the end of each update
         for t, t_next, o in zip(outer[:-1], outer[1:], orders, strict=True):
             lam = torch.lerp(schedule.lam(t), schedule.lam(t_next), torch.arange(1, o).double() / o)
             parts += [schedule.t_of_lam(lam), t_next[None]]
@@ -248,25 +249,10 @@ def singlestep_plan(schedule, times, order, equal=False) -> tuple[Tensor, list[i
     return times, [o for m in moves for o in ([len(m)] if m.all() else [1] * len(m))]
 
 
-class SeededNoise:
-    """noise(shape) -> (B, ...) float32, where image i depends on its own seed alone. It is drawn on
-    the CPU, so that a seed gives the same noise on every device."""
-
-    def __init__(self, seeds: Sequence[int], device="cpu"):
-        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        self.device = device
-
-    def __call__(self, shape) -> Tensor:
-        if shape[0] != len(self.generators):
-            raise ValueError(f"{shape[0]} images, but {len(self.generators)} seeds")
-        return torch.stack([torch.randn(shape[1:], generator=g)
-                            for g in self.generators]).to(self.device)
-
-
 def sample_from_seeds(denoiser, seeds: Sequence[int], device="cpu", **arguments) -> Tensor:
-    """Sample an x_0 per seed, a function of that seed alone: (B, *denoiser.shape). arguments: those
-    of sample(). ValueError: the result is not finite (it would look like black images)."""
-    noise = SeededNoise(seeds, device)  # first x, then the noise that samplers add
+    """Sample one x_0 per seed, a function of that seed alone -> (B, *denoiser.shape). arguments:
+    those of sample(). ValueError: the result is not finite (the images would look black)."""
+    noise = SeededNoise(seeds, device)  # it gives x first, then the noise that samplers add
     x = initial_std(denoiser.schedule, **arguments) * noise((len(seeds), *denoiser.shape))
     x = sample(denoiser, x, noise=noise, **arguments)
     if not x.isfinite().all():
@@ -276,14 +262,13 @@ def sample_from_seeds(denoiser, seeds: Sequence[int], device="cpu", **arguments)
 
 def initial_std(schedule: Schedule, sampler="ddim", nfe=50, spacing="uniform", t_end=1.0,
                 t_start=None, denoise_to_zero=True, **others) -> float:
-    """The std of x at the first time of sample() with these arguments: about 1, and σ with edm (80
-    at T; below T that would be noise that no network was trained on)."""
+    """The std of x at the first time of sample() with these arguments: about 1; σ with edm."""
     times, _ = grid_for_nfe(schedule, sampler, nfe, spacing, t_end, t_start, denoise_to_zero)
     return schedule.alpha_sigma(times[0])[1].item() if schedule.variance_exploding else 1.0
 
 
 def initial_time(denoiser) -> int:
-    """The largest t to start from: T, or T − 1 for ε-prediction with ᾱ(T) = 0 (no x_0 there)."""
+    """The largest t to start from: T, or T − 1 if ᾱ(T) = 0 and ε-prediction gives no x_0 there."""
     T, needs_signal = denoiser.schedule.T, getattr(denoiser, "prediction", None) == "eps"
     return T - int(needs_signal and denoiser.schedule.alpha_bar(T) == 0)
 
@@ -292,37 +277,39 @@ def initial_time(denoiser) -> int:
 class SamplerConfig:
     """The flags of sample.py and metrics.py that choose a sampler."""
 
-    sampler: str = flag("ddim", "which sampler", choices=SAMPLERS, group="sampling")
+    sampler: str = flag("ddpm", "ddpm replaces noise that a briefly trained network leaves; ddim "
+                        "keeps it, and suits few calls", choices=SAMPLERS, group="sampling")
     nfe: int = flag(50, "network calls per image; heun: 2N - 1 for N steps")
-    spacing: str = flag("uniform", "times of the calls; remap: uniform in the time input of a "
-                        "--remap run", choices=(*SPACINGS, "remap"))
+    spacing: str = flag("uniform", "times of the calls; remap: uniform in f(t) of a --remap run",
+                        choices=(*SPACINGS, "remap"))
     eta: float = flag(0.0, "ddim: share of fresh noise, 0 to 1")
     order: int = flag(3, "dpm-solver: its order", choices=(1, 2, 3))
-    variance: str | None = flag(None, "of the fresh noise: large for ddpm; for ddpm and ddim "
-                                "analytic (papers.covariance), or npr or sn of a run with such a "
-                                "head", choices=("small", "large", *ESTIMATED), shown="small")
-    churn: float = flag(0.0, "heun: noise added and removed on the way, EDM's S_churn")
-    churn_min: float = flag(0.0, "... from this noise level on")
-    churn_max: float = flag(math.inf, "... up to this noise level", shown="no limit")
-    churn_noise: float = flag(1.0, "... times this, EDM's S_noise")
+    variance: str | None = flag(None, "of the fresh noise; large: ddpm only; analytic: from "
+                                "papers.covariance; npr, sn: from the run's second head",
+                                choices=("small", "large", *ESTIMATED), shown="small")
+    churn: float = flag(0.0, "heun: noise that is added and removed again, EDM's S_churn")
+    churn_min: float = flag(0.0, "heun: churn only above this noise level")
+    churn_max: float = flag(math.inf, "heun: churn only below this noise level", shown="no limit")
+    churn_noise: float = flag(1.0, "heun: factor of the churn noise, EDM's S_noise")
     clip: str = flag("auto", "keep the predicted x_0 in the data's range; auto: for ddpm, and ddim "
                      "with fresh noise", choices=("auto", "on", "off"))
-    precision: str = flag("fp32", "of the networks; bf16 is faster, and rounds", ("fp32", "bf16"))
+    precision: str = flag("fp32", "of the networks; tf32 (on GPUs) and bf16 are faster, and round",
+                          ("fp32", "tf32", "bf16"))
     device: str = device_flag()
-    compile: bool = flag(False, "torch.compile the networks: a minute at the start")
-    deterministic: bool = flag(False, "the same bits again on GPUs too, by slower algorithms")
-    weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
+    compile: bool = flag(False, "torch.compile the networks: takes a minute at the start")
+    deterministic: bool = flag(False, "repeat results bit for bit on GPUs too, but more slowly")
+    weights: str = flag("ema", "averaged (ema) or last (raw) weights", choices=("ema", "raw"))
     given: ClassVar[frozenset] = frozenset()  # the typed flags: support.cli sets it
 
     def check(self) -> None:
-        """ValueError that begins with the flag it is about: out of range, or without effect."""
+        """ValueError that begins with the flag: out of range, or without effect."""
         churn = ("churn", "churn_min", "churn_max", "churn_noise")
         used = {"ddpm": ("variance",), "ddim": ("eta", "variance" * (self.variance != "large")),
                 "dpm-solver": ("order",), "dpm-solver++": (), "heun": churn}.get(self.sampler)
         if used is None:
             raise ValueError(f"--sampler must be one of {' '.join(SAMPLERS)}, not {self.sampler!r}")
         if not (callable(self.variance) or self.variance in (None, "small", "large", *ESTIMATED)):
-            raise ValueError(f"--variance {self.variance!r} is neither small, large nor a function")
+            raise ValueError(f"--variance {self.variance!r}: use small, large or a function")
         for name, low, high in (("nfe", 1, 100_000), ("order", 1, 3), ("eta", 0, 1),
                                 ("churn", 0, 1e9), ("churn_min", 0, 1e9), ("churn_noise", 0, 1e9),
                                 ("churn_max", self.churn_min, math.inf)):
@@ -340,19 +327,19 @@ class SamplerConfig:
         """(times, network calls) for this run."""
         spacing = self.spacing
         if spacing == "remap" and (spacing := getattr(denoiser, "sampling_grid", None)) is None:
-            raise ValueError("--spacing remap needs a run trained with --remap: choose another")
+            raise ValueError("--spacing remap needs a run of --remap: choose another spacing")
         return grid_for_nfe(denoiser.schedule, self.sampler, self.nfe, spacing,
                             t_start=initial_time(denoiser))
 
     def arguments(self, denoiser) -> dict:
         """The arguments of sample(). ValueError: flags that do not fit this run."""
         (times, nfe), variance = self.grid(denoiser), self.variance
-        # Fresh noise at every step also moves x̂_0 out of the data's range: without the clip the
-        # colours of a whole set can drift. EDM's settings for churn were found without a clip.
+        # Fresh noise at every step also moves x̂_0 out of the data's range: without the clip, the
+        # colours of all images can drift. EDM's churn settings were tuned without a clip.
         noisy = self.sampler == "ddpm" or self.eta > 0 or variance is not None
         clip = denoiser.value_range if self.clip == "on" or self.clip == "auto" and noisy else None
         if self.clip == "on" and clip is None:
-            raise ValueError("--clip on: latents have no range to clip to")
+            raise ValueError("--clip on: latents have no range to clip to; use --clip off")
         if variance in ESTIMATED:
             variance = importlib.import_module("papers.covariance").variance_from_run(
                 denoiser, variance, self.sampler == "ddpm", self.eta)
@@ -362,13 +349,13 @@ class SamplerConfig:
                     s_max=self.churn_max, s_noise=self.churn_noise)
 
     def warnings(self, denoiser) -> list[str]:
-        """Lines about flags that have less effect than they promise."""
+        """Lines about flags that have less effect than expected."""
         calls, steps = self.grid(denoiser)[1], self.nfe - 1
         lines = [UNUSED_CALL.format(calls, self.nfe)] * (calls != self.nfe)
         if steps == 0:
             lines += [f"{flag_name(name)} has no effect: a single network call makes no step"
                       for name in ("spacing", "eta", "order", "variance") if name in self.given]
         elif self.sampler == "dpm-solver" and steps < self.order:
-            lines.append(f"--order {self.order} takes {self.order + 1} calls, the last of them for "
-                         f"x_0: with --nfe {self.nfe} it is order {steps}")
+            lines.append(f"--order {self.order} needs {self.order + 1} calls, the last for x_0: "
+                         f"with --nfe {self.nfe} it is order {steps}")
         return lines

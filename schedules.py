@@ -1,4 +1,4 @@
-r"""The forward process: the shares of signal and noise in x_t, and the time grids of samplers.
+r"""The forward process: how much signal and noise x_t holds, and the time grids of samplers.
 
     x_t = α x_0 + σ ε,   α = √ᾱ(t),   σ = √(1 − ᾱ(t)),   ε ~ N(0, I)                    DDPM eq. 4
 
@@ -7,20 +7,20 @@ Diffusion Noise Schedules and Sample Steps are Flawed" (zero-terminal-snr), Karr
 α = 1 and σ is its noise level), and E-TSDM (the continuous forms; Modified-NS, the names in -mns).
 
 Time t is a real number in [0, T]. t = 0 is clean data, the integers 1..T are DDPM's steps, and
-ᾱ(0) = 1 exactly, so no array of "previous" values exists. Discrete schedules are a float64 table of
-log ᾱ over 0..T, read between integers by linear interpolation; continuous ones are a closed form in
-u = t/T. The logarithm keeps both ends exact: 1 − ᾱ = −expm1(log ᾱ) has all its digits at t = 1e-9,
-and log 0 is −∞. EDM's x is that of the same SNR divided by √ᾱ: only alpha_sigma() and
-step_variances() use this.
+ᾱ(0) = 1 exactly, so no array of "previous" values is needed. A discrete schedule is a float64 table
+of log ᾱ over 0..T, with linear interpolation between integers. A continuous schedule is a closed
+form in u = t/T. The logarithm keeps both ends exact: 1 − ᾱ = −expm1(log ᾱ) has all its digits at
+t = 1e-9, and log 0 is −∞. With edm, x_t is the usual x_t of the same SNR, divided by √ᾱ. Only
+alpha_sigma() and step_variances() depend on this.
 
-Not here: the time that the network receives (etsdm.py), and steps backwards (samplers.py).
+Not here: the network's time input (etsdm.py), reverse steps (samplers.py).
 
     python -c "import schedules; print(schedules.make_schedule('cosine').alpha_sigma(500))"
     python -m papers.figures schedules      # log SNR over t, and E-TSDM's figure A9
 
 ᾱ (alpha_bar) signal power; λ (lam) = log(α/σ), half the log signal-to-noise ratio (SNR);
-β_t = 1 − ᾱ(t)/ᾱ(t−1); β̃ (beta_tilde) the variance of q(x_next | x_t, x_0). All is float64 until it
-meets x.
+β_t = 1 − ᾱ(t)/ᾱ(t−1); β̃ (beta_tilde) the variance of q(x_next | x_t, x_0). All values are float64
+until they multiply x.
 """
 
 import functools
@@ -36,12 +36,12 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM's noise levels at t = 1 and t = T
 
 
 class Schedule:
-    """ᾱ and related quantities as functions of t in [0, T], a number or a tensor of any shape: each
-    returns float64 of that shape. make_schedule() builds it.
+    """ᾱ and related quantities as functions of t in [0, T]. t is a number or a tensor of any shape;
+    the result is float64 of that shape. make_schedule() builds a Schedule.
 
     variance_exploding   α = 1 (edm) instead of α² + σ² = 1: x, α and σ are divided by √ᾱ. λ, its
-                         inverse and ᾱ = 1/(1 + σ²), which belong to the SNR, are not
-    prior_std            std of the noise that stands for x_T: 1, or EDM's σ(T) = 80
+                         inverse and ᾱ = 1/(1 + σ²) depend only on the SNR and stay the same
+    prior_std            std of the noise that replaces x_T: 1, or EDM's σ(T) = 80
     """
 
     def __init__(self, name, T, continuous, log_alpha_bar, inverse, variance_exploding=False):
@@ -82,7 +82,7 @@ class Schedule:
         variance exploding, of x/√ᾱ: β = σ_t² − σ_next² and β̃ = β σ_next²/σ_t²
         """
         log_t, log_next = self.log_alpha_bar(t), self.log_alpha_bar(t_next)
-        # Equal: a step of no length. If ᾱ = 0 at both ends, the difference would be ∞ − ∞.
+        # Equal values: a step of length 0. If ᾱ = 0 at both ends, the difference would be ∞ − ∞.
         beta = torch.where(log_t == log_next, 0.0, -torch.expm1(log_t - log_next))
         beta_tilde = beta * torch.expm1(log_next) / torch.expm1(log_t)
         if self.variance_exploding:
@@ -95,16 +95,16 @@ def make_schedule(name: str, T: int = 1000, continuous: bool = False, image_size
     r"""Build the Schedule of this name (SCHEDULES). image_size (pixels) is for cosine-shift only.
 
     betas are β_1 and β_T at T = 1000, for the linear and quadratic families (latent diffusion's are
-    0.0015 and 0.0195). For another T both are scaled by 1000/T, so that x_T holds as much noise.
+    0.0015 and 0.0195). For another T both are scaled by 1000/T, so that x_T stays equally noisy.
     Continuous forms use the rates 1000 β. edm is always continuous, from SIGMA_MIN to SIGMA_MAX.
-    ValueError: unknown name, T < 2, betas that do not rise, or a β >= 1 (too few steps for them).
+    ValueError: unknown name, T < 2, betas that do not rise, or a β >= 1 (T is too small).
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}: choose from {' '.join(SCHEDULES)}")
     if int(T) != T or T < 2:
         raise ValueError(f"T must be a whole number of steps, at least 2, not {T}")
     if not 0 < betas[0] < betas[1]:
-        raise ValueError(f"betas must rise from above 0, not from {betas[0]} to {betas[1]}")
+        raise ValueError(f"--betas must rise and be above 0, not {betas[0]} and {betas[1]}")
     T = int(T)
     if name == "edm":
         return Schedule(name, T, True, *edm_form(T), variance_exploding=True)
@@ -127,7 +127,7 @@ def discrete_form(name, T, image_size, betas):
     elif name in ("linear", "zero-terminal-snr"):
         log_ab = log_product(torch.linspace(low, high, T, dtype=torch.float64))
         log_ab = zero_terminal(log_ab) if name == "zero-terminal-snr" else log_ab
-    elif name == "linear-mns":  # β_t = β_T t/T
+    elif name == "linear-mns":  # β_t = β_T t/T; the paper's begins with β_1 = 0
         log_ab = log_product(high * u[1:])
     else:
         root = torch.linspace(math.sqrt(low), math.sqrt(high), T, dtype=torch.float64)
@@ -143,7 +143,7 @@ def discrete_form(name, T, image_size, betas):
 
 
 def log_product(beta):
-    """β_1..β_T -> log ᾱ over 0..T: a sum of log1p(−β). A product of 1 − β would round to 1."""
+    """β_1..β_T -> log ᾱ over 0..T. A sum of log1p(−β) keeps the digits that 1 − β rounds away."""
     if beta.max() >= 1:
         raise ValueError(f"beta reaches {beta.max():.4g} with T = {len(beta)}, and must stay below "
                          "1: use a larger T")
@@ -160,7 +160,7 @@ def zero_terminal(log_ab):
 
 def interpolated(log_ab):
     """(log ᾱ, its inverse) from the values log_ab (T+1,) at 0..T, by linear interpolation."""
-    table_on = functools.cache(log_ab.to)  # a copy per device: to copy at each step stalls a GPU
+    table_on = functools.cache(log_ab.to)  # one copy per device: a copy per step stalls a GPU
 
     def forward(t):
         table = table_on(t.device)
@@ -188,7 +188,7 @@ def continuous_form(name, T, image_size, betas):
         slope = high - low
         line = form = (lambda u: -(low * u + slope * u**2 / 2),
                        lambda y: -2 * y / (low + (low**2 - 2 * slope * y).sqrt()))
-        if name == "zero-terminal-snr":  # α ← (α − α(T))/(1 − α(T)); expm1: the digits near t = 0
+        if name == "zero-terminal-snr":  # α ← (α − α(T))/(1 − α(T)); expm1 is exact near t = 0
             keep = 1 - math.exp(-(low + slope / 2) / 2)
             form = (lambda u: 2 * torch.log1p((torch.expm1(line[0](u) / 2) / keep).clamp(min=-1)),
                     lambda y: line[1](2 * torch.log1p(torch.expm1(y / 2) * keep)))
@@ -214,7 +214,7 @@ def log_cosine(u, offset):
     r"""log f(u)/f(0), f(u) = cos²((u + offset)/(1 + offset) π/2); iDDPM has offset 0.008."""
     angle = (u + offset) / (1 + offset) * math.pi / 2
     start = offset / (1 + offset) * math.pi / 2
-    # log cos² two ways: each keeps its digits at one end, cos near 1 or cos near 0.
+    # Two forms of log cos²: the first is accurate for cos near 1, the second for cos near 0.
     log_cos = torch.where(angle < 1, torch.log1p(-angle.sin() ** 2), 2 * angle.cos().abs().log())
     return log_cos - math.log1p(-math.sin(start) ** 2)
 
@@ -234,9 +234,9 @@ def cosine_continuous(offset, floor=-20.0):
 
 
 def cosine_shift(u, image_size, limit=15.0):
-    """log SNR = −2 log tan(πu/2) + 2 log(64/image_size), within ±limit; ᾱ(0) = 1 all the same
-    (simple diffusion, Hoogeboom 2023). Adjacent pixels of a large image average noise away, so it
-    needs more. A side of 64 gives the plain cosine."""
+    """log SNR = −2 log tan(πu/2) + 2 log(64/image_size), within ±limit; ᾱ(0) is still 1 (Hoogeboom
+    2023, who maps t to a range of angles instead of this limit). A large image needs more noise,
+    because neighbouring pixels are alike and average it away."""
     log_snr = -2 * torch.log(torch.tan(math.pi * u / 2).abs()) + 2 * math.log(64 / image_size)
     log_ab = -torch.logaddexp(-log_snr.clamp(-limit, limit), torch.zeros_like(u))
     return torch.where(u > 0, log_ab, torch.zeros_like(u))
@@ -289,13 +289,13 @@ def eps_from_x0(schedule: Schedule, xt: Tensor, t: Tensor | float, x0: Tensor) -
 
 def time_grid(schedule: Schedule, points: int, spacing: str = "uniform", t_end: float = 1.0,
               t_start: float | None = None) -> Tensor:
-    r"""Return `points` strictly falling times (float64) from t_start, T unless given, to t_end.
+    r"""Return `points` strictly falling times (float64) from t_start (default T) to t_end.
 
-    uniform, quadratic   equal steps in t, in √t: real numbers, since rounding could repeat a step
-    logsnr               equal steps in λ. If ᾱ(t_start) = 0, λ is −∞ there: then from λ(T − 1) on
+    uniform, quadratic   equal steps in t or √t. Times stay real: rounding could repeat a time
+    logsnr               equal steps in λ. If ᾱ(t_start) = 0, λ is −∞: they begin at λ(T − 1)
     leading              1 + (T // points) i, the grid of DDIM's and SA-DPM's programs: 901, 801,
-                         ..., 1 for 10 points. It counts the steps t_end, t_end + 1, ..., t_start,
-                         in continuous time too, and stops short of t_start
+                         ..., 1 for 10 points. It picks from the steps t_end, t_end + 1, ...,
+                         t_start, in continuous time too, and ends below t_start
 
     A single point is t_start; leading rejects it, since its point would be t_end. ValueError: times
     out of order or range, or more leading points than steps.

@@ -2,14 +2,14 @@ r"""A Gaussian mixture whose ideal network is known exactly: the oracle of tests
 
     x_0 ~ Σ_k w_k N(μ_k, s_k² I)    =>    x_t ~ Σ_k w_k N(α μ_k, v_k I),    v_k = α² s_k² + σ²
 
-    r_k(x)    = w_k N(x; α μ_k, v_k I) / Σ_j (the same)            which component x_t came from
+    r_k(x)    = w_k N(x; α μ_k, v_k I) / Σ_j (the same for j)       posterior of the component k
     ε*(x, t)  = E[ε | x_t]   = Σ_k r_k σ (x − α μ_k)/v_k           = −σ times the score
     x0*(x, t) = E[x_0 | x_t] = Σ_k r_k (μ_k + α s_k² (x − α μ_k)/v_k)
 
 oracle() turns these into a network net(x, c). Any sampler, loss or analysis can then be tested on
-a problem whose right answer is known. Under E-TSDM the oracle is theorem 4.1's, the average of ε*
-over a sub-interval. (A trained network is slightly better: it weighs each t' by q_t'(x), how likely
-t' is to have made this x.)
+a problem with a known answer. Under E-TSDM the oracle is theorem 4.1's network, the average of ε*
+over a sub-interval. (A trained network is slightly better: it weights each t' by q_t'(x), the
+density of this x at t'.)
 
 Not here: training, or images.
 
@@ -46,7 +46,7 @@ class Mixture:
         return torch.tensordot(self.weights, self.means, 1)
 
     def variance(self) -> Tensor:
-        """Of each coordinate: E[s² + μ²] − mean²."""
+        """Variance of each coordinate: E[s² + μ²] − mean²."""
         square = torch.tensordot(self.weights, self.means**2, 1)
         return square + self.weights @ self.stds**2 - self.mean() ** 2
 
@@ -66,13 +66,13 @@ class Mixture:
 
 
 def two_bumps(shape: tuple[int, ...] = (1,)) -> Mixture:
-    """An uneven pair, far enough apart to be two components and near enough to interact."""
+    """Two unequal components, far enough apart to differ and near enough to interact."""
     ones = torch.ones(shape, dtype=torch.float64)
     return Mixture([0.3, 0.7], torch.stack([-0.6 * ones, 0.4 * ones]), [0.15, 0.25])
 
 
 def one_gaussian(shape: tuple[int, ...] = (1,), std: float = 0.5) -> Mixture:
-    """x_0 ~ N(0, std²): every formula has one line."""
+    """x_0 ~ N(0, std²): each formula is then one line."""
     return Mixture([1.0], torch.zeros(1, *shape, dtype=torch.float64), [std])
 
 
@@ -80,8 +80,8 @@ def oracle(mixture: Mixture, schedule: Schedule, prediction: str = "eps",
            times: Callable | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     r"""The ideal network net(x (B, ...), c (B,)) -> like x, for eps, v or x0 prediction.
 
-    times(c) lists the times that time input c may stand for, each (B,), and the result is the
-    average over them. None: c is t. shared_times() lists E-TSDM's; for a remap it is the inverse,
+    times(c) lists all times that share the time input c, each (B,); the result is the average over
+    them. None: c is t. For E-TSDM use shared_times(), for a remap its inverse,
     times=lambda c: [unremap(c, "sqrt")].
     """
     def net(x, c):
@@ -97,8 +97,8 @@ def oracle(mixture: Mixture, schedule: Schedule, prediction: str = "eps",
 
 def shared_times(interval: float, n: int,
                  continuous: bool = False) -> Callable[[Tensor], list[Tensor]]:
-    """times(c) for E-TSDM: the times of the part that begins at c, its integers (1 for 0) or, in
-    continuous time, 16 midpoints."""
+    """times(c) for E-TSDM: the times of the sub-interval that begins at c. These are its integers
+    (with 1 for 0) or, in continuous time, 16 midpoints."""
     width = interval / n
     if continuous:
         offsets = (torch.arange(16, dtype=torch.float64) + 0.5) / 16 * width

@@ -32,7 +32,7 @@ import losses
 import samplers
 from config import Config
 from denoiser import build_denoiser, load_run
-from support import checkpoint, device, distributed, precision, rng
+from support import checkpoint, device, distributed, memory, precision, rng
 from support.cli import parse_into
 from support.optimizers import make_optimizer, set_learning_rate
 from support.programs import StopSignal, ignore_write_errors, run_main
@@ -96,6 +96,8 @@ class TrainState:
     def __init__(self, objective, config):
         self.objective, self.net = objective, objective.net
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.averages, self.values = ([v for v in net.state_dict().values()
+                                       if v.is_floating_point()] for net in (self.ema, self.net))
         self.optimizer = make_optimizer(self.net, config)
         self.step = self.skipped = 0
 
@@ -158,7 +160,7 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
     if all(map(math.isfinite, (*means, norm))):
         set_learning_rate(state.optimizer, config, state.step)  # warm-up and decay
         state.optimizer.step()
-        update_ema(state.ema, state.net, config.ema, state.step - state.skipped)
+        update_ema(state.averages, state.values, config.ema, state.step - state.skipped)
     else:
         state.skipped += 1
     state.step += 1
@@ -166,13 +168,11 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
 
 
 @torch.no_grad()
-def update_ema(ema, net, decay, updates):
-    """ema ← d ema + (1 − d) net,  d = min(decay, (1 + n)/(10 + n)) after n updates: without this
-    warm-up, decay 0.9999 leaves 90 % of the random start after a thousand steps."""
-    d = min(decay, (1 + updates) / (10 + updates))
-    averages, values = ema.state_dict(), net.state_dict()
-    floats = [k for k, v in averages.items() if v.is_floating_point()]
-    torch._foreach_lerp_([averages[k] for k in floats], [values[k] for k in floats], 1 - d)
+def update_ema(averages: list, values: list, decay, updates):
+    """average ← d average + (1 − d) value,  d = min(decay, (1 + n)/(10 + n)) after n updates:
+    without this warm-up, which neither paper has, decay 0.9999 leaves 90 % of the random start
+    after a thousand steps."""
+    torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + updates) / (10 + updates)))
 
 
 # ------------------------------------------------------------------ the loop
@@ -181,7 +181,8 @@ def train(state, dataset, config, run, dist, stop):
     total_steps = config.images // config.batch_size
     amp_dtype = precision.autocast_dtype(config.precision, dist.device)
     # state.net stays the bare network, for the optimizer, the average and the checkpoint.
-    model = precision.for_training(state.net, dist.device, config.compile)
+    model = precision.for_training(state.net, dist.device, config.compile,
+                                   precision.suits_graphs(config, dist.world_size))
     if dist.world_size > 1:
         devices = [dist.device] if dist.device.type == "cuda" else None
         model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
@@ -196,7 +197,8 @@ def train(state, dataset, config, run, dist, stop):
     while state.step < total_steps:
         # A signal breaks off the wait for images. All processes stop at the same step.
         images = stop.unless_requested(next, batches)
-        if dist.any(images is None):
+        ended, late = dist.any(images is None, run.is_late(config.save_minutes))
+        if ended:
             run.save(state.state_dict(), final=True)
             break
         values = train_step(state, model, images, config, dist, amp_dtype)
@@ -210,7 +212,7 @@ def train(state, dataset, config, run, dist, stop):
 
         # After a bad step no checkpoint is made, except at the end of the run.
         done = state.step == total_steps
-        if done or (state.step % config.save_every == 0 and not nonfinite):
+        if done or not nonfinite and (late or state.step % config.save_every == 0):
             run.save(state.state_dict(), final=done)
         if done or state.step % config.sample_every == 0:
             run.save_preview(state, dataset)
@@ -221,8 +223,7 @@ def main(argv=None, make_objective=DiffusionObjective, config_class=Config):
     config = parse_into(config_class, argv)
     with (StopSignal() as stop, distributed.init(
             deterministic=config.deterministic, timeout=distributed.STEP_TIMEOUT,
-            device=config.device) as dist):
-        run = RunFolder(config.name, dist, stop)
+            device=config.device) as dist, RunFolder(config.name, dist, stop) as run):
         saved = run.open(config.settings(), config.may_change())  # None: a new run
         if run.is_finished(saved, config.images, config.batch_size, config.next_command()):
             return
@@ -244,7 +245,7 @@ def main(argv=None, make_objective=DiffusionObjective, config_class=Config):
         dist.print0(f"data: {dataset.summary}\nnetwork: "
                     f"{sum(p.numel() for p in state.net.parameters()):,} parameters")
         for line in (*config.warnings(dataset, dist.world_size), *objective.warnings,
-                     *run.changes(saved, dataset, config)):
+                     *run.changes(saved, dataset, config), *memory.notes(state.net, config, dist)):
             dist.print0(f"note: {line}")
         del saved  # gigabytes, for large networks
         run.create(config.settings(), state.state_dict(), state.optimizer, dataset)

@@ -2,18 +2,18 @@ r"""The network: the U-Net of ADM ("Diffusion Models Beat GANs", Dhariwal & Nich
 
     net(x, c):   noisy images x (B, C, H, W), time input c (B,)   ->   prediction (B, C_out, H, W)
 
-c is a real number (etsdm.py). The network never learns which noise schedule it serves. With three
-levels it is
+c is a real number (etsdm.py). The network does not depend on the noise schedule. With three levels
+it is
 
     conv  [Res Res] down  [Res Res] down  [Res Res]                        conv
       |     |   |    |      |   |    |      |   |    [Res Attention Res]      ^
       v     v   v    v      v   v    v      v   v   /  the middle             |
-    a stack of skips; on the way up each [Res] takes one off and concatenates it
+    a stack of skips; on the way up, each [Res] pops one and concatenates it
 
-PRESETS has two families of sizes. E-TSDM's is ADM proper: BigGAN residual blocks resample, the
-time embedding scales and shifts the normalised map, heads have 64 channels. SA-DPM's is DDPM's
-network as its authors wrote it: plain convolutions resample, the embedding is added, there is one
-head, and details differ that no parameter count shows (SA below). Its authors count steps from 0.
+PRESETS has two families of sizes. E-TSDM's is ADM: BigGAN residual blocks resample, the time
+embedding scales and shifts the normalised map, attention heads have 64 channels. SA-DPM's is DDPM's
+network in its authors' version: plain convolutions resample, the time embedding is added, there is
+one attention head, and there are details that parameter counts do not show (DDPM below).
 
 Not here: class labels, and guided-diffusion's "new attention order" (no released weights use it).
 
@@ -36,7 +36,7 @@ DDPM = dict(sin_first=True, freq_shift=1, norm_eps=1e-6, pad_end=True, zero_init
 SA = dict(DDPM, head_channels=None, dropout=0.1, scale_shift=False, resblock_updown=False)
 ADM = dict(image_size=256, attention_resolutions=(32, 16, 8))
 PRESETS = {
-    # Ours, for minutes on a CPU, in 2x2 patches. One channel per group (32 of 32) would be slow.
+    # For minutes of training on a CPU: 2x2 patches; 8 groups, as one channel per group is slow.
     "tiny": dict(image_size=32, channels=32, channel_mult=(1, 2, 2), res_blocks=1, patch=2,
                  norm_groups=8, attention_resolutions=(), head_channels=None,
                  resblock_updown=False),                                                 # 1,147,276
@@ -44,13 +44,13 @@ PRESETS = {
     "celeba64": dict(SA, image_size=64, channel_mult=(1, 2, 2, 2, 4)),                  # 78,700,803
     "celebahq256": dict(SA, image_size=256, channel_mult=(1, 1, 2, 2, 4, 4),
                         dropout=0.0),                                                  # 113,673,219
-    # Table A1's "131M" and "692M" are these counts over 2^20, cut off; and its attention at "32,
-    # 64, 8" must be at 32, 16, 8: of the sets that it could be, this alone gives both counts.
+    # Table A1's "131M" and "692M" are these counts over 2^20, cut off. Its attention at "32, 64, 8"
+    # must mean 32, 16, 8: of all candidate sets, only this one gives both counts.
     "ffhq256": dict(ADM, channel_mult=(1, 1, 2, 2, 4, 4), time_channels=512),          # 138,286,467
     "ffhq256-large": dict(ADM, channel_mult=(1, 1, 2, 4, 6, 8), res_blocks=4,
                           time_channels=2048),                                         # 725,956,227
-    # OpenAI's 256-pixel networks without classes. The released ones (papers/checkpoints.py) have 3
-    # more outputs, for a learned variance: 552,814,086.
+    # OpenAI's 256-pixel network without classes. The released weights (papers/checkpoints.py) have
+    # 3 more outputs for a learned variance: 552,814,086 parameters.
     "adm256": dict(ADM, channels=256, channel_mult=(1, 1, 2, 2, 4, 4)),                # 552,807,171
 }
 
@@ -58,22 +58,22 @@ PRESETS = {
 class UNet(nn.Module):
     r"""forward(x (B, in_channels, H, W), c (B,)) -> (B, out_channels, H, W), H = W = image_size.
 
-    channels               width of level 0; channel_mult: that of each level, as its multiple
+    channels, channel_mult a level's width is channels times its multiple
     res_blocks             residual blocks per level on the way down; one more on the way up
     attention_resolutions  sides of the feature maps, in patches, that get self-attention
     head_channels          channels of one attention head; None: `heads` heads of any width
-    time_channels          width E of the time embedding; None: 4 channels
-    scale_shift            the embedding scales and shifts the normalised map; False: is added
+    time_channels          width E of the time embedding; None: 4 times `channels`
+    scale_shift            the embedding scales and shifts the normalised map; False: it is added
     resblock_updown        residual blocks resample; False: plain convolutions do
     norm_groups, norm_eps  of GroupNorm; the groups must divide every width
     patch                  p x p pixels become channels, and back after the last convolution
-    second_head            None, "simple" or "block": another out_channels, behind the others, from
+    second_head            None, "simple" or "block": out_channels more, after the first ones, from
                            a second output layer on the same last map (papers/heads.py)
     sin_first, freq_shift  of timestep_embedding
     pad_end                a strided convolution pads the right and lower edge only
-    zero_init              the last layer of each block, and of all, starts at zero
+    zero_init              the last layer of each block and of the network starts at zero
 
-    ValueError: a size that cannot be halved often enough, widths that do not divide."""
+    ValueError: image_size cannot be halved often enough; groups or heads do not divide a width."""
 
     def __init__(self, image_size, in_channels=3, out_channels=3, channels=128,
                  channel_mult=(1, 2, 2, 2), res_blocks=2, attention_resolutions=(16,),
@@ -92,17 +92,17 @@ class UNet(nn.Module):
                              f"{norm_groups} groups")
         E = time_channels or 4 * channels
         self.patch, self.embedding = patch, (channels, sin_first, freq_shift)
-        self.recompute = False  # True: keep only each stage's input, and compute the rest again
+        self.recompute = False  # True: backward() recomputes all but the inputs of the stages
         self.time_embed = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
 
         def res(c_in, c_out, resample=None):
             return ResBlock(c_in, c_out, E, dropout, scale_shift, norm_groups, resample)
 
-        def attention(width, level=None):  # a list, empty for levels without; None: the middle
+        def attention(width, level=None):  # a list, empty without attention; None: the middle
             here = level is None or image_size // patch >> level in attention_resolutions
             return [Attention(width, head_channels, norm_groups, heads)] if here else []
 
-        # ---- down: every stage's output goes on the stack of skips
+        # ---- down: the output of each stage is pushed on the stack of skips
         width = channels * channel_mult[0]
         first = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
         self.input_blocks = nn.ModuleList([Stage([first])])
@@ -120,7 +120,7 @@ class UNet(nn.Module):
         # ---- middle: attention always
         self.middle_block = Stage([res(width, width), *attention(width), res(width, width)])
 
-        # ---- up: one block more than on the way down: the downsampled map was kept too
+        # ---- up: one block more than down, since the stack also holds the downsampled map
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(res_blocks + 1):
@@ -132,7 +132,7 @@ class UNet(nn.Module):
         self.out_norm = nn.GroupNorm(norm_groups, width)
         self.out_conv = zero(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
         self.second_head = None
-        if second_head:  # NPR- and SN-DPM's: the same output again, or with a residual block first
+        if second_head:  # for NPR- and SN-DPM: another output layer, or a residual block and one
             self.second_head = Stage([res(width, width)] * (second_head == "block") + [
                 nn.GroupNorm(norm_groups, width), nn.SiLU(),
                 zero(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))])
@@ -157,28 +157,28 @@ class UNet(nn.Module):
         out = F.pixel_shuffle(self.out_conv(F.silu(self.out_norm(h))), self.patch)
         if self.second_head is None:
             return out
-        # Contiguous: on CPUs GroupNorm's backward pass crashes for a channels_last input that needs
-        # no gradient, here the output of a frozen trunk (PyTorch 2.11 to 2.13).
+        # Contiguous: on CPUs GroupNorm's backward pass crashes on a channels_last input that does
+        # not require a gradient, here the output of a frozen trunk (PyTorch 2.11 to 2.13).
         h = self.second_head(h.contiguous(), emb)
         return torch.cat([out, F.pixel_shuffle(h, self.patch)], dim=1)
 
     def run(self, stage, emb, *maps):
-        """A stage of concatenated maps. With `recompute`, backward() gets its inner maps by running
-        it once more: a third more work for a fraction of the memory."""
+        """Run a stage on concatenated maps. With `recompute`, backward() runs the stage again to
+        get its inner maps: a third more work for a fraction of the memory."""
         if not (self.recompute and torch.is_grad_enabled()):
             return stage(torch.cat(maps, dim=1) if len(maps) > 1 else maps[0], emb)
         return checkpoint(lambda *m: stage(torch.cat(m, dim=1), emb), *maps, use_reentrant=False)
 
 
 def lay_out(h: torch.Tensor) -> torch.Tensor:
-    """Channels last in memory, if that is faster: it is for a CPU's float32 convolutions, and the
-    layers keep the layout. The normalisation of bf16 gets slower."""
+    """Put channels last in memory if that is faster. It makes float32 convolutions on CPUs faster,
+    but normalisation in bf16 slower. All later layers keep this layout."""
     slower = h.device.type != "cpu" or torch.is_autocast_enabled("cpu")
     return h if slower else h.contiguous(memory_format=torch.channels_last)
 
 
 class Stage(nn.ModuleList):
-    """Layers, one after the other. The residual blocks among them also see the time embedding."""
+    """Layers in sequence. The residual blocks among them also receive the time embedding."""
 
     def forward(self, h, emb):
         for layer in self:
@@ -189,8 +189,8 @@ class Stage(nn.ModuleList):
 class ResBlock(nn.Module):
     r"""skip(x) + conv2(SiLU(norm2(h, time))),   h = conv1(SiLU(norm1(x))).
 
-    resample: "down" (2x2 average) or "up" (nearest) acts on both branches, in the first between
-    activation and convolution (BigGAN), without weights. None: neither."""
+    resample: "down" (2x2 average) or "up" (nearest) acts on both branches, without weights. In h it
+    lies between activation and convolution (BigGAN). None: the size stays."""
 
     def __init__(self, c_in, c_out, time_channels, dropout, scale_shift, norm_groups, resample):
         super().__init__()
@@ -231,11 +231,11 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        # Channels lie as [head][q, k, v][d], as in ADM. One contiguous() for all three: on strided
-        # inputs scaled_dot_product_attention silently takes a slow path.
+        # Channels are ordered [head][q, k, v][d], as in ADM. One contiguous() for all three: on
+        # strided inputs scaled_dot_product_attention takes a slow path without a warning.
         qkv = self.qkv(self.norm(x)).reshape(B, self.heads, 3, C // self.heads, H * W)
         q, k, v = qkv.permute(2, 0, 1, 4, 3).contiguous()  # each (B, heads, N, d)
-        # The fused kernel never holds the N x N products, but on CPUs its bf16 form is slower.
+        # The fused kernel never stores the N x N products, but on CPUs its bf16 form is slower.
         plain = q.dtype == torch.bfloat16 and not q.is_cuda
         h = (attend if plain else F.scaled_dot_product_attention)(q, k, v)
         return x + self.proj(h.transpose(2, 3).reshape(B, C, H, W))
@@ -247,7 +247,7 @@ def attend(q, k, v):
 
 
 def downsample(width, pad_end):
-    """Strided 3x3 convolution: H, W -> H/2, W/2. It pads all edges by 1, or two (pad_end)."""
+    """Strided 3x3 convolution: H, W -> H/2, W/2. pad_end: pad only the right and lower edge."""
     pad = nn.ZeroPad2d((0, 1, 0, 1)) if pad_end else nn.Identity()
     conv = nn.Conv2d(width, width, 3, stride=2, padding=0 if pad_end else 1)
     return nn.Sequential(OrderedDict(pad=pad, conv=conv))
@@ -260,16 +260,16 @@ def upsample(width):
 
 
 def zero(layer: nn.Module) -> nn.Module:
-    """Start a layer at zero, so that the block it ends contributes nothing at first."""
+    """Set a layer to zero, so that its block contributes nothing at the start of training."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 def timestep_embedding(c: Tensor, dim: int, sin_first=False, freq_shift=0) -> Tensor:
-    r"""c (B,) -> [cos(c w_j) | sin(c w_j)] (B, dim) or, sin_first, [sin | cos]; w_j =
-    10000^(−j/(half − freq_shift)), j < half = dim/2. In float64, which mps lacks: angles reach 1000
-    radians, where float32 keeps four decimals."""
+    r"""c (B,) -> [cos(c w_j) | sin(c w_j)] (B, dim), or [sin | cos] with sin_first; w_j =
+    10000^(−j/(half − freq_shift)), j < half = dim/2. In float64 (except on mps, which lacks it):
+    angles reach 1000 radians, where float32 keeps only four decimals."""
     half, exact = dim // 2, torch.float32 if c.device.type == "mps" else torch.float64
     j = torch.arange(half, dtype=exact, device=c.device)
     w = torch.exp(-math.log(10000) / (half - freq_shift) * j)

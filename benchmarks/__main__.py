@@ -26,18 +26,15 @@ import platform
 import subprocess
 import sys
 import tempfile
-import weakref
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
-from unittest import mock
 
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,6 +52,7 @@ from denoiser import Denoiser, load_run
 from papers.alternatives import AlternativeConfig, AlternativeObjective
 from support import distributed, files, inception
 from support.cli import flag, flag_name, parse_into
+from support.memory import step_bytes
 from support.precision import autocast_dtype, for_inference, for_training, place, set_tf32
 from support.programs import run_main
 
@@ -86,6 +84,12 @@ class Report:
 
 # ------------------------------------------------------------------ the machine
 
+def work_sizes(device):
+    """Rows of a square matrix, images of a batch: enough work for the device. On an H100, a product
+    of 2,048 rows takes 20 µs, as long as starting it and waiting for it."""
+    return (8192, 256) if device.type == "cuda" else (2048, 16)
+
+
 def machine():
     """What the hardware gives: no ratio below can be better than these GFLOP/s let it."""
     name = platform.processor() or platform.machine()
@@ -96,12 +100,13 @@ def machine():
     if DEVICE.type == "cuda":
         name = torch.cuda.get_device_name()
     found = dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__)
+    n, images = work_sizes(DEVICE)
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2, 2048, 2048, device=DEVICE).to(dtype)
+        a, b = torch.randn(2, n, n, device=DEVICE).to(dtype)
         # the 3x3 convolution that most of the cifar10 network consists of
         layer = torch.nn.Conv2d(256, 256, 3, padding=1).to(DEVICE, dtype).requires_grad_(False)
-        x = torch.randn(16, 256, 16, 16, device=DEVICE).to(dtype)
-        for what, work, amount in (("product", partial(torch.mm, a, b), 2 * 2048**3),
+        x = torch.randn(images, 256, 16, 16, device=DEVICE).to(dtype)
+        for what, work, amount in (("product", partial(torch.mm, a, b), 2 * n**3),
                                    ("convolution", partial(layer, x), 2 * x.numel() * 256 * 9)):
             timer = Timer("work()", globals=dict(work=work), num_threads=found["threads"])
             seconds = timer.blocked_autorange(min_run_time=0.5).median
@@ -112,8 +117,8 @@ def machine():
 
 # ------------------------------------------------------------------ the works, by our code
 
-def our_training(preset, batch, flags):
-    """work(): train.py's own step, with these flags."""
+def our_training(preset, batch, flags, graphs=False):
+    """work(): train.py's own step, with these flags. work.state: its train.TrainState."""
     set_tf32(True)
     kinds = ((AlternativeConfig, AlternativeObjective) if "--sa-reuse" in flags else
              (Config, train.DiffusionObjective))
@@ -125,8 +130,12 @@ def our_training(preset, batch, flags):
     dist = distributed.Distributed(0, 1, 0, DEVICE)
     dtype = autocast_dtype(config.precision, DEVICE)
     images = torch.randint(0, 256, (batch, 3, *[config.image_size] * 2), dtype=torch.uint8)
-    model = for_training(state.net, DEVICE, config.compile)
-    return lambda: train.train_step(state, model, images, config, dist, dtype)
+    model = for_training(state.net, DEVICE, config.compile, graphs)
+
+    def work():
+        return train.train_step(state, model, images, config, dist, dtype)
+    work.state = state
+    return work
 
 
 def our_sampler(B, nfe, name, arguments):
@@ -138,12 +147,17 @@ def our_sampler(B, nfe, name, arguments):
 
 
 def our_network(preset, B, precision="fp32", compiled=False, nfe=0):
-    """work(): one call of the network as sample.py makes it; with nfe, DDIM in so many calls."""
-    set_tf32(False)
+    """work(): one call of the network as sample.py makes it; with nfe, DDIM in so many calls.
+    work.net: the network, as a function."""
+    set_tf32(precision == "tf32")
     net = for_inference(unet.UNet(**unet.PRESETS[preset]), DEVICE, precision, compiled)
     x, c = plain.inputs(preset, B)
     denoiser = Denoiser(net, schedules.make_schedule("linear"))
-    return lambda: samplers.sample(denoiser, x, "ddim", nfe) if nfe else net(x, c)
+
+    def work():
+        return samplers.sample(denoiser, x, "ddim", nfe) if nfe else net(x, c)
+    work.net = net
+    return work
 
 
 def our_distance(n):
@@ -162,6 +176,11 @@ def our_features(n, precision, compiled):
 
 # ------------------------------------------------------------------ a training step
 
+def usual_batch():
+    """Images of a batch: on a GPU, small batches measure only how fast kernels are started."""
+    return 128 if DEVICE.type == "cuda" else 16
+
+
 def flops(preset, batch):
     """Floating-point operations of a training step: forward and backward."""
     # The counter does not know the CPU's fused attention.
@@ -174,7 +193,7 @@ def flops(preset, batch):
 
 def training(report, config):
     """A training step: network, loss, gradients, Adam, average."""
-    preset, B = config.preset or "cifar10", config.batch_size or 16
+    preset, B = config.preset or "cifar10", config.batch_size or usual_batch()
     sides = {"plain, float32": plain_side("training", preset, B)}
     if plain.PEER and preset == "cifar10":
         sides["diffusers' network in the plain loop, float32"] = plain_side(
@@ -244,7 +263,7 @@ def sampling(report, config):
                        unit=unit)
         report.add(name, times["ours"], times.get("theirs"), unit=unit)
 
-    preset, B, calls = config.preset or "cifar10", config.batch_size or 16, 3
+    preset, B, calls = config.preset or "cifar10", config.batch_size or usual_batch(), 3
     report.part("sample", f"per network call of {preset}, batch {B}; x against plain float32")
     sides = dict(plain=plain_side("one_call", preset, B), bare=our_side("our_network", preset, B),
                  ddim=our_side("our_network", preset, B, "fp32", False, calls),
@@ -285,58 +304,10 @@ def measuring(report, config):
 
 # ------------------------------------------------------------------ memory
 
-class Peak(TorchDispatchMode):
-    """Bytes of the storages that are alive, and the most there were at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen, self.now, self.most = weakref.WeakKeyDictionary(), 0, 0
-
-    def count(self, tensor):
-        """Count the tensor's storage until it is freed."""
-        storage = tensor.untyped_storage()
-        if storage not in self.seen:
-            size = storage.nbytes()
-            self.seen[storage], self.now = size, self.now + size
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self.free, size)
-
-    def free(self, size):
-        self.now -= size
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        out = function(*arguments, **(keywords or {}))
-        for tensor in out if isinstance(out, list | tuple) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor)
-        return out
-
-
-def norm_in_float32(self, x):
-    """GroupNorm.forward as CUDA's autocast has it; the CPU's leaves it in bf16."""
-    return torch.nn.functional.group_norm(x.float(), self.num_groups, self.weight, self.bias,
-                                          self.eps)
-
-
 def memory_of(preset, micro, recompute):
-    """Bytes of a training step on a GPU, eager, in bf16, by calculation: shapes alone go through
-    the network, with the fused attention and CUDA's rules of autocast.
-
-    Weights, their average, Adam's two moments and gradients are 20 bytes a parameter; on top comes
-    the most that forward and backward hold at once, gradients included."""
+    """Bytes of a training step of a preset, by calculation."""
     size = unet.PRESETS[preset]
-    with (FakeTensorMode(allow_non_fake_inputs=True),
-          mock.patch.object(unet, "attend", torch.nn.functional.scaled_dot_product_attention),
-          mock.patch.object(torch.nn.GroupNorm, "forward", norm_in_float32)):
-        net = unet.UNet(**size)
-        x = torch.empty(micro, 3, *[size["image_size"]] * 2)
-        net.recompute = recompute
-        c, parameters = x.new_ones(micro), sum(p.numel() for p in net.parameters())
-        with Peak() as peak:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = net(x, c).float().square().mean()
-            loss.backward()
-    return 16 * parameters + peak.most
+    return step_bytes(lambda: unet.UNet(**size), (3, *[size["image_size"]] * 2), micro, recompute)
 
 
 def memory(report, config):
@@ -446,7 +417,8 @@ class BenchmarkConfig:
                                   choices=(*PARTS, "all"))
     preset: str | None = flag(None, "train, sa, sample, memory: the network",
                               choices=tuple(unet.PRESETS), shown="cifar10; memory: all but tiny")
-    batch_size: int | None = flag(None, "images of a batch", shown="16; sa: 12; grow: 32")
+    batch_size: int | None = flag(None, "images of a batch", shown="16, on CUDA 128; sa: 12; grow: "
+                                  "32")
     rounds: int = flag(5, "turns of each side that count")
     compile: bool = flag(False, "sample, fid: torch.compile too: minutes more")
     data: str = flag("shapes", "precision: images to train on")

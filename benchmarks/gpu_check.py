@@ -9,7 +9,9 @@ correctness is checked, all at once. Then every side is measured alone.
 
     right      nets (float32, TF32, bf16 against float64), training steps and programs (GPU against
                CPU), train.py (same bits, resumed, compiled), NCCL, two processes on one GPU
-    fast       ms, images/s, MFU, memory: ours eager and compiled, plain, diffusers if installed
+    fast       ms, images/s, MFU, memory: ours eager and compiled, plain, diffusers if installed;
+               each trick on and off: CUDA graphs, TF32 and bf16 for sampling, noise drawn ahead,
+               lists of the average, checkpoints copied and written, data on the card or pinned
 
 Never run on a GPU so far: only rehearsed. Not here: ratios on a CPU (__main__.py), or FID.
 
@@ -32,8 +34,10 @@ import threading
 import time
 import types
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
+from unittest import mock
 
 from support.cli import flag, parse_into
 
@@ -129,7 +133,8 @@ def sides(rehearse):
     small, large, B, b = ("tiny", "tiny", 8, 4) if rehearse else ("cifar10", "ffhq256", 128, 24)
     eager = [(f"plain fp32 {small}", "plain", small, B, dict(peak="fp32")),
              (f"eager bf16 {small}", "train", small, B, {})]
-    compiled = [(f"sample {small}", "sample", small, 4 * B, {})]
+    compiled = [(f"sample {small}", "sample", small, 4 * B, {}),
+                (f"small steps {small}", "graphs", small, B // 8, {})]
     if not rehearse:
         eager += [(f"plain fp32 {large}", "plain", large, 12, dict(peak="fp32")),
                   (f"eager bf16 {large}", "train", large, 16, {})]
@@ -178,6 +183,7 @@ def main(argv=None):
             worker.finish(0.1)  # it compiles for too long
             waiting.remove(worker)
     Worker(check, "ceilings").finish(40)
+    Worker(check, "pieces").finish(40)
     for worker in waiting:
         worker.go(min(40, check.left()))
     for name, *side in eager:
@@ -186,7 +192,7 @@ def main(argv=None):
             worker.go(40) if worker.line(40) else worker.finish(0.1)
     print(f"\n{'side':32}{'ms':>9}{'images/s':>10}{'MFU %':>7}{'GB':>7}")
     for name, r in check.results.items():
-        if "ms" in r:
+        if "images_s" in r:
             print(f"{name:32}{r['ms']:9.1f}{r['images_s']:10.1f}{100 * r['mfu']:7.1f}"
                   f"{r.get('GB', 0):7.1f}")
     print("not right: " + (", ".join(check.bad) or "nothing"))
@@ -545,16 +551,22 @@ def side(args):
     kind, preset, B, how = args.side
     peak, total = PEAK[how.get("peak", "bf16")], ours.flops(preset, 1) * B
     size = unet.PRESETS[preset]["image_size"]
-    began = time.time()
+    began, calls = time.time(), {}
     if kind == "sample":
         calls = {f"{p}{', compiled' * c}": ours.our_network(preset, B, p, c)
-                 for p, c in (("fp32", False), ("bf16", False), ("bf16", True))
-                 if not (c and args.rehearse)}
+                 for p, c in (("fp32", False), ("tf32", False), ("bf16", False), ("bf16", True))
+                 if not (c and args.rehearse or p == "tf32" and d.type == "cpu")}
         work = calls["bf16"]
+        calls.update(noise_calls(calls["bf16"].net, size, B, d))
         total /= 3
-    elif kind == "train":
-        work = ours.our_training(preset, B, ["--compile" if how.get("compile") else "--no-compile",
-                                             "--precision", "bf16", "--microbatch", str(B)])
+    elif kind in ("train", "graphs"):
+        usual = ["--precision", "bf16", "--microbatch", str(B)]
+        compiled = how.get("compile") or kind == "graphs" and not args.rehearse
+        flags = [*usual, "--compile" if compiled else "--no-compile"]
+        work = ours.our_training(preset, B, flags)
+        if kind == "graphs":
+            calls = {"no graphs": work, "CUDA graphs": ours.our_training(preset, B, flags, True)}
+            calls["CUDA graphs"](), calls["CUDA graphs"]()
     else:
         set_tf32(how.get("peak") != "fp32")  # plain code has TF32 in convolutions by default
         work = plain.training(preset, B, 1, "diffusers" if kind == "diffusers" else "ours")
@@ -566,15 +578,83 @@ def side(args):
         torch.cuda.reset_peak_memory_stats()
     seconds = timed(torch, work, 1 if args.rehearse else 6)
     found = dict(ms=1e3 * seconds, images_s=B / seconds, mfu=total / seconds / peak)
-    if kind == "sample":
-        found["ms of a call"] = {k: 1e3 * timed(torch, f, 0.5) for k, f in calls.items()}
     if d.type == "cuda":
         found["GB"] = torch.cuda.max_memory_allocated() / 1e9
+        if kind == "train":  # the table of docs/presets.md: for eager mode
+            found["GB calculated, eager"] = ours.memory_of(preset, B, False) / 1e9
+    if calls:
+        found["ms of a call"] = {}
+        for name, call in calls.items():
+            set_tf32(kind == "graphs" or name == "tf32")
+            found["ms of a call"][name] = 1e3 * timed(torch, call, 0.5)
     say(**found)
 
 
+def noise_calls(net, size, B, device):
+    """DDPM in 5 calls of a network, its noise drawn ahead by a thread or when it is needed."""
+    import samplers
+    import schedules
+    from denoiser import Denoiser
+    from support.rng import SeededNoise
+    denoiser = Denoiser(net, schedules.make_schedule("linear"))
+
+    def work(ahead):
+        noise = SeededNoise(range(B), device, ahead)
+        samplers.sample(denoiser, noise((B, 3, size, size)), "ddpm", 5, noise=noise)
+    return {f"DDPM-5, noise {'drawn ahead' if flag else 'drawn on demand'}": partial(work, flag)
+            for flag in (True, False)}
+
+
+def pieces(args):
+    """Milliseconds for which the program is busy with a part of the loop, by two ways each."""
+    torch, d = gpu()
+    import tempfile
+
+    import data
+    import train
+    from benchmarks import __main__ as ours
+    from support import checkpoint, device
+    from support.image_files import Array
+    preset = "tiny" if args.rehearse else "cifar10"
+    work = ours.our_training(preset, 8, ["--no-compile", "--precision", "fp32"])
+    work()
+    state, found = work.state, {}
+
+    def busy(call, times=7):
+        """The median until the program may go on; the GPU may still work."""
+        taken = []
+        for _ in range(times):
+            if d.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            call()
+            taken.append(1e3 * (time.perf_counter() - began))
+        return sorted(taken)[times // 2]
+
+    def from_state_dicts():
+        averages, values = state.ema.state_dict(), state.net.state_dict()
+        torch._foreach_lerp_(list(averages.values()), list(values.values()), 0.1)
+
+    found["average, kept lists"] = busy(lambda: train.update_ema(state.averages, state.values, 0.9,
+                                                                     1))
+    with torch.no_grad():
+        found["average, two state dicts"] = busy(from_state_dicts)
+    with tempfile.TemporaryDirectory() as folder:
+        found["checkpoint, copied for a thread"] = busy(
+            lambda: checkpoint.snapshot(state.state_dict()), 3)
+        found["checkpoint, written"] = busy(lambda: checkpoint.save_checkpoint(
+            Path(folder, "checkpoint.pt"), state.state_dict()), 3)
+    images = Array(torch.zeros(20_000, 3, 32, 32, dtype=torch.uint8))
+    for name, keep in (("on the card", device.keep_near), ("pinned", lambda images, _: images)):
+        with mock.patch.object(device, "keep_near", keep):
+            stream = data.batches(images, 128, 0, 0, device=d)
+            next(stream)
+        found[f"next batch, {name}"] = busy(lambda stream=stream: next(stream))
+    say(ms=found)
+
+
 WORKERS = {"env": env, "nets": nets, "steps": steps, "trains": trains, "nccl": nccl,
-           "compare": compare, "ceilings": ceilings, "programs cpu": programs,
+           "compare": compare, "ceilings": ceilings, "pieces": pieces, "programs cpu": programs,
            "programs gpu": programs}
 
 

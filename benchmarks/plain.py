@@ -24,6 +24,8 @@ import schedules
 import unet
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# On GPUs, PyTorch rounds float32 convolutions to TF32 unless it is forbidden.
+torch.backends.cudnn.allow_tf32 = False
 PEER = importlib.util.find_spec("diffusers") is not None
 
 

@@ -1,18 +1,21 @@
-r"""What E-TSDM compares itself with, and a cheaper SA-k: remaps of time, DDPM-r, SA-reuse.
+r"""The alternatives in E-TSDM's comparison (remaps of time, DDPM-r), and SA-reuse, a cheaper SA-k.
 
-A remap gives the network an invertible f(t) that stretches small t (E-TSDM, tables A3 to A5):
+A remap is an invertible time input f(t) that stretches small t (E-TSDM, tables A3 to A5):
 
     sqrt              f(t) = T √u,  u = t/T
     inverse-sigmoid   f(t) = T (1 + logit(m + (1 − 2m) u)/logit(1 − m))/2,  m = MARGIN
 
-Those tables have four strategies: training draws t, and sampling steps through t, uniformly either
-in t or in f(t) (--train-times remap; sample.py --spacing remap).
+These tables have four strategies. Training draws t uniformly in t or in f(t) (--train-times remap).
+Sampling takes equal steps in t or in f(t) (sample.py --spacing remap).
 
 DDPM-r penalises the slope in t: one x_t, with two time inputs,
 
     L_slope = E‖net(x_t, f(t)) − net(x_t, f(t'))‖²/(t − t')²,   t' = t + 1          --lipschitz-reg
 
-SA-reuse (ours): the k noise levels that SA-k computes for an image all serve L_simple too.
+The paper names only K(t, t') as its penalty. The square, the mean over pixels and the weights are
+not from the paper.
+
+SA-reuse (not from a paper): L_simple also uses all k noise levels that SA-k computes for an image.
 
     python -m papers.alternatives --remap sqrt --train-times remap
     python -m papers.alternatives --lipschitz-reg 30
@@ -39,7 +42,7 @@ from support.cli import flag, require
 from support.programs import ignore_write_errors, run_main
 
 REMAPS = ("sqrt", "inverse-sigmoid")
-MARGIN = 1e-3  # inverse-sigmoid: how near to the poles of logit the ends of [0, T] come
+MARGIN = 1e-3  # inverse-sigmoid: distance of the ends of [0, T] from the poles of logit
 
 
 # ------------------------------------------------------------------ remaps of time
@@ -47,7 +50,7 @@ MARGIN = 1e-3  # inverse-sigmoid: how near to the poles of logit the ends of [0,
 def remap(t, name, T=1000):
     r"""An invertible f of [0, T] onto itself, steep at small t: t -> float64 of the same shape.
 
-    inverse-sigmoid is the inverse of the logistic function, cut just before its poles; t beyond T
+    inverse-sigmoid is the inverse of the logistic function, cut just before its poles. t > T
     (Heun's churn on EDM's schedule) counts as T. ValueError: unknown name.
     """
     u = torch.as_tensor(t, dtype=torch.float64) / T
@@ -60,7 +63,7 @@ def remap(t, name, T=1000):
 
 
 def unremap(c, name, T=1000):
-    """The inverse of remap: the t whose time input is c."""
+    """The inverse of remap: the t with time input c."""
     w = torch.as_tensor(c, dtype=torch.float64) / T
     if name == "sqrt":
         return T * w**2
@@ -71,8 +74,8 @@ def unremap(c, name, T=1000):
 
 
 def time_at_quantile(u, name, low, high, T=1000):
-    """u in [0, 1], a number or a tensor -> the t, from low to high, at the fraction u of the way
-    from f(low) to f(high): uniform u give t with f(t) uniform."""
+    """u in [0, 1], a number or a tensor -> t in [low, high] with f(t) = f(low) + u (f(high) −
+    f(low)). If u is uniform, so is f(t)."""
     ends = remap(torch.tensor([low, high], dtype=torch.float64), name, T).tolist()
     u = torch.as_tensor(u, dtype=torch.float64)
     return unremap(ends[0] + u * (ends[1] - ends[0]), name, T)
@@ -87,8 +90,8 @@ def sampling_grid(name, points, t_start, t_end=1.0, T=1000):
 
 
 def extend(denoiser, settings, extra):
-    """denoiser.build_denoiser calls this for settings with a remap: the denoiser gets the time
-    input, and the grid that --spacing remap asks for."""
+    """Add the time input and the grid of --spacing remap to a denoiser. denoiser.build_denoiser
+    calls this for settings with a remap."""
     name, T = settings["remap"], settings["T"]
     denoiser = denoiser.replace(time_input=lambda t: remap(t, name, T))
     denoiser.sampling_grid = lambda points, t_start, t_end=1.0: sampling_grid(
@@ -104,8 +107,8 @@ def adjacent_time(t, T):
 
 
 def regularized_loss(denoiser, x0, t, noises, space="eps"):
-    """(L_simple, L_SA, L_slope), each (B,), from ONE forward pass: the k noise levels lie on the
-    batch axis, and x_t once more, with the time input of t' (t − t' is 1 or −1)."""
+    """(L_simple, L_SA, L_slope), each (B,), from one forward pass. Its batch holds the k noise
+    levels, then x_t again with the time input of t' (t − t' is 1 or −1)."""
     k, B = noises.shape[:2]
     ts, valid = losses.consecutive_times(t, k)
     repeated = x0.repeat(k, *[1] * (x0.dim() - 1))  # (k B, ...)
@@ -124,7 +127,7 @@ def regularized_loss(denoiser, x0, t, noises, space="eps"):
 
 
 def reuse_loss(denoiser, x0, t, noises, space="eps"):
-    """losses.sa_loss, but L_simple is the mean over all k noise levels, which L_SA needs anyway."""
+    """losses.sa_loss with L_simple as the mean over all k noise levels, which L_SA needs anyway."""
     k, B = noises.shape[:2]
     ts, valid = losses.consecutive_times(t, k)
     repeated = x0.repeat(k, *[1] * (x0.dim() - 1))  # (k B, ...)
@@ -143,11 +146,11 @@ def reuse_loss(denoiser, x0, t, noises, space="eps"):
 class AlternativeConfig(Config):
     remap: str | None = flag(None, "give the network an invertible function of t", choices=REMAPS,
                              group="alternatives")
-    lipschitz_reg: float = flag(0.0, "DDPM-r: weight of the squared slope in t, averaged over "
-                                "pixels, e.g. 30; costs another forward pass", metavar="WEIGHT")
-    sa_reuse: bool = flag(False, "the plain loss uses all k noise levels of --sa-k: with a k-th of "
-                          "the batch a step costs as much as a plain one")
-    # Config's flag with one more choice, so that it stands here too.
+    lipschitz_reg: float = flag(0.0, "DDPM-r: weight of the squared slope in t, a mean over "
+                                "pixels, e.g. 30; needs another forward pass", metavar="WEIGHT")
+    sa_reuse: bool = flag(False, "the plain loss uses all k noise levels of --sa-k; with 1/k of "
+                          "the batch size, a step costs as much as a plain step")
+    # Config has this flag too; here it has one more choice.
     train_times: str | None = flag(None, "distribution of t: uniform in t, uniform in the --remap, "
                                    "or log-normal in the noise level",
                                    choices=(*TIME_DISTRIBUTIONS, "remap"),
@@ -156,7 +159,7 @@ class AlternativeConfig(Config):
     unused: ClassVar[tuple] = ("init",)
     prog: ClassVar[str] = "papers.alternatives"
     usage: ClassVar[str] = "python -m papers.alternatives [flags]"
-    description: ClassVar[str] = "Train the alternatives that E-TSDM compares itself with."
+    description: ClassVar[str] = "Train the alternatives in E-TSDM's comparison, or SA-reuse."
     examples: ClassVar[str] = """\
   python -m papers.alternatives --remap sqrt --train-times remap
       then: python sample.py --spacing remap
@@ -171,9 +174,10 @@ class AlternativeConfig(Config):
         if self.remap and self.etsdm:
             raise ValueError("--remap and --etsdm are alternatives: both define the time input")
         if self.remap and self.prediction == "edm":
-            raise ValueError("--remap cannot go with edm prediction, whose time input is ln(σ)/4")
+            raise ValueError("--remap does not work with edm prediction (time input ln(σ)/4): "
+                             "choose another --prediction")
         if self.train_times == "remap" and not self.remap:
-            raise ValueError("--train-times remap needs --remap")
+            raise ValueError("--train-times remap needs --remap: add it")
         if self.sa_reuse and (self.sa_k == 1 or not self.sa_weight):
             raise ValueError("--sa-reuse needs --sa-k 2 or more, and --sa-weight above 0")
         if self.sa_reuse and self.lipschitz_reg:

@@ -4,22 +4,22 @@ Latent Diffusion Models", Rombach et al. 2022).
     (m, l) = encode(x),   z = m + exp(l/2) n,  n ~ N(0, I),   x̂ = decode(z)
     L = mean (x̂ − x)² + kl_weight · mean (m² + exp(l) − 1 − l)/2
 
-Images become latents z of fewer numbers; diffusion learns the latents, where a step is cheaper, and
-decode makes pictures of them. The two means run over all numbers of an image and all numbers of its
-latents, so that kl_weight means the same at every size. The second is the KL divergence of
-N(m, exp(l)) from N(0, I) per latent, in nats. It keeps latents near zero and near each other:
-diffusion hands the decoder points that no image was encoded to, and the noise n has taught it that
-what lies around a latent is the same picture.
+The encoder turns an image into latents z, which are fewer numbers. Diffusion on latents costs less
+per step, and the decoder turns samples into images. The first mean is over all values of an image,
+the second over all its latents, so that kl_weight has the same meaning at every size. The second is
+the KL divergence of N(m, exp(l)) from N(0, I) per latent, in nats. It keeps latents near zero and
+near each other. Diffusion gives the decoder latents that belong to no image. The noise n trains the
+decoder for this: all points around a latent decode to the same image.
 
-What kl_weight costs can be read off. To first order the noise of latent i, of D, adds a_i exp(l_i)
-to the squared error, and L is least in l_i where that is kl_weight/2 · (1 − exp(l_i))/D. Summed,
+The cost of kl_weight is known. To first order, the noise of latent i of D adds a_i exp(l_i) to the
+squared error. L is minimal in l_i if this term is kl_weight/2 · (1 − exp(l_i))/D. Summed over i,
 
     error with noise − error without  =  kl_weight/2 · mean (1 − exp(l))  <=  kl_weight/2.
 
-Not here: the perceptual (LPIPS) and patch-GAN terms of the paper's loss, since we
-have neither network. Squared error alone answers with the mean of all images that a latent could
-be: edges come out right, and texture too fine for the latents comes out soft, not invented. The
-paper's other autoencoder (VQ) is not here, nor is a tanh at the end: outputs can leave [−1, 1].
+Not here: the perceptual (LPIPS) and patch-GAN terms of the paper's loss, which need further
+networks. Squared error alone gives the mean of all images with the same latents: edges are right,
+and texture too fine for the latents is blurred. Also not here: the paper's other autoencoder (VQ),
+and a tanh at the end, so outputs can leave [−1, 1].
 
     python -m papers.autoencoder train --data photos/ --image-size 64
     python -m papers.autoencoder reconstruct RUN photos/    # next: metrics.py psnr
@@ -56,14 +56,14 @@ from unet import Attention, zero
 class Autoencoder(nn.Module):
     r"""forward(images (B, C, H, W), noise (B, c, h, w)) -> (reconstruction, mean, logvar).
 
-    image_size       side in pixels; every level after the first halves it
+    image_size       side in pixels; each level after the first halves it
     channels         C: 3, or 1 for gray
-    width            width of level 0; mult: that of each level, as its multiple
+    width, mult      a level's width is `width` times its entry of mult
     latent_channels  c; the latents of one image are latent_shape = (c, h, w)
     res_blocks       residual blocks per level, in the encoder and in the decoder
     norm_groups      groups of GroupNorm; they must divide every width
 
-    ValueError: a size that cannot be halved often enough, widths that do not divide.
+    ValueError: image_size cannot be halved often enough, or norm_groups does not divide a width.
     """
 
     def __init__(self, image_size, channels=3, width=32, mult=(1, 2, 2), latent_channels=4,
@@ -82,15 +82,15 @@ class Autoencoder(nn.Module):
         def res(c_in, c_out):
             return ResBlock(c_in, c_out, norm_groups)
 
-        def middle(w):  # attention where the map is smallest: whole pictures at the least price
+        def middle(w):  # attention on the smallest map, where it costs least
             return [res(w, w), Attention(w, None, norm_groups), res(w, w)]
 
         def last(w, c_out):
             return [nn.GroupNorm(norm_groups, w), nn.SiLU(), conv(w, c_out)]
 
-        # Averages of 2x2 halve, because they are centred on what nearest doubling puts back. A
-        # strided 3x3 convolution is centred on one pixel of the four, whichever side is padded:
-        # maps shift by half a pixel at each level, and the decoder has to shift them back.
+        # 2x2 averages halve the map: they have the same centre as nearest-neighbour doubling. A
+        # strided 3x3 convolution is centred on one of the four pixels, for any padding. It shifts
+        # the map by half a pixel per level, and the decoder has to shift it back.
         encoder, w = [conv(channels, widths[0])], widths[0]
         for level, wider in enumerate(widths):
             encoder += [nn.AvgPool2d(2)] * (level > 0)
@@ -102,7 +102,7 @@ class Autoencoder(nn.Module):
         w = widths[-1]
         decoder = [conv(latent_channels, w), *middle(w)]
         for level, narrower in reversed(list(enumerate(widths))):
-            if level < halvings:  # the convolution narrows, too: it is the dearest layer otherwise
+            if level < halvings:  # this convolution also narrows: else it would cost the most
                 decoder += [nn.Upsample(scale_factor=2), conv(w, narrower)]
                 w = narrower
             decoder += [res(w, w) for _ in range(res_blocks)]
@@ -110,45 +110,47 @@ class Autoencoder(nn.Module):
 
     def encode(self, images):
         """images (B, C, H, W) in [-1, 1] -> (mean, logvar), each (B, c, h, w)."""
-        # Back to the precision of the images, whatever autocast made of it: exp and KL need it.
+        # Undo autocast's lower precision: exp and the KL need that of the images.
         mean, logvar = self.encoder(images).to(images.dtype).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)  # exp of it is a float32, even in a network gone astray
+        return mean, logvar.clamp(-30, 20)  # exp stays finite in float32, even for a bad network
 
     def decode(self, z):
         """z (B, c, h, w) -> images (B, C, H, W), roughly in [-1, 1]."""
         return self.decoder(z).to(z.dtype)
 
     def forward(self, images, noise):
-        # All of training in one call: DistributedDataParallel joins gradients of forward only.
+        # One call for all of training: DistributedDataParallel only hooks into forward().
         mean, logvar = self.encode(images)
         return self.decode(mean + torch.exp(logvar / 2) * noise), mean, logvar
 
 
 def loss(net, images, noise, kl_weight=1e-4):
     """images (B, C, H, W), noise (B, c, h, w) -> (loss, reconstruction, kl), each (B,):
-    loss = reconstruction + kl_weight · kl; squared error per number, nats per latent.
+    loss = reconstruction + kl_weight · kl; squared error per value, nats per latent.
 
-    Squared and not absolute error, because the cost of kl_weight is known in it (above). The paper
-    sums KL over the latents, and weights it 1e-6. Here, in short runs on CIFAR-10, the latents had
-    std 1.0 to 1.3 and their noise 0.03 to 0.04 at 1e-4; 0.8 to 1.0 and 0.07 to 0.11 at 1e-3, no
-    less sharp; and at 1e-2 two channels of four were nearly empty (std 0.4, noise 0.8).
+    The error is squared, not absolute, because the cost of kl_weight is then known (above). The
+    paper sums the KL over the latents, with weight 1e-6. Here, in short runs on CIFAR-10, latents
+    had std 1.0 to 1.3 and noise of std 0.03 to 0.04 at weight 1e-4. At 1e-3 these were 0.8 to 1.0
+    and 0.07 to 0.11, with equally sharp images. At 1e-2, two of four channels were nearly empty
+    (std 0.4, noise 0.8).
     """
     out, mean, logvar = net(images, noise)
     reconstruction = (out - images).square().flatten(1).mean(1)
-    # expm1: exp(l) − 1 − l is near l²/2 for small l, and would be lost in the rounding of exp(l)
+    # expm1: for small l, exp(l) − 1 − l is near l²/2, which the rounding of exp(l) would hide
     kl = (mean.square() + torch.expm1(logvar) - logvar).flatten(1).mean(1) / 2
     return reconstruction + kl_weight * kl, reconstruction, kl
 
 
 @torch.no_grad()
 def moments(net, images_iterable):
-    """(mean (c,), std (c,)), float64 on the CPU, over the latent means of batches of images
-    (B, C, H, W): (z − mean)/std is what diffusion learns.
+    """(mean (c,), std (c,)) of the latent means of batches of images (B, C, H, W), float64 on the
+    CPU. Diffusion learns (z − mean)/std.
 
-    The noise schedule takes data of variance one for granted. The paper divides by one number for
-    all channels, from the first batch. Here each channel has its own, as channels differ: one of
-    small std would be under the noise for nearly all t, and one of large std hardly ever. The
-    price: a channel that KL has emptied counts as much as any other; kl_weight has to prevent it.
+    The noise schedule assumes data of variance 1. The paper divides all channels by one number,
+    from the first batch. Here each channel has its mean and std, since channels differ: noise would
+    cover a channel of small std at nearly all t, and a channel of large std at hardly any t. The
+    disadvantage: a channel that the KL term has emptied counts as much as any other; kl_weight has
+    to prevent that.
     """
     n = total = squares = 0
     device = next(net.parameters()).device
@@ -156,7 +158,7 @@ def moments(net, images_iterable):
         z = double(net.encode(images.to(device))[0]).transpose(0, 1).flatten(1)  # (c, B h w)
         n, total, squares = n + z.shape[1], total + z.sum(1), squares + z.square().sum(1)
     if not n:
-        raise ValueError("no images to take the moments of the latents from")
+        raise ValueError("no images: the moments of the latents need at least one")
     mean = total / n
     return mean.cpu(), (squares / n - mean.square()).clamp(min=0).sqrt().cpu()
 
@@ -184,19 +186,21 @@ def conv(c_in, c_out):
 
 # ------------------------------------------------------------------ train
 
-DENOISER_FIELDS = ("preset", "schedule", "continuous", "prediction", "etsdm", "etsdm_interval",
-                   "etsdm_n", "dropout", "sa_k", "sa_weight", "loss_space", "train_times",
-                   "recompute", "init")
+DENOISER_FIELDS = ("preset", "schedule", "continuous", "betas", "prediction", "etsdm",
+                   "etsdm_interval", "etsdm_n", "dropout", "sa_k", "sa_weight", "loss_space",
+                   "train_times", "recompute", "init")
 RECIPE = dict(batch_size=64, images=256_000, lr=2e-3, beta2=0.99, ema=0.995, grad_clip=1.0,
-              warmup=100, flip=False, sample_every=1000, save_every=500)
+              warmup=100, flip=False, sample_every=1000, save_every=500, optimizer="adam",
+              lr_decay="none")
 
 
 @dataclass
 class AutoencoderConfig(Config):
-    downsamplings: int = flag(2, "the latents' side is the image's, halved so often",
+    downsamplings: int = flag(2, "how often the side of the latents is halved",
                               group="autoencoder")
-    latent_channels: int = flag(4, "numbers per latent position")
-    kl_weight: float = flag(1e-4, "weight of the latents' distance from normal noise")
+    latent_channels: int = flag(4, "values per latent position")
+    width: int = flag(32, "channels at the size of the images: a multiple of 8")
+    kl_weight: float = flag(1e-4, "weight of the KL divergence of the latents from N(0, 1)")
 
     unused: ClassVar[tuple] = DENOISER_FIELDS
     prog: ClassVar[str] = "papers.autoencoder train"
@@ -217,6 +221,7 @@ class AutoencoderConfig(Config):
     def check(self):
         super().check()
         require(self, "latent_channels", self.latent_channels >= 1, "must be at least 1")
+        require(self, "width", self.width > 0 and self.width % 8 == 0, "must be a multiple of 8")
         require(self, "kl_weight", 0 <= self.kl_weight < float("inf"), "must be 0 or more")
 
     def check_divisible(self):
@@ -227,7 +232,7 @@ class AutoencoderConfig(Config):
 
     def size(self):
         """The arguments of Autoencoder."""
-        return dict(image_size=self.image_size, channels=self.channels,
+        return dict(image_size=self.image_size, channels=self.channels, width=self.width,
                     mult=(1,) + (2,) * self.downsamplings, latent_channels=self.latent_channels)
 
     def settings(self):
@@ -253,7 +258,7 @@ class AutoencoderObjective:
         self.net = Autoencoder(**config.size())
 
     def draw(self, n, generator, device_generator):
-        """The noise of n images' latents."""
+        """Noise for the latents of n images."""
         return dict(noise=torch.randn(n, *self.net.latent_shape, generator=device_generator,
                                       device=device_generator.device))
 
@@ -275,15 +280,15 @@ class ReconstructConfig:
     run: str = flag("", "a run of python -m papers.autoencoder train", positional="RUN",
                     group="images")
     images: str = flag("", "folder, zip or array of images, or a data set", positional="IMAGES")
-    num: int = flag(1000, "at most so many images", short="-n")
+    num: int = flag(1000, "largest number of images", short="-n")
     batch_size: int = flag(64, "images at a time")
     device: str = device_flag()
-    weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
-    out: Path = flag(Path("reconstructed"), "folder to write to; the originals go to OUT-original")
+    weights: str = flag("ema", "averaged (ema) or last (raw) weights", choices=("ema", "raw"))
+    out: Path = flag(Path("reconstructed"), "output folder; the originals go to OUT-original")
 
     prog: ClassVar[str] = "papers.autoencoder reconstruct"
     usage: ClassVar[str] = "python -m papers.autoencoder reconstruct RUN IMAGES [flags]"
-    description: ClassVar[str] = "Write what an autoencoder makes of images, and the originals."
+    description: ClassVar[str] = "Write an autoencoder's reconstructions of images, and the images."
     examples: ClassVar[str] = """\
   python -m papers.autoencoder reconstruct fashion-autoencoder test-images/
   python metrics.py psnr reconstructed/ reconstructed-original/"""
@@ -309,13 +314,14 @@ def reconstruct(argv=None):
     """The program `reconstruct`."""
     config = parse_into(ReconstructConfig, argv)
     with distributed.init(tf32=False, device=config.device) as dist:
-        if not dist.is_main:  # seconds of work: one process does it
+        if not dist.is_main:  # takes seconds: one process is enough
             return
         path = checkpoint.find_checkpoint(config.run)
         saved = checkpoint.load_checkpoint(path)
         size = saved["settings"].get("autoencoder")
         if not size or "unet" in saved["settings"]:
-            raise ValueError(f"{config.run} is not an autoencoder run")
+            raise ValueError(f"{config.run} is not an autoencoder run: python -m "
+                             "papers.autoencoder train makes one")
         net = Autoencoder(**size)
         checkpoint.load_weights(net, saved["ema" if config.weights == "ema" else "net"], path)
         net.to(dist.device).eval()

@@ -1,24 +1,24 @@
-r"""Networks of other programs: converted once into an ordinary run.
+r"""Convert the network of another program into a run.
 
     python -m papers.checkpoints celeba_sa/model_1175_ema.pth --name celeba_sa       # SA-DPM's
     python sample.py celeba_sa --spacing leading --nfe 10                             # their grid
     torchrun train.py --init celeba_sa --sa-k 2 ...                                   # fine-tuning
     python -m papers.checkpoints celeba_sa --to diffusers exported/
 
-Keys and shapes give what a file is, and its sizes:
+The kind of network and its sizes follow from the keys and shapes in the file:
 
     guided-diffusion, improved-diffusion   ADM's U-Net
     SA-DPM, DDIM                           their `Model`; DDIM's lists and SA-DPM's dicts too
     diffusers                              UNet2DModel: a folder, or its .safetensors or .bin, with
                                            config.json next to it
 
-A network does not record the image size and the number of attention heads. They follow from what
-these programs released: the second attention level from below is at 16 pixels (the lowest, if it is
-the only one). --image-size, --heads and --head-channels replace the guess.
+A network does not record its image size or number of attention heads. These are guessed from the
+released networks: the second attention level from below (or the only one) is at 16 pixels.
+--image-size, --heads and --head-channels replace the guess.
 
-All these programs count DDPM's steps 0..T-1, ours are 1..T: their networks receive t - 1
-(denoiser.py). Networks that learnt a variance (learn_sigma) have twice the outputs; the second half
-stays unused. Nothing in a file is executed.
+All these programs count DDPM's steps 0..T-1, this one 1..T: imported networks receive t - 1
+(denoiser.py). Networks with a learned variance (learn_sigma) have twice as many outputs; the second
+half stays unused. Nothing in a file is executed.
 
 Not here: the way back (exports.py); classifiers, upsamplers, class-conditional networks, EDM's
 pickles, Stable Diffusion.
@@ -45,7 +45,7 @@ from support.programs import run_main
 GUIDED = "a U-Net of guided-diffusion or improved-diffusion"
 DDIM = "the Model of SA-DPM or DDIM"
 DIFFUSERS = "a UNet2DModel of diffusers"
-# Their names -> ours
+# Their names -> those of unet.py
 FROM_GUIDED = (("in_layers.0.", "norm1."), ("in_layers.2.", "conv1."), ("emb_layers.1.", "time."),
                ("out_layers.0.", "norm2."), ("out_layers.3.", "conv2."),
                ("skip_connection.", "skip."), ("proj_out.", "proj."), (".op.", ".conv."),
@@ -55,7 +55,7 @@ FROM_DDIM = (("temb.dense.0.", "time_embed.0."), ("temb.dense.1.", "time_embed.2
              ("conv_out.", "out_conv."), ("mid.block_1.", "middle_block.0."),
              ("mid.attn_1.", "middle_block.1."), ("mid.block_2.", "middle_block.2."),
              ("temb_proj.", "time."), ("nin_shortcut.", "skip."), (".proj_out.", ".proj."))
-# diffusers' names -> DDIM's. In attention layers it has had two sets of names.
+# diffusers' names -> DDIM's. Attention layers have an old and a new set of names.
 TO_DDIM = (("time_embedding.linear_1.", "temb.dense.0."), (".proj_attn.", ".proj_out."),
            ("time_embedding.linear_2.", "temb.dense.1."), (".to_out.0.", ".proj_out."),
            ("mid_block.resnets.0.", "mid.block_1."), ("mid_block.resnets.1.", "mid.block_2."),
@@ -67,27 +67,29 @@ TO_DDIM = (("time_embedding.linear_1.", "temb.dense.0."), (".proj_attn.", ".proj
            (".to_k.", ".k."), (".to_v.", ".v."), (".query.", ".q."), (".key.", ".k."),
            (".value.", ".v."))
 OTHERS = {
-    "label_emb": "a class-conditional network (label_emb): only others can be loaded",
-    "class_embedding": "a class-conditional network (class_embedding): only others can be loaded",
-    "transformer_blocks": "a network with cross-attention, like Stable Diffusion's: only those "
-                          "that draw images from noise alone can be loaded",
-    "model.diffusion_model.": "a latent diffusion model, like Stable Diffusion: only networks that "
-                              "draw pixels can be loaded",
+    "label_emb": "a class-conditional network (label_emb), which cannot be loaded: use an "
+                 "unconditional one",
+    "class_embedding": "a class-conditional network (class_embedding), which cannot be loaded: "
+                       "use an unconditional one",
+    "transformer_blocks": "a network with cross-attention, like Stable Diffusion's, which cannot "
+                          "be loaded: use an unconditional one",
+    "model.diffusion_model.": "a latent diffusion model, like Stable Diffusion, which cannot be "
+                              "loaded: use a network of pixels",
 }
 
 
-# ------------------------------------------------------------------ from their names to ours
+# ------------------------------------------------------------------ from their names to unet.py's
 def convert(state_dict, head_channels=None):
-    """A state dict of another program -> (state dict of unet.UNet, what it is).
+    """A state dict of another program -> (state dict of unet.UNet, its kind).
 
-    head_channels: of the attention heads of diffusers; None: a single head. Nothing is dropped or
-    invented, so load_state_dict(strict=True) checks the rest. ValueError: not a U-Net that can be
+    head_channels: channels per attention head of diffusers; None: a single head. Each tensor is
+    kept, so load_state_dict(strict=True) checks the rest. ValueError: not a U-Net that can be
     loaded.
     """
     if not is_state(state_dict):
         raise ValueError(f"not a state dict of a network: it holds "
                          f"{checkpoint.describe_checkpoint(state_dict)}")
-    state = {k.removeprefix("module."): v for k, v in state_dict.items()}  # from inside DDP
+    state = {k.removeprefix("module."): v for k, v in state_dict.items()}  # DDP's prefix
     for word, text in OTHERS.items():
         if any(word in k for k in state):
             raise ValueError(text)
@@ -97,16 +99,15 @@ def convert(state_dict, head_channels=None):
         state = rename(state, TO_DDIM)
         levels = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("down."))
         state = {re.sub(r"^up\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", k): v
-                 for k, v in state.items()}  # it counts the way up from below, DDIM from above
+                 for k, v in state.items()}  # up: diffusers counts from below, DDIM from above
         return from_ddim(state, head_channels), DIFFUSERS
     if "input_blocks.0.0.weight" not in state:
-        raise ValueError("not a guided-diffusion U-Net: it has no input_blocks.0.0.weight, nor the "
-                         "layers of SA-DPM's or diffusers' networks, but "
-                         + ", ".join(list(state)[:3]))
+        raise ValueError("not a U-Net of guided-diffusion (no input_blocks.0.0.weight), SA-DPM or "
+                         "diffusers: its layers are " + ", ".join(list(state)[:3]))
     if "out.2.weight" not in state:
-        raise ValueError("it has no out.2.weight, like a classifier: only networks that draw "
-                         "images can be loaded")
-    # qkv and proj are 1-d convolutions there, 1x1 ones here
+        raise ValueError("it has no out.2.weight, like a classifier: use a network that generates "
+                         "images")
+    # qkv and proj are 1-d convolutions there and 1x1 convolutions here
     return {k: v[..., None] if v.dim() == 3 else v
             for k, v in rename(state, FROM_GUIDED).items()}, GUIDED
 
@@ -128,8 +129,8 @@ def rename(state, pairs):
 
 
 def from_ddim(state, head_channels=None):
-    """DDIM's names, up.LEVEL.block.I..., -> ours, output_blocks.STAGE.LAYER...; and q, k and v
-    joined into one layer."""
+    """Rename DDIM's up.LEVEL.block.I... to output_blocks.STAGE.LAYER..., and join q, k and v into
+    one layer."""
     levels = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("down.")), default=0)
     blocks = sum(bool(re.fullmatch(r"down\.0\.block\.\d+\.conv1\.weight", k)) for k in state)
 
@@ -141,7 +142,7 @@ def from_ddim(state, head_channels=None):
         else:
             stage = (levels - 1 - level) * (blocks + 1) + int(i or blocks)
             layer = int(kind == "attn")
-            if kind == "upsample":  # behind the attention layer, if there is one
+            if kind == "upsample":  # after the attention layer, if there is one
                 layer = 1 + (f"up.{level}.attn.{blocks}.norm.weight" in state)
         return f"{'input' if way == 'down' else 'output'}_blocks.{stage}.{layer}."
 
@@ -160,7 +161,7 @@ def from_ddim(state, head_channels=None):
 
 
 def size_of(state, image_size=None):
-    """The arguments of unet.UNet that its state dict shows. image_size: None guesses it."""
+    """The arguments of unet.UNet that follow from its state dict. image_size: None guesses it."""
     channels, E = state["time_embed.0.weight"].shape[1], len(state["time_embed.0.weight"])
     ups = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("output_blocks."))
     # A level ends with a layer that doubles the size: a convolution, or a second residual block
@@ -174,7 +175,7 @@ def size_of(state, image_size=None):
     attention = [i for i, first in enumerate(firsts) if f"{first}.1.qkv.weight" in state]
     if image_size is None:
         if not attention:
-            raise ValueError("its keys do not give the image size: add --image-size")
+            raise ValueError("its keys do not determine the image size: add --image-size")
         image_size = (16 if len(attention) == 1 else 8) << attention[-1]
     time = state["middle_block.0.time.weight"]
     return dict(image_size=image_size, in_channels=state["input_blocks.0.0.weight"].shape[1],
@@ -187,15 +188,15 @@ def size_of(state, image_size=None):
 
 # ------------------------------------------------------------------ files
 def read(path):
-    """A file or folder -> (its weights, their moving average, the config.json next to them or {},
-    that of a diffusers scheduler or {}). Both are the same if there is only one."""
+    """Read a file or folder -> (weights, their moving average, the config.json next to them or {},
+    the diffusers scheduler's or {}). If only one set of weights exists, it serves as both."""
     if path.is_dir():
         names = [*(f"{folder}diffusion_pytorch_model.{ending}" for folder in ("unet/", "")
                    for ending in ("safetensors", "bin")), "checkpoint.pt"]
         found = [path / name for name in names if (path / name).is_file()]
         if not found:
-            raise ValueError("no diffusion_pytorch_model.safetensors or .bin is in this folder, or "
-                             "in its unet/")
+            raise ValueError("neither this folder nor its unet/ has a "
+                             "diffusion_pytorch_model.safetensors or .bin")
         path = found[0]
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_file(path)
     if isinstance(content, dict) and content.get("format") in checkpoint.FORMATS:
@@ -208,28 +209,28 @@ def read(path):
 
 
 def read_file(path):
-    """What torch.save wrote: tensors and plain values."""
+    """Read a file of torch.save: only tensors and plain values."""
     try:
         return checkpoint.read_tensors(path)
     except ValueError as error:
         with open(path, "rb") as f:
             head = f.read(2)
         if head[:1] == b"\x80":
-            raise ValueError("a pickle of Python objects, as EDM's networks are: to open it would "
-                             "execute what it holds") from error
+            raise ValueError("a pickle of Python objects, like EDM's networks: opening it would "
+                             "execute its code") from error
         if head == b"PK":
-            raise ValueError(f"{error}. SA-DPM's ckpt_N.pth does: give its model_N_ema.pth"
+            raise ValueError(f"{error}. If it is SA-DPM's ckpt_N.pth, use model_N_ema.pth"
                              ) from error
         raise
 
 
 def read_safetensors(path):
-    """{name: tensor}, by the library safetensors, which only this format needs."""
+    """Read {name: tensor} with the optional package safetensors."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        raise ValueError("safetensors is needed to read it: pip install safetensors") from error
+        raise ValueError("safetensors is not installed: pip install safetensors") from error
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -241,7 +242,7 @@ def read_json(path):
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{path.name} next to it is damaged ({error})") from error
+        raise ValueError(f"{path.name} next to it is not valid JSON ({error})") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -259,26 +260,26 @@ def find_weights(content):
     return (weights + averages + [content])[0], (averages + weights + [content])[0]
 
 
-# ------------------------------------------------------------------ what diffusers writes down
-# What UNet2DModel can be and unet.UNet cannot: every other value of these is refused.
+# ------------------------------------------------------------------ config files of diffusers
+# unet.UNet supports only these values of UNet2DModel's settings.
 ONLY = dict(_class_name="UNet2DModel", act_fn="silu", time_embedding_type="positional",
             center_input_sample=False, class_embed_type=None, num_class_embeds=None,
             mid_block_scale_factor=1, add_attention=True, mid_block_type="UNetMidBlock2D")
 
 
 def diffusers_network(config):
-    """config.json of a UNet2DModel -> the arguments of unet.UNet that its weights do not show."""
+    """config.json of a UNet2DModel -> arguments of unet.UNet that do not follow from weights."""
     if not config:
-        raise ValueError("config.json must lie next to it")
+        raise ValueError("config.json is missing: put it next to the weights")
     groups = config.get("norm_num_groups", 32)
-    # In the middle: without this entry a network whose time shifts has no normalisation there
+    # Without this entry and with scale_shift, diffusers' middle attention has no normalisation.
     shifts = config.get("resnet_time_scale_shift") == "scale_shift"
     middle = config.get("attn_norm_num_groups") or (None if shifts else groups)
     refuse_others(config | dict(attn_norm_num_groups=middle),
                   ONLY | dict(attn_norm_num_groups=groups), "config.json")
     if not isinstance(config.get("sample_size"), int | None):
-        raise ValueError(f"config.json has sample_size {config['sample_size']}: only squares can "
-                         "be converted")
+        raise ValueError(f"config.json has sample_size {config['sample_size']}: only square images "
+                         "can be converted")
     return dict(sin_first=not config.get("flip_sin_to_cos", True),
                 freq_shift=config.get("freq_shift", 0), norm_eps=config.get("norm_eps", 1e-5),
                 pad_end=config.get("downsample_padding", 1) == 0,
@@ -304,7 +305,7 @@ def diffusers_schedule(scheduler):
 
 
 def refuse_others(config, only, where):
-    """ValueError if an entry of config is there and differs."""
+    """ValueError if config has an entry that differs from `only`."""
     for key, value in only.items():
         if config.get(key, value) != value:
             raise ValueError(f"{where} has {key} {config[key]!r}: only {value!r} can be converted")
@@ -313,7 +314,7 @@ def refuse_others(config, only, where):
 # ------------------------------------------------------------------ a run
 def import_run(source, name, schedule="linear", steps=1000, image_size=None, heads=None,
                head_channels=None):
-    """Convert a file or folder into runs/NAME -> a description: lines, the first with its kind.
+    """Convert a file or folder into runs/NAME -> (lines that describe it, "small" or "large").
     ValueError, OSError: one line that begins with the source or a flag."""
     folder = checkpoint.RUNS / name
     if folder.exists():
@@ -358,28 +359,29 @@ def import_run(source, name, schedule="linear", steps=1000, image_size=None, hea
 
 
 def preset_of(size):
-    """The preset whose recipe train.py --init takes."""
+    """The preset that gives train.py --init its recipe."""
     side = size["image_size"]
     return "cifar10" if side <= 32 else "celeba64" if side <= 64 else "celebahq256"
 
 
 def network(state, kind, image_size):
-    """All arguments of unet.UNet: those that the keys show, and those that the kind knows."""
+    """All arguments of unet.UNet: some follow from the keys, the rest from the kind."""
     try:
         first, last = state["input_blocks.0.0.weight"], state["out_conv.weight"]
         if first.dim() != 4 or last.dim() != 4:
             raise ValueError("its first and last layers are not convolutions of images")
         channels, outputs = first.shape[1], last.shape[0]
         if channels not in (1, 3) or outputs not in (channels, 2 * channels):
-            raise ValueError(f"{channels} channels in and {outputs} out: only networks that draw "
-                             "images from noise can be loaded, not upsamplers")
+            raise ValueError(f"{channels} input and {outputs} output channels, like an upsampler: "
+                             "use a network that generates images from noise")
         size = size_of(state, image_size)
     except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"it does not have all layers of a U-Net (at {error})") from error
+        raise ValueError(f"it lacks a layer of a U-Net (at {error})") from error
     size.update(head_channels=None, dropout=0.0)
     if kind == DDIM:
         size.update(unet.DDPM, dropout=unet.PRESETS[preset_of(size)]["dropout"])
-    if kind == GUIDED:  # guided-diffusion: heads of 64; improved-diffusion: 4, and 1 for LSUN
+    # guided-diffusion has heads of 64 channels; improved-diffusion 4 heads, and 1 for LSUN
+    if kind == GUIDED:
         size.update(dict(head_channels=64) if size["resblock_updown"] else
                     dict(heads=4 if size["scale_shift"] else 1))
     return size
@@ -387,17 +389,18 @@ def network(state, kind, image_size):
 
 @dataclass
 class ImportConfig:
-    file: str = flag("", "weights of another program, a folder of diffusers; a run with --to",
+    file: str = flag("", "weights of another program, or a folder of diffusers; with --to, a run",
                      positional="FILE_OR_FOLDER", group="checkpoint")
     name: str = flag("", "folder under runs/", shown="the file's name")
-    schedule: str = flag("linear", "the noise schedule that it was trained with; diffusers' is in "
-                         "its folder", choices=("linear", "cosine"))
-    steps: int = flag(1000, "DDPM's steps T that it was trained with (improved-diffusion: 4000)")
-    image_size: int | None = flag(None, "side in pixels", shown="where attention is gives it")
-    heads: int | None = flag(None, "attention heads of each layer", shown="the program's usual")
-    head_channels: int | None = flag(None, "or their channels", shown="the program's usual")
-    to: tuple[str, ...] = flag((), "the way back: write a run as a folder of diffusers", nargs=2,
-                               metavar=("diffusers", "FOLDER"))
+    schedule: str = flag("linear", "noise schedule of the training; a diffusers folder records it",
+                         choices=("linear", "cosine"))
+    steps: int = flag(1000, "number T of DDPM steps in training (improved-diffusion: 4000)")
+    image_size: int | None = flag(None, "side in pixels", shown="from the attention levels")
+    heads: int | None = flag(None, "attention heads per layer", shown="the program's default")
+    head_channels: int | None = flag(None, "channels per attention head, instead of --heads",
+                                     shown="the program's default")
+    to: tuple[str, ...] = flag((), "the other direction: write a run as a folder of diffusers",
+                               nargs=2, metavar=("diffusers", "FOLDER"))
 
     prog: ClassVar[str] = "papers.checkpoints"
     usage: ClassVar[str] = "python -m papers.checkpoints FILE_OR_FOLDER [flags]"
@@ -417,11 +420,11 @@ class ImportConfig:
                 raise ValueError(f"{flag_name(others[0])} has no effect with --to: leave it out")
             return
         if not Path(self.file).exists():
-            raise FileNotFoundError(f"FILE {self.file}: there is no such file")
+            raise FileNotFoundError(f"{self.file}: no such file or folder")
         path = Path(self.file).resolve()
         self.name = self.name or (path.name if path.is_dir() else path.stem)
         if Path(self.name).name != self.name or self.name[0] == "." or not self.name.isprintable():
-            raise ValueError(f"--name {self.name!r} must be a plain name: runs go to "
+            raise ValueError(f"--name {self.name!r} must be a plain name: the run goes to "
                              f"{checkpoint.RUNS}/NAME")
         for name, low in (("steps", 2), ("image_size", 1), ("heads", 1), ("head_channels", 1)):
             if getattr(self, name) is not None and getattr(self, name) < low:

@@ -1,15 +1,15 @@
-r"""A small image classifier whose features replace Inception's, if those do not suit the images.
+r"""A small image classifier. Its features replace Inception's if those do not suit the images.
 
-    x (N, 3, H, W) -> 4 convolutions, twice halved -> mean over positions: features (N, 64)
-        -> K classes: needed for training; exported only by --logits
+    x (N, 3, H, W) -> 4 convolutions, two with stride 2 -> mean over positions: features (N, 64)
+        -> K classes, for training; exported only with --logits
 
-FID sees images through a network trained on ImageNet at 299x299. For 16x16 pictures of clothes, or
-without its weights, a classifier of the same data says more: its pooled features separate what
-matters in that set. The Fréchet distance in them is named after the file, FD(NAME.pt2), and never
-FID. Values compare only with others by the same file.
+FID uses a network that was trained on ImageNet at 299x299. For 16x16 images of clothes, or without
+Inception's weights, a classifier of the same data is a better choice: its pooled features separate
+the classes of this set. The Fréchet distance in these features is named FD(NAME.pt2), after the
+file, and not FID. Compare values only if they use the same file.
 
-Not here: a strong classifier. This is the smallest network whose features are worth a distance. It
-reports its accuracy on images that it has not seen.
+Not here: a strong classifier. This is the smallest network with useful features. The program prints
+its accuracy on held-out images.
 
     python -m papers.classifier fashion-mnist/ --image-size 16 --channels 1 --out fashion16.pt2
     python metrics.py fid RUN fashion-mnist/ --features fashion16.pt2
@@ -36,7 +36,7 @@ from support.cli import device_flag, flag, parse_into
 from support.programs import run_main
 
 FEATURES = 64
-SHAPES = 10_000  # drawings, of the endless set
+SHAPES = 10_000  # images taken from the endless set of drawings
 
 
 class Classifier(nn.Module):
@@ -59,7 +59,7 @@ class Classifier(nn.Module):
 
 
 class Features(nn.Module):
-    """The part that is exported for distances: the classifier up to its pooled features."""
+    """The part of the classifier that is exported for distances: all up to the pooled features."""
 
     def __init__(self, classifier):
         super().__init__()
@@ -70,10 +70,10 @@ class Features(nn.Module):
 
 
 def load_labelled(source, size, channels, progress=False):
-    """-> (images uint8 (N, C, H, W), labels (N,) int64, names of the classes).
+    """Load a labelled set -> (images uint8 (N, C, H, W), labels (N,) int64, class names).
 
-    source: an IDX folder or file next to its labels, CIFAR-10, a folder or zip with one folder for
-    each class, or the built-in shapes. ValueError: images without labels.
+    source: an IDX folder, an IDX file next to its labels, CIFAR-10, a folder or zip with one folder
+    per class, or the built-in shapes. ValueError: images without labels.
     """
     dataset = data.load(source, size, channels, progress=progress)
     if isinstance(dataset, data.Shapes):
@@ -93,9 +93,9 @@ def load_labelled(source, size, channels, progress=False):
         labels = torch.from_numpy(readers.read_labels(path)).long()
         names = [str(i) for i in range(max(labels.tolist(), default=-1) + 1)]
     if len(names) < 2 or len(labels) != len(dataset):
-        raise ValueError(f"{source}: {len(dataset):,} images with {len(labels):,} labels of "
-                         f"{len(names)} classes cannot be learnt. Put the images of each class in "
-                         "a separate folder, or give IDX files or CIFAR-10's archives")
+        raise ValueError(f"{source}: {len(dataset):,} images, {len(labels):,} labels and "
+                         f"{len(names)} classes do not fit. Use a folder per class, IDX or "
+                         "CIFAR-10 files")
     return dataset.images, labels, names
 
 
@@ -105,7 +105,7 @@ def to_network_input(images):
 
 
 def fit(images, labels, classes, epochs=5, batch=128, lr=2e-3, seed=0, device="cpu"):
-    """A Classifier in eval mode, trained by Adam, whose learning rate falls to 0 like a cosine."""
+    """Train a Classifier with Adam and a cosine learning rate -> the network in eval mode."""
     torch.manual_seed(seed)
     net = Classifier(classes).to(device)
     steps = epochs * max(len(images) // batch, 1)
@@ -129,7 +129,7 @@ def fit(images, labels, classes, epochs=5, batch=128, lr=2e-3, seed=0, device="c
 
 @torch.no_grad()
 def accuracy(net, images, labels, batch=500):
-    """Share of images, uint8 (N, C, H, W), whose class the network predicts."""
+    """Share of the images, uint8 (N, C, H, W), that the network classifies correctly."""
     device, correct = next(net.parameters()).device, 0
     for x, y in zip(images.split(batch), labels.split(batch), strict=True):
         predicted = net(to_network_input(x).to(device)).argmax(1).cpu()
@@ -138,8 +138,8 @@ def accuracy(net, images, labels, batch=500):
 
 
 def export(net, path, size, logits=False):
-    """Write its features, or logits, to a file that needs none of this code: torch.export, for
-    batches and sides of any length."""
+    """Export features or logits with torch.export, for any batch size and image size. The file
+    works without this code."""
     x, net = torch.zeros(2, 3, size, size), net.cpu()
     program = torch.export.export((net if logits else Features(net)).eval(), (x,), dynamic_shapes=(
         {0: torch.export.Dim("N"), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},))
@@ -152,26 +152,26 @@ class ClassifierConfig:
     data: str = flag("", "labelled images: IDX, CIFAR-10, a folder of class folders, shapes",
                      positional="DATA", group="images")
     image_size: int | None = flag(None, "side in pixels", shown="the images' own")
-    channels: int = flag(3, "1: turned gray", choices=(1, 3))
+    channels: int = flag(3, "1: convert to gray", choices=(1, 3))
     epochs: int = flag(5, "passes over the images", group="training")
     device: str = device_flag()
-    logits: bool = flag(False, "export the classes, for metrics.py is, instead of the features")
-    seed: int = flag(0, "of weights and order")
+    logits: bool = flag(False, "export class logits (for metrics.py is) instead of features")
+    seed: int = flag(0, "seed of the weights and the order")
     out: Path = flag(Path("classifier.pt2"), "the file to write")
 
     prog: ClassVar[str] = "papers.classifier"
     usage: ClassVar[str] = "python -m papers.classifier DATA [flags]"
-    description: ClassVar[str] = ("Train a small classifier, and export its features for "
+    description: ClassVar[str] = ("Train a small classifier and export its features for "
                                   "metrics.py --features.")
     examples: ClassVar[str] = """\
   python -m papers.classifier fashion-mnist/ --image-size 16 --channels 1 --out fashion16.pt2
-      the folder with the IDX files; two minutes on a CPU core
+      a folder with the IDX files; two minutes on a CPU core
   python -m papers.classifier cifar10 --epochs 10 --out cifar10.pt2
   python -m papers.classifier cifar10 --logits --out classes.pt2
-      classes instead of features: for `metrics.py is RUN --features classes.pt2`, a score like
-      Inception's in this set's own classes
+      logits for `metrics.py is RUN --features classes.pt2`: an Inception Score in the classes of
+      this set
   python -m papers.classifier animals/ --image-size 64
-      a folder with one folder for each class"""
+      a folder with one folder per class"""
 
     def check(self):
         if not self.data:
@@ -181,13 +181,13 @@ class ClassifierConfig:
         if not 0 <= self.seed < 2**62:  # as in train.py
             raise ValueError(f"--seed must be 0 or more and below 2^62, not {self.seed}")
         if self.out.suffix != ".pt2" or not self.out.resolve().parent.is_dir():
-            raise ValueError(f"--out {self.out} must be a .pt2 in a folder that exists")
+            raise ValueError(f"--out {self.out} must be a .pt2 file in an existing folder")
 
 
 def main(argv=None):
     config = parse_into(ClassifierConfig, argv)
     with distributed.init(tf32=False, device=config.device) as dist:
-        if not dist.is_main:  # minutes of work: one process does it
+        if not dist.is_main:  # takes minutes: one process is enough
             return
         images, labels, names = load_labelled(config.data, config.image_size, config.channels, True)
         order = torch.randperm(len(images), generator=rng.generator(config.seed, 1))

@@ -1,28 +1,29 @@
-r"""How wide is the reverse Gaussian? The variance of ε given x_t, estimated in three ways.
+r"""Three estimates of Var[ε | x_t], which gives the variance of a reverse step.
 
-A step from t to t_next needs x_0 and ε. The network gives their means given x_t, and ignores their
-variance. Put ε = (x_t − α_t x_0)/σ_t into the step, add its fresh noise, and x_next has
+A step from t to t_next needs x_0 and ε. The network gives only their means given x_t, without their
+variance. With ε = (x_t − α_t x_0)/σ_t in the step, and with its fresh noise, x_next has
 
-    mean      α_next x̂_0 + √(σ_next² − η²β̃) ε_θ                 the step that samplers.py takes
+    mean      α_next x̂_0 + √(σ_next² − η²β̃) ε_θ                 the step of samplers.py
     variance  η²β̃ + A² Cov0,   A = α_next − √(σ_next² − η²β̃) α_t/σ_t
               Cov0 = Var[x_0 | x_t] = (σ_t/α_t)² Var[ε | x_t]
 
-"Small" takes Cov0 for 0: nearly right in a thousand steps, too narrow in ten. Estimates of
-Var[ε | x_t], of Analytic-DPM (Bao et al., ICLR 2022) and of NPR- and SN-DPM (Bao et al., ICML 2022,
-"Estimating the Optimal Covariance with Imperfect Mean"):
+--variance small sets Cov0 = 0: nearly right in 1000 steps, too small in 10. Analytic-DPM (Bao et
+al., ICLR 2022), NPR- and SN-DPM (Bao et al., ICML 2022, "Estimating the Optimal Covariance with
+Imperfect Mean") estimate Var[ε | x_t]:
 
     analytic  1 − Γ_t,   Γ_t = E‖ε_θ(x_t, t)‖²/d      one number per t, from some training images
     npr       h(x_t, t), a second head trained on (ε − ε_θ)²          for each x_t and each pixel
-    sn        h(x_t, t) − ε_θ², a second head trained on ε²                           likewise
+    sn        h(x_t, t) − ε_θ², a second head trained on ε²           for each x_t and each pixel
 
-For the ideal ε_θ all are the same on average over x_t; NPR's target also counts the error of a real
-one. Then the papers clip. Data in [low, high] have Cov0 <= ((high − low)/2)², which matters near T,
-where (σ/α)² magnifies an error of Γ 25,000 times. And the noise of the last step that adds any,
-onto t = 1, must not be visible: E|std z| = std √(2/π) <= 2 grey levels (DDPM) or 1 (DDIM).
+For the ideal ε_θ, all three agree on average over x_t. For a trained ε_θ, NPR's target also
+contains the error of ε_θ. The papers clip in two ways. Data in [low, high] have Cov0 <= ((high −
+low)/2)². This matters near T, where (σ/α)² magnifies an error of Γ 25,000 times. And the noise of
+the last step with noise, the step to t = 1, must stay invisible: E|std z| = std √(2/π) is at most
+2 grey levels (DDPM) or 1 (DDIM).
 
-Where x̂_0 is clipped, our samplers re-derive ε from it; the papers' DDIM keeps the network's ε.
+If x̂_0 is clipped, the samplers here recompute ε from it; the papers' DDIM keeps the network's ε.
 
-Not here: training the heads (heads.py), or taking the step (samplers.py).
+Not here: training of the heads (heads.py), the step itself (samplers.py).
 
     python -m papers.covariance RUN     # estimate Γ, once per checkpoint: analytic.npz, .csv, .png
     python sample.py RUN --sampler ddpm --variance analytic --nfe 25
@@ -59,10 +60,10 @@ KINDS = ("analytic", "npr", "sn")
 # ------------------------------------------------------------------ the variance of a step
 
 def reverse_variance(schedule, t, t_next, var_eps, eta=1.0):
-    """Variance of x_next given x_t, unclipped: float64, as t or var_eps is a number or a tensor.
+    """Variance of x_next given x_t, without clips: float64; t and var_eps are numbers or tensors.
 
-    Where ᾱ_t = 0, x_t holds nothing of x_0: any var_eps but 0 makes it infinite (clipped_variance
-    does not).
+    If ᾱ_t = 0, x_t holds no x_0: the variance is infinite unless var_eps is 0. clipped_variance is
+    always finite.
     """
     fresh, A, ratio = step_coefficients(schedule, t, t_next, eta)
     var_eps = torch.as_tensor(var_eps, dtype=torch.float64)
@@ -71,12 +72,12 @@ def reverse_variance(schedule, t, t_next, var_eps, eta=1.0):
 
 def clipped_variance(schedule, t, t_next, var_eps, eta=1.0, value_range=Pixels.value_range,
                      max_grey_levels=None):
-    r"""The same with the papers' clips, element by element: 0 <= Cov0 <= ((high − low)/2)², and
-    where t_next <= 1 no more noise than max_grey_levels on average. t, t_next: numbers.
+    r"""The same with the papers' clips, element by element: 0 <= Cov0 <= ((high − low)/2)²; if
+    t_next <= 1, at most max_grey_levels of noise on average. t, t_next: numbers.
 
-    value_range      (low, high) of the data, 255 grey levels apart; None: latents, which have no
-                     grey levels, and whose variance is 1 per channel: their Cov0 <= 1 too
-    max_grey_levels  None: 2 for η = 1, DDPM, and 1 below; 0 switches this clip off
+    value_range      (low, high) of the data, 255 grey levels apart. None: latents. They have no
+                     grey levels, and variance 1 per channel, so Cov0 <= 1 too
+    max_grey_levels  None: 2 for η = 1 (DDPM), else 1; 0 switches this clip off
     """
     fresh, A, ratio = step_coefficients(schedule, t, t_next, eta)
     width = 2.0 if value_range is None else value_range[1] - value_range[0]
@@ -94,14 +95,14 @@ def clipped_variance(schedule, t, t_next, var_eps, eta=1.0, value_range=Pixels.v
 
 @torch.no_grad()
 def gamma(denoiser, x0, seed=0, batch=256, label=None, ts=None):
-    r"""Γ_t = E‖ε_θ(x_t, t)‖²/d at t = 1..T: (T+1,) float64 on the CPU, Γ_0 = 0. Puts the network
-    into eval mode.
+    r"""Γ_t = E‖ε_θ(x_t, t)‖²/d at t = 1..T: (T+1,) float64 on the CPU, Γ_0 = 0. This sets the
+    network to eval mode.
 
-    x0     images (M, C, H, W) in [-1, 1]; each has a different noise at each t, a function of seed,
-           t and the image's place among the M
-    batch  how many x_t the network sees at a time, of one t or of several
-    label  of a progress bar
-    ts     some of 1..T (the rest stay 0): parts add up to the whole
+    x0     images (M, C, H, W) in [-1, 1]; the noise is a function of the seed, t and the index of
+           the image
+    batch  number of x_t per network call; they may have several t
+    label  text of a progress bar
+    ts     some of 1..T (the rest stay 0): the results of parts can be added
     """
     schedule, total = denoiser.schedule, torch.zeros(denoiser.schedule.T + 1, dtype=torch.float64)
     ts = torch.tensor(list(range(1, schedule.T + 1) if ts is None else ts))
@@ -109,7 +110,7 @@ def gamma(denoiser, x0, seed=0, batch=256, label=None, ts=None):
     getattr(denoiser.net, "eval", lambda: None)()
     bar = tqdm(total=len(ts) * len(x0), desc=label, disable=not label, dynamic_ncols=True)
     for images in x0.split(batch):
-        encoded, seen = denoiser.encode(images)  # once for all t: an encoder may be slow
+        encoded, seen = denoiser.encode(images)  # once for all t, since an encoder may be slow
         for some in ts.split(max(1, batch // len(images))):  # as many t as fit into a batch
             t = some.repeat_interleave(len(images))
             noise = torch.stack([torch.randn(encoded.shape[1:], generator=noises[i])
@@ -134,8 +135,8 @@ def variance_from_gamma(values):
 # ------------------------------------------------------------------ Var[ε | x_t]: a second head
 
 class CachedOutput(torch.nn.Module):
-    """A network that keeps its last output: one call gives a sampler its x_0 and ε, and then the
-    variance of the same step."""
+    """A network that keeps its last output. A single call then gives a sampler x_0, ε and the
+    variance of the step."""
 
     def __init__(self, net):
         super().__init__()
@@ -147,15 +148,15 @@ class CachedOutput(torch.nn.Module):
 
 
 def variance_from_head(denoiser, kind):
-    """var_eps(x, t) like x, from h of the network's last call, which must be that at (x, t). From
-    here on denoiser.net is a CachedOutput."""
+    """var_eps(x, t) like x, from h of the network's last call, which must have been at (x, t). This
+    replaces denoiser.net by a CachedOutput."""
     denoiser.net = cached = CachedOutput(denoiser.net)
 
     def var_eps(x, t):
         prediction, h = cached.out.to(x.dtype).split(x.shape[1], dim=1)
         if kind == "npr":
             return double(h)
-        # The network's own ε_θ: a sampler that clips x̂_0 re-derives another.
+        # SN needs the network's ε_θ; a sampler that clips x̂_0 recomputes ε.
         return double(h) - double(denoiser.to_x0_eps(x, t, prediction)[1]) ** 2
     return var_eps
 
@@ -163,7 +164,7 @@ def variance_from_head(denoiser, kind):
 # ------------------------------------------------------------------ for the samplers
 
 def step_variance(denoiser, var_eps, eta, max_grey_levels=None):
-    """variance(x, t, t_next) for samplers.sample, clipped, of an estimate var_eps(x, t)."""
+    """variance(x, t, t_next) for samplers.sample: clipped, from an estimate var_eps(x, t)."""
     value_range = denoiser.space.value_range
 
     def variance(x, t, t_next):
@@ -173,14 +174,14 @@ def step_variance(denoiser, var_eps, eta, max_grey_levels=None):
 
 
 def variance_from_run(denoiser, kind, ddpm, eta=0.0, max_grey_levels=None):
-    """variance(x, t, t_next) for samplers.sample, of a run that load_run opened.
+    """variance(x, t, t_next) for samplers.sample, from a run that load_run opened.
 
-    kind: analytic (reads analytic.npz), npr or sn (a run of papers.heads). ddpm: η = 1, else DDIM's
-    eta. ValueError, FileNotFoundError: one line that names the command to run first.
+    kind: analytic (reads analytic.npz), npr or sn (a run of papers.heads). ddpm: True sets η = 1,
+    False uses eta. ValueError, FileNotFoundError: one line that names the command to run first.
     """
     if kind not in KINDS or getattr(denoiser, "folder", None) is None:
-        raise ValueError(f"variance {kind!r} must be one of {' '.join(KINDS)}, and the denoiser "
-                         "a run's, opened by load_run")
+        raise ValueError(f"--variance {kind}: it must be one of {' '.join(KINDS)}, and load_run "
+                         "must have opened the run")
     eta = 1.0 if ddpm else eta
     if kind == "analytic":
         values = read_gamma(denoiser)
@@ -188,7 +189,7 @@ def variance_from_run(denoiser, kind, ddpm, eta=0.0, max_grey_levels=None):
         variance.digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
         return variance
     s, run = denoiser.settings, denoiser.folder
-    if s.get("head") != kind:  # of another kind: put the new one on the same network
+    if s.get("head") != kind:  # if it has another kind, train the new head on the same trunk
         has = f"an {s['head']}" if s.get("head") else "no second"
         trunk = s.get("trunk") or s.get("from") if s.get("head") else run
         raise ValueError(f"--variance {kind}: {run} has {has} head. Train one with  python -m "
@@ -197,8 +198,8 @@ def variance_from_run(denoiser, kind, ddpm, eta=0.0, max_grey_levels=None):
 
 
 def read_gamma(denoiser):
-    """Γ (T+1,) from the run's analytic.npz. FileNotFoundError, ValueError: there is none, or it is
-    of other weights than these."""
+    """Read Γ (T+1,) from the run's analytic.npz. FileNotFoundError: it does not exist. ValueError:
+    it belongs to other weights."""
     path, run = denoiser.folder / "analytic.npz", denoiser.folder
     command = (f"python -m papers.covariance {shlex.quote(str(run))}"
                + " --weights raw" * (denoiser.weights == "raw"))
@@ -209,11 +210,11 @@ def read_gamma(denoiser):
             values = torch.from_numpy(archive["gamma"]).double()
             step, weights = archive["step"].item(), archive["weights"].item()
         if values.shape != (denoiser.schedule.T + 1,) or not values.isfinite().all():
-            raise ValueError("another T, or a network that had gone wrong")
+            raise ValueError("another T, or a network whose output was not finite")
     except Exception as error:  # of zip, NumPy, or a missing entry
         raise ValueError(f"{path} is not a Γ of this run: run  {command}  again") from error
     if (step, weights) != (denoiser.step, denoiser.weights):
-        raise ValueError(f"{path} is of step {step}, {weights} weights; the run is at "
+        raise ValueError(f"{path} belongs to step {step}, {weights} weights, not to step "
                          f"{denoiser.step}, {denoiser.weights}: run  {command}  again")
     return values
 
@@ -225,26 +226,27 @@ class CovarianceConfig:
     runs: tuple[str, ...] = flag((), "names under runs/, run folders, or checkpoints (default: the "
                                  "newest run)", positional="RUN", nargs="*", group="measurement")
     num: int = flag(128, "images, each at every t = 1..T; under torchrun write -n", short="-n")
-    data: str | None = flag(None, "where the images are", shown="where the run's own set was")
+    data: str | None = flag(None, "the images", shown="the run's training set")
     batch_size: int = flag(64, "images at a time, per process")
     device: str = device_flag()
-    seed: int = flag(0, "of the choice of images and the noise")
-    weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
+    seed: int = flag(0, "seed for the choice of images and the noise")
+    weights: str = flag("ema", "averaged (ema) or last (raw) weights", choices=("ema", "raw"))
 
     prog: ClassVar[str] = "papers.covariance"
     usage: ClassVar[str] = "python -m papers.covariance [RUN ...] [flags]"
     description: ClassVar[str] = """\
-Estimate Γ_t = E‖ε_θ(x_t, t)‖²/d of trained runs, for Analytic-DPM's reverse variance:
-once per checkpoint, for any number of steps."""
+Estimate Γ_t = E‖ε_θ(x_t, t)‖²/d of trained runs, for Analytic-DPM's reverse variance.
+One estimate per checkpoint serves any number of steps."""
     examples: ClassVar[str] = """\
   python -m papers.covariance shapes-tiny-sa2
-      128 images at 1000 noise levels, minutes on a CPU: analytic.npz, .csv and .png in its folder
+      128 images at 1000 noise levels, minutes on a CPU: writes analytic.npz, .csv and .png in the
+      run's folder
   python sample.py shapes-tiny-sa2 --sampler ddpm --variance analytic --nfe 25
-      then sample with it
+      then sample with this variance
   torchrun --nproc_per_node 8 -m papers.covariance cifar10-cifar10-sa2 -n 10000
-      the papers took 1,000 (LSUN) to 50,000 images (CIFAR-10)
+      the papers used 1,000 (LSUN) to 50,000 images (CIFAR-10)
 
-Γ belongs to the weights it was measured on: after more training, estimate it again."""
+Γ depends on the weights: after more training, estimate it again."""
 
     def check(self):
         for name, least in (("num", 1), ("batch_size", 1), ("seed", 0)):
@@ -254,7 +256,7 @@ once per checkpoint, for any number of steps."""
 
 
 def estimate(run, config, dist):
-    """Γ of one run -> analytic.npz, .csv and .png in its folder."""
+    """Estimate Γ of one run and write analytic.npz, .csv and .png in its folder."""
     path = dist.on_main(checkpoint.find_checkpoint, run)
     denoiser = load_run(path, config.weights)
     s, out, name = denoiser.settings, path.parent.resolve() / "analytic.npz", path.parent.name
@@ -268,7 +270,7 @@ def estimate(run, config, dist):
     if s["flip"]:  # half of them, as in training
         x0[::2] = x0[::2].flip(-1)
     denoiser.net.to(dist.device)
-    # Each process takes some of the t; the others' stay 0, so the sum is the whole.
+    # Each process takes some of the t and leaves the others 0, so the sum over processes is Γ.
     mine = range(1 + dist.rank, denoiser.schedule.T + 1, dist.world_size)
     values = dist.all_reduce(gamma(denoiser, x0, config.seed, config.batch_size,
                                    name if dist.is_main else None, mine))
@@ -283,7 +285,7 @@ def estimate(run, config, dist):
 
 
 def plot_variances(path, denoiser, values, points=50):
-    """Γ_t, and the std that it gives the steps of a coarse grid; t falls to the right, as in
+    """Plot Γ_t and the resulting std of the steps of a coarse grid; t falls to the right, as in
     sampling."""
     schedule, var_eps = denoiser.schedule, variance_from_gamma(values)
     figure = files.figure(figsize=(9.5, 3.8), layout="constrained")

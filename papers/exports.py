@@ -1,13 +1,13 @@
-r"""A run as a folder of diffusers: UNet2DModel, and a scheduler with the same noise schedule.
+r"""Export a run to diffusers: a UNet2DModel and a scheduler with the same noise schedule.
 
     python -m papers.checkpoints RUN --to diffusers exported/
     pipe = diffusers.DDIMPipeline.from_pretrained("exported")
 
 The averaged weights are renamed, and q, k, v become three layers. diffusers counts DDPM's steps
-from 0, our networks receive t = 1..T. The first layer of the time embedding absorbs the difference:
-cos and sin of (c + 1) w are a rotation of cos and sin of c w. UNet2DModel has neither shared
-timesteps (E-TSDM) nor patches (--preset tiny): such runs also get shared_unet.py, a subclass that
-has both.
+from 0, the networks here receive t = 1..T. The first layer of the time embedding absorbs the
+difference: cos and sin of (c + 1) w are a rotation of cos and sin of c w. UNet2DModel has neither
+shared timesteps (E-TSDM) nor patches (--preset tiny). Such runs also get shared_unet.py, a subclass
+with both.
 
 Not here: reading such folders (checkpoints.py); EDM, latents, super-resolution, second heads.
 """
@@ -23,7 +23,7 @@ from support import files
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
-# Ours -> diffusers', once a key has its place there
+# unet.py's names -> diffusers', after the blocks are renamed
 TO_DIFFUSERS = (("time_embed.0.", "time_embedding.linear_1."), ("out_norm.", "conv_norm_out."),
                 ("time_embed.2.", "time_embedding.linear_2."), ("out_conv.", "conv_out."),
                 ("middle_block.0.", "mid_block.resnets.0."), (".time.", ".time_emb_proj."),
@@ -31,7 +31,7 @@ TO_DIFFUSERS = (("time_embed.0.", "time_embedding.linear_1."), ("out_norm.", "co
                 ("middle_block.2.", "mid_block.resnets.1."), (".norm.", ".group_norm."),
                 (".proj.", ".to_out.0."))
 
-# shared_unet.py, next to an exported network that UNet2DModel alone cannot be
+# shared_unet.py, for an exported network that UNet2DModel alone cannot express
 WRAPPER = '''\
 """{name} for diffusers: a UNet2DModel {what}.
 
@@ -53,9 +53,9 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-INTERVAL, PARTS = {interval}, {n}  # E-TSDM: times below INTERVAL share PARTS values; 0: none do
-SHIFT = {shift}  # of the count in which they are shared
-PATCH = {patch}  # PATCH x PATCH pixels are channels of the network
+INTERVAL, PARTS = {interval}, {n}  # E-TSDM: times below INTERVAL share PARTS values; 0: no sharing
+SHIFT = {shift}  # 1: E-TSDM counts timesteps from 1
+PATCH = {patch}  # PATCH x PATCH pixels become channels of the network
 
 
 class SharedUNet(UNet2DModel):
@@ -73,7 +73,8 @@ class SharedUNet(UNet2DModel):
 
 def export_diffusers(run, folder):
     """Write a run's averaged network as a folder of diffusers: unet/, scheduler/, model_index.json;
-    and shared_unet.py for E-TSDM or patches. ValueError in one line: it cannot be one."""
+    and shared_unet.py for E-TSDM or patches. ValueError, in one line: diffusers cannot express it.
+    """
     try:
         from safetensors.torch import save_file
     except ImportError as error:
@@ -89,8 +90,8 @@ def export_diffusers(run, folder):
     if size["channel_mult"][0] != 1 or not size.get("head_channels") and heads != {1}:
         raise ValueError(f"{run}: no UNet2DModel has these widths and heads")
     if folder.exists():
-        raise FileExistsError(f"--to diffusers {folder}: it exists already. Choose another name")
-    betas = schedule_betas(denoiser.schedule)
+        raise FileExistsError(f"--to diffusers {folder}: it exists already. Choose another folder")
+    betas = schedule_betas(denoiser.schedule, settings.get("betas"))
     (folder / "unet").mkdir(parents=True)
     (folder / "scheduler").mkdir()
     state = to_diffusers(denoiser.net.state_dict(), size, settings.get("imported"))
@@ -114,12 +115,12 @@ def export_diffusers(run, folder):
         files.write_text(folder / name, json.dumps(content, indent=2) + "\n")
 
 
-def schedule_betas(schedule):
-    """The noise schedule, as entries of scheduler_config.json."""
+def schedule_betas(schedule, ends=None):
+    """The noise schedule, as entries of scheduler_config.json. ends: --betas, if given."""
     ratio = schedule.alpha_bar(torch.arange(1, schedule.T + 1).double())
     ratio[1:] = ratio[1:] / ratio[:-1].clone()
     known = {v: k for k, v in SCHEDULES.items()}.get(schedule.name)
-    if known and schedule.T == 1000 and not schedule.continuous:
+    if known and not ends and schedule.T == 1000 and not schedule.continuous:
         return dict(beta_schedule=known, beta_start=1e-4, beta_end=0.02)
     return dict(trained_betas=(1 - ratio).tolist())
 
@@ -185,8 +186,8 @@ def to_diffusers(state, size, imported):
 
 
 def shift_count(weight, size):
-    """The first layer of the time embedding, for a network that is given t - 1 where it was given
-    t: cos and sin of (c + 1) w are a rotation by w of those of c w."""
+    """Change the first layer of the time embedding so that input t - 1 gives the old output for t:
+    cos and sin of (c + 1) w are those of c w, rotated by w."""
     first, second = weight.double().chunk(2, dim=1)
     angle = unet.timestep_embedding(torch.ones(1), weight.shape[1], size.get("sin_first", False),
                                     size.get("freq_shift", 0))[0]

@@ -1,14 +1,14 @@
-r"""NPR- and SN-DPM: a second head that learns a variance, on the frozen network of a finished run.
+r"""NPR- and SN-DPM: train a second head that learns a variance, on the frozen network of a run.
 
     npr:  ‖(ε − ε_θ)² − h‖²        sn:  ‖ε² − h‖²              squares are element by element
 
-The squared error is least at the conditional mean: h = E[(ε − ε_θ)² | x_t], or E[ε² | x_t] (Bao et
-al., ICML 2022). covariance.py makes of h the variance of each reverse step.
+The conditional mean minimises the squared error: h = E[(ε − ε_θ)² | x_t], or E[ε² | x_t] (Bao et
+al., ICML 2022). covariance.py computes the variance of each reverse step from h.
 
     python -m papers.heads npr shapes-tiny-sa2
     python sample.py shapes-tiny-sa2-npr --sampler ddpm --variance npr --nfe 25
 
-Not here: what the head's output is used for (covariance.py), or its layers (unet.py, second_head).
+Not here: the use of h (covariance.py), the layers of the head (unet.py, second_head).
 
 B images; x0 in [-1, 1]; t (B,) in [1, T]; h like ε.
 """
@@ -29,14 +29,14 @@ from support.cli import flag
 from support.programs import ignore_write_errors, run_main
 from support.run import run_name, settings_of, weights_changed
 
-# As NPR- and SN-DPM's programs train it (500,000 steps); or, on a tiny trunk, some minutes.
+# As in NPR- and SN-DPM's programs (500,000 steps); a tiny trunk needs some minutes.
 RECIPE = dict(batch_size=128, images=64_000_000, lr=1e-4, beta2=0.999, ema=0.9999, grad_clip=0.0,
               warmup=0, sample_every=5000, save_every=1000)
 TINY_RECIPE = dict(batch_size=64, images=128_000, lr=1e-3, beta2=0.99, ema=0.995, grad_clip=0.0,
                    warmup=0, sample_every=1000, save_every=500)
-# The head's loss has one term, over all t alike, as in both papers' programs.
+# The head's loss has one term, with uniform t, as in both papers' programs.
 PLAIN = dict(sa_k=1, sa_weight=0.0, train_times="uniform", recompute=False, dropout=0.0,
-             init="")
+             init="", optimizer="adam", lr_decay="none")
 
 
 def head_loss(denoiser, x0, t, noise, kind):
@@ -53,7 +53,7 @@ class HeadConfig(Config):
     head: str = flag("", "what the head learns", choices=("npr", "sn"), positional="KIND",
                      group="variance head")
     trunk: str = flag("", "the finished run that gets the head", positional="RUN")
-    head_size: str = flag("simple", "a convolution, or a residual block before it",
+    head_size: str = flag("simple", "a convolution (simple), or a residual block and a convolution",
                           choices=("simple", "block"))
     base: dict | None = None  # settings of the trunk
 
@@ -72,10 +72,10 @@ class HeadConfig(Config):
             raise ValueError("KIND and RUN are both needed: python -m papers.heads npr RUN")
         base = settings_of(given["trunk"], "trunk")
         if "unet" not in base:
-            raise ValueError(f"{given['trunk']} is an autoencoder: a head serves a denoiser")
+            raise ValueError(f"{given['trunk']} is an autoencoder: a head needs a denoiser")
         if base.get("imported") and base["unet"]["out_channels"] != base["channels"]:
-            raise ValueError(f"{given['trunk']} has a learned variance, twice the outputs: it "
-                             "takes no second head")
+            raise ValueError(f"{given['trunk']} has a learned variance: it cannot get a second "
+                             "head. Use another run")
         if base.get("head") and base.get("trunk") != given["trunk"]:
             raise ValueError(f"{given['trunk']} has a second head already: give the run it was "
                              f"trained on, {base.get('trunk') or base.get('from')}")
@@ -108,7 +108,7 @@ class HeadConfig(Config):
 
 
 class VarianceHeadObjective(train.DiffusionObjective):
-    """Trains only the second head; everything else comes from the trunk and stays as it is."""
+    """Train only the second head. All other weights come from the trunk and stay fixed."""
 
     def __init__(self, config, dataset, saved):
         trunk = None

@@ -1,21 +1,21 @@
-r"""Where E-TSDM should help: the loss near t = 0, and the last steps of sampling alone.
+r"""Measure E-TSDM where it should help: the loss near t = 0, and the last steps of sampling.
 
-E-TSDM (ICLR 2024) changes what the network receives below t = 100, and judges by FID of whole runs.
-Most of such a run, and of its spread, comes from larger t. Here networks are compared where they
-differ, with the same images, times and noises for all, so that these cancel:
+E-TSDM (ICLR 2024) changes the time input below t = 100, and its paper reports the FID of whole
+runs. Larger t determine most of a sampling run and of its spread. Here networks are compared at
+small t, with the same images, times and noises, so that these cancel:
 
     loss    E‖ε − ε_θ(x_t, t)‖²/D, t uniform in a bin                                DDPM, eq. 14
     late    x_s ~ q(x_s | x_0), s = --t-start; a sampler walks from s to 0 and draws y
 
 If network and sampler are exact, y is a draw of q(x_0 | x_s), as x_0 is. Then
 
-    error   E‖y − x_0‖²/D is twice `best`, that of E[x_0 | x_s], which the network gives in one call
+    error   E‖y − x_0‖²/D is twice `best`, the error of E[x_0 | x_s], which one network call gives
     power   y and x_0 have the same power spectrum: a ratio of 1 in each band of frequencies
-    FD      the features of y and of x_0 (--features) have a Fréchet distance of 0, but for chance
+    FD      the features of y and of x_0 (--features) have a Fréchet distance of 0, up to chance
 
-The error alone is no judge, because a blurred y has less of it. Power and FD are.
+The error alone is not sufficient, because a blurred y has a smaller error. Power and FD notice it.
 
-Not here: whole runs (metrics.py), or the slope in t (lipschitz.py).
+Not here: whole runs (metrics.py), the slope in t (lipschitz.py).
 
     python -m papers.late A B --data t10k-images-idx3-ubyte.gz -n 1000   # B against A: late.png
 
@@ -50,7 +50,7 @@ PARTS = 20  # of the jackknife
 @torch.no_grad()
 def loss_by_t(denoiser, x0, edges, seed=0, batch_size=64, label=None):
     """‖ε − ε̂‖²/D of each image at one t of each bin [low, high): (bins, N) float64. t and ε are
-    a function of (seed, i, bin) alone; t is whole, unless the schedule is continuous."""
+    functions of (seed, i, bin); t is an integer unless the schedule is continuous."""
     found = torch.empty(len(edges) - 1, len(x0), dtype=torch.float64)
     with measure.evaluating(denoiser.net):
         for j, (low, high) in enumerate(pairwise(tqdm(edges, label, disable=label is None))):
@@ -66,8 +66,8 @@ def loss_by_t(denoiser, x0, edges, seed=0, batch_size=64, label=None):
 
 @torch.no_grad()
 def late_runs(denoiser, x0, t_start=200, seed=0, batch_size=64, **sampling):
-    """x_s ~ q(x_s | x_0) and a sampler's walk from s = t_start to 0 -> (y, x̂_0 at x_s), each like
-    x0. The noises of image i are a function of (seed, i) alone. sampling: of samplers.sample()."""
+    """Sample from x_s ~ q(x_s | x_0), s = t_start, to t = 0 -> (y, x̂_0 at x_s), each like x0. The
+    noises of image i are functions of (seed, i). sampling: arguments of samplers.sample()."""
     pairs = []
     with measure.evaluating(denoiser.net):
         for rows in torch.arange(len(x0)).split(batch_size):
@@ -79,7 +79,7 @@ def late_runs(denoiser, x0, t_start=200, seed=0, batch_size=64, **sampling):
 
 
 def band_powers(x):
-    """Power of each image in each band of BANDS, the last with its upper edge: (bands, N)."""
+    """Power of each image in each band of BANDS (the last includes its upper edge): (bands, N)."""
     power = torch.fft.fft2(double(x), norm="ortho").abs().square().sum(1)  # over channels
     rows, columns = (torch.fft.fftfreq(n, device=power.device).abs() * 2 for n in x.shape[-2:])
     f = torch.maximum(rows[:, None], columns)
@@ -88,19 +88,19 @@ def band_powers(x):
 
 
 def jackknife(statistic, n):
-    """statistic(indices of images) -> a number: of all n, then without each part: (1 + parts,)."""
+    """Values of statistic(indices of images): for all n, then without each part: (1 + parts,)."""
     part = np.random.default_rng(0).permutation(n) % min(PARTS, n)
     kept = [np.arange(n), *(np.flatnonzero(part != k) for k in range(part.max() + 1))]
     return np.array([float(statistic(torch.from_numpy(k))) for k in kept])
 
 
 def standard_error(values):
-    """Of what jackknife() gave."""
+    """The standard error from the values of jackknife()."""
     return np.sqrt((len(values) - 2) * values[1:].var())
 
 
 def measure_run(config, name, denoiser, x0, net):
-    """One run -> {(measure, low, high): its jackknife values}."""
+    """Measure one run -> {(measure, low, high): jackknife values}."""
     low, high = time_range(denoiser.schedule, denoiser.prediction)
     edges = [low, *(t for t in config.edges if low < t < high), high]
     how, N, late = dict(seed=config.seed, batch_size=config.batch_size), len(x0), config.t_start
@@ -127,8 +127,8 @@ def measure_run(config, name, denoiser, x0, net):
 
 
 def make_rows(runs):
-    """{run: what measure_run() gave} -> rows of the table. change: from the first run, in percent;
-    its standard error is that of pairs, since all runs share images and noises."""
+    """{run: result of measure_run()} -> rows of the table. change: from the first run, in percent.
+    Its standard error is that of paired values, since all runs share images and noises."""
     rows, first = [], next(iter(runs.values()))
     for name, found in runs.items():
         for key, values in found.items():
@@ -142,8 +142,8 @@ def make_rows(runs):
 
 
 def plot_rows(rows, runs, title):
-    """The loss against the first run's, and the spectrum of the late runs. Bars: ± 2 standard
-    errors; of all runs but the first, those of their difference from it."""
+    """Plot the loss relative to the first run, and the spectrum of the late runs. Bars: ± 2
+    standard errors; for all runs except the first, those of the difference from the first."""
     figure = files.figure(figsize=(11, 4), layout="constrained")
     first, panels = next(iter(runs)), figure.subplots(1, 2)
     for ax, what, value, line in zip(panels, ("loss", "power"), ("change", "value"), (0, 1),
@@ -168,21 +168,21 @@ def plot_rows(rows, runs, title):
 @dataclass
 class LateConfig(measure.MeasureConfig):
     edges: tuple[float, ...] = flag((2, 5, 10, 20, 40, 60, 80, 100, 200, 400, 700), "t between the "
-                                    "bins of the loss", nargs="+", group="what is measured")
-    t_start: int = flag(200, "where the late part begins", low=1)
-    sampler: str = flag("ddpm", "of the late part", choices=samplers.SAMPLERS)
+                                    "bins of the loss", nargs="+", group="measures")
+    t_start: int = flag(200, "the t at which the late part begins", low=1)
+    sampler: str = flag("ddpm", "sampler of the late part", choices=samplers.SAMPLERS)
     nfe: int | None = flag(None, "network calls of the late part", shown="every t", low=1)
     variance: str | None = flag(None, "ddpm: of the fresh noise", choices=("small", "large"),
                                 shown="small")
     clip: bool = flag(False, "keep the predicted x_0 in the data's range")
-    features: Path | None = flag(None, "a network for FD; such a file can run programs: give only "
-                                 "one that you trust")
+    features: Path | None = flag(None, "a network for FD. Such a file can run code: use only files "
+                                 "that you trust")
     prog: ClassVar[str] = "python -m papers.late"
     usage: ClassVar[str] = "python -m papers.late [RUN ...] [flags]"
-    description: ClassVar[str] = "Loss by t, and errors of the last sampling steps alone: E-TSDM."
+    description: ClassVar[str] = "Measure the loss by t and the errors of the last sampling steps."
     examples: ClassVar[str] = """\
   python -m papers.late A B --data t10k-images-idx3-ubyte.gz -n 1000
-      is B better than A where E-TSDM shares? On images that neither was trained on
+      compares B with A at small t, on images that were not used in training
   python -m papers.late A B --sampler ddim --nfe 20
       the last 20 of 100 calls of DDIM"""
     picture: ClassVar[str] = "late.png"

@@ -1,13 +1,14 @@
-r"""Latent diffusion: the denoiser of papers/autoencoder.py's latents (Rombach et al. 2022).
+r"""Latent diffusion on the latents of papers/autoencoder.py (Rombach et al. 2022).
 
     python -m papers.autoencoder train --data photos/ --image-size 64
     python -m papers.latents photos-autoencoder          # then: python sample.py
 
 x_0 is the autoencoder's mean for an image, shifted and scaled to mean 0 and variance 1 per channel.
-The objective, the samplers and E-TSDM are those of pixels; the checkpoint holds the autoencoder
-too, so that a latent run is complete without its folder. E-TSDM is tried on LDM-4 of FFHQ.
+The objective, the samplers and E-TSDM are the same as for pixels. The checkpoint also holds the
+autoencoder, so that a latent run does not need the autoencoder's folder. E-TSDM's paper uses LDM-4
+on FFHQ.
 
-Not here: the autoencoder itself, its loss and its moments (autoencoder.py); text or classes.
+Not here: the autoencoder, its loss and its moments (autoencoder.py); text or classes.
 
 B images, C channels, H = W their side in pixels; images in [-1, 1]; latents (B, c, h, w).
 """
@@ -31,9 +32,9 @@ from support.run import run_name, settings_of, weights_changed
 
 
 class Latents:
-    """x_0 is an autoencoder's mean, minus its mean over the data, over its std, per channel."""
+    """x_0 is (z − mean)/std, per channel: z an autoencoder's mean, mean and std over the data."""
 
-    value_range, data_std = None, 1.0  # a latent has no range to clip to
+    value_range, data_std = None, 1.0  # latents have no range to clip to
 
     def __init__(self, first_stage):
         self.net = autoencoder.Autoencoder(**first_stage["autoencoder"])
@@ -44,8 +45,8 @@ class Latents:
 
     @torch.no_grad()
     def encode(self, images):
-        """The mean of q(z | image), not a draw from it: its std is a few hundredths of how much
-        latents vary, and a mean needs no random numbers."""
+        """The mean of q(z | image), not a sample: the std of q is a few hundredths of the std of
+        the latents, and a mean needs no random numbers."""
         net = self.net.to(images.device)
         return (net.encode(images)[0].float() - self.mean.to(images)) / self.std.to(images)
 
@@ -59,19 +60,19 @@ class Latents:
 
 
 def extend(denoiser, settings, extra):
-    """denoiser.build_denoiser calls this for settings with a latent."""
+    """Add the space of latents. denoiser.build_denoiser calls this for settings with a latent."""
     return denoiser.replace(space=Latents(extra["first_stage"]))
 
 
 def first_stage_of(run, batches):
-    """The averaged weights of an autoencoder run, and the mean and std of its latents over batches
-    of images: all that a latent run has to keep of it, as a checkpoint's entry."""
+    """All that a latent run keeps of an autoencoder run, as an entry of the checkpoint: the
+    averaged weights, and the mean and std of the latents over batches of images."""
     saved = checkpoint.load_checkpoint(checkpoint.find_checkpoint(run))
     settings = saved["settings"]
     net = autoencoder.Autoencoder(**settings["autoencoder"])
     checkpoint.load_weights(net, saved["ema"], run)
     mean, std = autoencoder.moments(net.eval(), batches)
-    std = torch.where(std > 0, std, 1.0)  # a channel that never changes stays 0
+    std = torch.where(std > 0, std, 1.0)  # a constant channel becomes 0
     return dict(autoencoder=settings["autoencoder"], weights=saved["ema"], mean=mean, std=std)
 
 
@@ -79,7 +80,7 @@ def first_stage_of(run, batches):
 class LatentConfig(Config):
     latent: str = flag("", "the autoencoder: a run of python -m papers.autoencoder train",
                        positional="AUTOENCODER", group="latent diffusion")
-    autoencoder: dict | None = None  # arguments of Autoencoder, from that run
+    autoencoder: dict | None = None  # arguments of Autoencoder, from the autoencoder's run
 
     unused: ClassVar[tuple] = ("image_size", "channels", "init")
     prog: ClassVar[str] = "papers.latents"
@@ -96,7 +97,7 @@ class LatentConfig(Config):
         if not given.get("latent"):
             raise ValueError("AUTOENCODER is missing: python -m papers.latents AUTOENCODER")
         first = settings_of(given["latent"], "latent")
-        # A latent run has an autoencoder too: it stands in only for the deleted one it came from.
+        # A latent run holds an autoencoder too, but may replace only the one it was made from.
         if not first.get("autoencoder") or first.get("latent", given["latent"]) != given["latent"]:
             raise ValueError(f"{given['latent']} is not an autoencoder: python -m "
                              "papers.autoencoder train makes one")
@@ -107,9 +108,8 @@ class LatentConfig(Config):
         _, side, _ = self.latent_shape()
         unit = 2 ** (len(self.network()["channel_mult"]) - 1)
         if side % unit:
-            raise ValueError(f"--preset {self.preset} halves its input to 1/{unit}, and latents of "
-                             f"{side}x{side} do not allow that: train an autoencoder of larger "
-                             "images, or with fewer --downsamplings")
+            raise ValueError(f"--preset {self.preset} needs latents whose side {unit} divides, not "
+                             f"{side}x{side}: use an autoencoder with fewer --downsamplings")
 
     def latent_shape(self):
         return autoencoder.Autoencoder(**self.autoencoder).latent_shape
@@ -118,7 +118,7 @@ class LatentConfig(Config):
         c, side, _ = self.latent_shape()
         return dict(super().network(), image_size=side, in_channels=c, out_channels=c, patch=1)
 
-    def may_change(self):  # its weights are in the checkpoint: where it lies does not matter
+    def may_change(self):  # the checkpoint holds the autoencoder's weights, so its path may change
         return super().may_change() | {"latent"}
 
     def default_name(self):
@@ -130,8 +130,8 @@ class LatentConfig(Config):
 
 
 class LatentObjective(train.DiffusionObjective):
-    """DiffusionObjective on latents: a new run takes the first stage, and its moments over the
-    first thousand images, with it."""
+    """DiffusionObjective on latents. A new run stores the first stage, with its moments over the
+    first 1024 images."""
 
     def __init__(self, config, dataset, saved):
         if saved is None:

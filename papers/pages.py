@@ -2,9 +2,9 @@ r"""From numbers to results/NAME.md, .csv and .png: a table, a figure, and how t
 
     write_page(name, experiment, plans, config)     # config: the flags of experiments.py
 
-A page holds the paper's claim, our table (over several seeds: mean ± standard deviation), what the
-numbers are, the figure, the command that makes the page, and those that trained its runs. A missing
-number is a gap in the table. Figures can be read in black and white.
+A page holds the paper's claim, our table (over several seeds: mean ± standard deviation; in
+brackets the paper's number), what the numbers are, what was not run, the figure, the command that
+makes the page, and those that trained its runs. Figures can be read in black and white.
 
 Not here: measuring, or judging; papers/results/README.md does that, by hand.
 
@@ -16,16 +16,17 @@ values}.
 
 import shlex
 import shutil
-from itertools import cycle, pairwise, product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from papers.plans import data_name, typed
+from samplers import SamplerConfig
 from support import files
 
-STYLES = ("o-", "s--", "^-.", "v:", "D-", "x--", "P-.", "*:")
+MARKERS = "oDs^v"  # of plain, E-TSDM, ...: what distinguishes the rows of a system
 
 
 # ------------------------------------------------------------------ the table
@@ -58,88 +59,120 @@ def format_values(values):
     return text + (f" ± {np.std(values, ddof=1):.{min(digits, 4)}f}" if len(values) > 1 else "")
 
 
+def shown(e, found):
+    """-> (rows, columns) that have numbers."""
+    rows, columns = ({key[i] for key in found} for i in (1, 2))
+    return ([row for row in e.rows if row.label in rows], [c for c in e.columns if c in columns])
+
+
 def markdown_table(e, data, found):
-    """A Markdown table. The best of a column is not marked, since seeds differ."""
-    paper = ["the paper, its data and network"] if e.paper else []
-    lines = [["", *e.columns, *paper]]
-    lines.append(["---"] * len(lines[0]))
-    for row in e.rows:
-        cells = [format_values(found.get((data, row.label, column), [])) for column in e.columns]
-        lines.append([row.label, *cells, *([e.paper.get(row.label, "")] if paper else [])])
+    """A Markdown table of what has numbers. The best of a column is not marked, since seeds differ.
+    The paper's numbers stand in brackets."""
+    rows, columns = shown(e, found)
+    lines = [["", *columns], ["---"] * (1 + len(columns))]
+    for row in rows:
+        cells = [format_values(found.get((data, row.label, column), [])) for column in columns]
+        papers = [f" [{x:.{3 if x < 2 else 2}f}]" if (x := e.paper.get((row.label, column))) else ""
+                  for column in columns]
+        lines.append([row.label, *(a + b for a, b in zip(cells, papers, strict=True))])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def describe_gaps(e, found):
+    """What was not run: rows and columns without any number."""
+    rows, columns = shown(e, found)
+    gaps = {"rows": [row.label for row in e.rows if row not in rows],
+            "columns": [c for c in e.columns if c not in columns]}
+    text = "; ".join(f"the {kind} {', '.join(f'“{label}”' for label in labels)}"
+                     for kind, labels in gaps.items() if labels)
+    return f"**Not run:** {text}." if text else ""
 
 
 # ------------------------------------------------------------------ the figure
 
-def mean_and_range(cells):
-    """Values of each seed, cell by cell -> their means, and how far down and up they reach."""
-    mean = np.array([np.mean(c) for c in cells])
-    return mean, np.array([[m - min(c), max(c) - m] for m, c in zip(mean, cells, strict=True)]).T
+def kind_of(row):
+    """What distinguishes a row from others of its system: plain, E-TSDM, SA-2."""
+    return row.label.split(", ")[-1] if row.system else ""
 
 
-def plot_curves(axes, e, data, found, rows):
-    """Lines over numbers of calls, or points over named columns."""
-    numeric = all(label.isdecimal() for label in e.columns)
-    xs = np.array([float(c) for c in e.columns] if numeric else range(len(e.columns)))
-    for i, (row, style) in enumerate(zip(rows, cycle(STYLES), strict=False)):
-        mean, reach = mean_and_range([found.get((data, row.label, c), [np.nan]) for c in e.columns])
-        reach = reach if reach.any() else None
-        shift = 0 if numeric else 0.4 * (i / max(len(rows) - 1, 1) - 0.5)
-        axes.errorbar(xs + shift, mean, reach, fmt=style if numeric else style[0], ms=4, lw=1,
-                      capsize=2, label=row.label)
-    if numeric:
-        axes.set_xscale("log")
-    scale_axis(axes, "y", e)
-    axes.set_xticks(xs, list(e.columns), rotation=0 if numeric else 30,
-                    ha="center" if numeric else "right")
-    axes.xaxis.minorticks_off()
-    axes.set(xlabel=e.axis)
-    add_legend(axes)
+def look_of(kind, kinds):
+    """The dots of a kind: hollow for the first, black for rows without a system."""
+    i = kinds.index(kind) if kind else 0
+    colour = f"C{i}" if kind else "k"
+    return dict(ls="", marker=MARKERS[i], color=colour, ms=5, alpha=0.8,
+                mfc="none" if kind and i == 0 else colour)
 
 
-def plot_dots(axes, e, data, found, rows):
-    """A line for each row, a point on it for each column: for many systems and few columns."""
-    ys = np.arange(len(rows))[::-1]
-    for i, (column, style) in enumerate(zip(e.columns, cycle(STYLES), strict=False)):
-        mean, reach = mean_and_range([found.get((data, row.label, column), [np.nan])
-                                      for row in rows])
-        reach = reach if reach.any() else None
-        shift = 0.3 * (i / max(len(e.columns) - 1, 1) - 0.5)  # equal values hide nothing
-        axes.errorbar(mean, ys - shift, xerr=reach, fmt=style[0], ms=5, mfc="none", lw=1, capsize=2,
-                      label=column)
-    axes.set_yticks(ys, [row.label for row in rows], fontsize="x-small")
+def plot_lines(axes, data, found, lines, kinds):
+    """lines: {label: [(row, column), ...]}. Each is a horizontal line that joins the means of its
+    cells; every seed is a dot."""
+    ys = range(len(lines), 0, -1)
+    for y, cells in zip(ys, lines.values(), strict=True):
+        cells = [(row, found[data, row.label, column]) for row, column in cells
+                 if (data, row.label, column) in found]
+        axes.plot([np.mean(v) for _, v in cells], [y] * len(cells), "k-", lw=1, zorder=1)
+        for row, values in cells:
+            axes.plot(values, [y] * len(values), zorder=2, **look_of(kind_of(row), kinds))
+    axes.set_yticks(ys, list(lines), fontsize="x-small")
+    axes.set_ylim(0.4, len(lines) + 0.6)
     axes.grid(axis="y", color="0.9")
-    scale_axis(axes, "x", e)
-    add_legend(axes, e.axis)
 
 
-def scale_axis(axes, side, e):
+def lines_of(e, found):
+    """-> {title of a panel: {label of a line: its (row, column)s}}. A panel for each column, or for
+    each system if these are fewer."""
+    rows, columns = shown(e, found)
+    systems = {}
+    for row in rows:
+        systems.setdefault(row.system or row.label, []).append(row)
+    cells = {(system, column): [(row, column) for row in several]
+             for system, several in systems.items() for column in columns}
+    if len(systems) < len(columns):
+        return {system: {column: cells[system, column] for column in columns} for system in systems}
+    return {column: {system: cells[system, column] for system in systems} for column in columns}
+
+
+def scale_axis(axes, e):
     """An axis of distances: 5 % must look small, and 2 must be visible next to 300."""
-    bottom, top = getattr(axes.dataLim, f"interval{side}")
-    if e.score == "fid" and np.isfinite(top):
+    bottom, top = axes.dataLim.intervalx
+    if e.score in ("fid", "colour") and np.isfinite(top):
         wide = top > 30 * bottom > 0
-        axes.set(**{f"{side}scale": "log"} if wide else {f"{side}lim": (0, 1.05 * top)})
+        axes.set(**{"xscale": "log"} if wide else {"xlim": (0, 1.05 * top)})
 
 
-def add_legend(axes, title=None):
-    """The legend, outside of the axes, where it hides nothing."""
-    axes.legend(fontsize="x-small", title=title, title_fontsize="x-small", loc="upper left",
-                bbox_to_anchor=(1, 1), borderaxespad=0.3)
+def plot_table(figure, e, plans, found):
+    """A row of panels for each data set: see lines_of()."""
+    sets, panels = list(dict.fromkeys(plan.data for plan in plans)), lines_of(e, found)
+    kinds = list(dict.fromkeys(kind_of(row) for row in shown(e, found)[0] if row.system))
+    grid = figure.subplots(len(sets), len(panels), squeeze=False, sharey=True)
+    for (data, (title, lines)), axes in zip(product(sets, panels.items()), grid.flat, strict=True):
+        plot_lines(axes, data, found, lines, kinds)
+        scale_axis(axes, e)
+        axes.set_title((f"{data_name(data)}: " if len(sets) > 1 else "") + title, fontsize="small")
+        axes.set_xlabel(metric_of(plan for plan in plans if plan.data == data), fontsize="x-small")
+        axes.tick_params(axis="x", labelsize="x-small")
+    dots = [grid[0, 0].plot([], [], label=kind, **look_of(kind, kinds))[0] for kind in kinds]
+    if dots:
+        figure.legend(handles=dots, fontsize="x-small", ncols=len(dots), loc="outside upper right")
 
 
-def plot_samples(figure, e, plan):
-    """Grids of samples, in the order of the table."""
-    axes = figure.subplots(len(e.rows), len(e.columns), squeeze=False)
-    for (row, column), ax in zip(product(e.rows, e.columns), axes.flat, strict=True):
+def plot_samples(figure, e, plans, found):
+    """Grids of samples, in the order of the table, for each data set one after the other."""
+    rows, columns = shown(e, found)
+    rows = [(plan, row) for plan in plans for row in rows]
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for ((plan, row), column), ax in zip(product(rows, columns), axes.flat, strict=True):
         path = Path(f"{plan.out(row, column)}.png")
         if path.exists():
             ax.imshow(np.asarray(Image.open(path)), cmap="gray", vmin=0, vmax=255,
                       interpolation="nearest")
         ax.set(xticks=[], yticks=[])
-        if row is e.rows[0]:
-            ax.set_title(f"{column} {e.axis}", fontsize="small")
-        if column == next(iter(e.columns)):
-            ax.set_ylabel(row.label, fontsize="small")
+        if (plan, row) == rows[0]:
+            ax.set_title(f"{column} {e.axis}" * (e.axis == "network calls") or column,
+                         fontsize="small")
+        if column == columns[0]:
+            ax.set_ylabel((f"{data_name(plan.data)}, " if len(plans) > 1 else "") + row.label,
+                          fontsize="small")
 
 
 def draw_figure(path, e, plans, found):
@@ -148,26 +181,18 @@ def draw_figure(path, e, plans, found):
         with files.atomic_write(path) as temporary:
             shutil.copyfile(plans[0].picture(), temporary)
         return
-    sets = list(dict.fromkeys(plan.data for plan in plans))
+    rows, columns = shown(e, found)
+    first_seed = [plan for plan in plans if plan.seed == 0]
     if e.score == "picture":
-        size = (2.2 * len(e.columns) + 1, 2.2 * len(e.rows))
+        size = (2.2 * len(columns) + 1, 2.2 * len(rows) * len(first_seed))
         figure = files.figure(figsize=size, layout="constrained")
-        plot_samples(figure, e, plans[0])
+        plot_samples(figure, e, first_seed, found)
     else:
-        kinds, few = e.split or ("",), len(e.rows) <= 2 * len(e.columns)
-        high = 4 if few or e.split else 1 + 0.25 * len(e.rows)
-        figure = files.figure(figsize=(6.5 * len(sets) * len(kinds), high), layout="constrained")
-        panels = figure.subplots(1, len(sets) * len(kinds), squeeze=False)[0]
-        for (data, kind), axes in zip(product(sets, kinds), panels, strict=True):
-            rows = [row for row in e.rows if kind in row.label]
-            axes.set(title=f"{data_name(data)} {kind}".strip())
-            metric = metric_of(plan for plan in plans if plan.data == data)
-            if few or e.split:
-                plot_curves(axes, e, data, found, rows)
-                axes.set(ylabel=metric)
-            else:
-                plot_dots(axes, e, data, found, rows)
-                axes.set(xlabel=metric)
+        panels = lines_of(e, found)
+        high = 1.2 + 0.22 * max(map(len, panels.values()))
+        figure = files.figure(figsize=(1.6 + 2.6 * len(panels), high * len(first_seed)),
+                              layout="constrained")
+        plot_table(figure, e, plans, found)
     files.save_figure(path, figure, 100)
 
 
@@ -195,24 +220,27 @@ def page_title(e, plans, config):
     return e.title + f" ({words})" * (not e.program)
 
 
-def describe_numbers(e, plans, config, sets):
+def describe_numbers(e, plans, config, sets, found):
     """What the numbers of a page are, and what its figure shows."""
     pictures = e.score == "picture"
     scored = [] if e.program or pictures else [
         metric_of(plan for plan in plans if plan.data == data) for data in sets]
     lines = [f"Columns: {e.axis}."] * (not e.program)
+    counts = sorted({len(values) for values in found.values()})
     if plans[0].runs and not pictures:
-        lines += ["One seed." if config.seeds == 1 else
-                  f"Mean ± standard deviation of {config.seeds} seeds, each a separate training run"
-                  + ("." if e.program else "; the figure shows the range from lowest to highest.")]
+        lines += ["One seed." if counts == [1] else
+                  f"Mean ± standard deviation of {counts[-1]} seeds, each a separate training run"
+                  + ("; numbers without ± are of one seed" if counts[0] == 1 else "")
+                  + ("." if e.program else "; in the figure every seed is a dot.")]
+    lines += ["In brackets: the paper's numbers, of its data and networks."] * bool(e.paper)
     if e.score in ("fid", "is") and scored:
         lines += [f"Measured with {', '.join(scored)}, on {plans[0].num_images:,} samples."]
-    if e.score == "psnr":
+    if e.score in ("psnr", "colour"):
         lines += [f"Mean over {plans[0].budget['enlarged']:,} images of "
                   + (f"{config.test}, shrunk and enlarged." if config.test else
                      "the training set, shrunk and enlarged.")]
     lines += [] if e.program else [describe_sampler(e)]
-    if (e.program or pictures) and plans[0].runs and len(plans) > 1:
+    if e.program and plans[0].runs and len(plans) > 1:
         lines += [f"The figure shows {data_name(sets[0])}, seed 0."]
     lines += [e.figure] * bool(e.figure)
     return " ".join(line for line in lines if line)
@@ -220,7 +248,7 @@ def describe_numbers(e, plans, config, sets):
 
 def describe_sampler(e):
     """The sampler, if all rows and columns have the same one, so that no label names it."""
-    flags = [["--sampler", "ddim", *row.sample_flags, *more]
+    flags = [["--sampler", SamplerConfig.sampler, *row.sample_flags, *more]
              for row in e.rows for more in e.columns.values()]
     names = {" ".join(w for flag, w in pairwise(words) if flag == "--sampler") for words in flags}
     if len(names) > 1:
@@ -238,8 +266,8 @@ def page_text(name, e, plans, config, found):
     for data in sets if e.score != "picture" else ():
         lines += [f"## {data_name(data)}", ""] * (len(sets) > 1)
         lines += [markdown_table(e, data, found), ""]
-    words = describe_numbers(e, plans, config, sets)
-    lines += [words, ""] * bool(words)
+    for words in (describe_numbers(e, plans, config, sets, found), describe_gaps(e, found)):
+        lines += [words, ""] * bool(words)
     lines += [f"![{e.title}]({name}.png)", "", f"`{page_command(name, config)}` makes this page. "
               f"The command behind each {'picture' if e.score == 'picture' else 'number'} is in "
               f"[{name}.csv]({name}.csv)."]
@@ -252,6 +280,8 @@ def page_text(name, e, plans, config, found):
 def write_page(name, e, plans, config):
     """Write results/NAME.md, .csv and .png, with the numbers that exist."""
     found, numbers = gather(plans), plans[0].numbers.rows
+    if not found:
+        raise ValueError(f"--page: {plans[0].numbers.path} has no number of {name}. Run it first")
     config.out.mkdir(parents=True, exist_ok=True)
     files.write_text(config.out / f"{name}.md", page_text(name, e, plans, config, found))
     files.write_csv(config.out / f"{name}.csv", [
@@ -268,6 +298,8 @@ def page_command(name, config):
     words = ["--budget", config.budget] * (config.budget != "cpu")
     words += ["--seeds", str(config.seeds)] * (config.seeds > 1)
     words += ["--channels", "1"] * (config.channels == 1)
+    for flag in ("rows", "columns"):
+        words += [f"--{flag}", *getattr(config, flag)] * bool(getattr(config, flag))
     for flag in ("preset", "sa_weight", "test", "features", "inception"):
         given = getattr(config, flag)
         if given and (flag != "test" or name == "etsdm-sr"):

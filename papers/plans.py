@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import unet
-from config import Config
+from config import RECIPES, Config
 from papers import heads
 from papers.alternatives import AlternativeConfig
 from papers.autoencoder import AutoencoderConfig
@@ -44,15 +44,21 @@ from support.cli import parse_into
 from support.jobs import Job
 
 # What every run of a budget has in common: flags for images, model and length; images that are
-# scored, and enlarged; images for Γ. The papers' own settings are the presets' recipes.
+# scored, and enlarged; images for Γ. The papers' own settings are the presets' recipes. The gpu
+# budget has SA-DPM's network for both papers. Training is in bf16 if the hardware has it; the
+# papers' is in fp32.
 BUDGETS = {
     "cpu": dict(image=("--image-size", "16"), model=("--schedule", "linear", "--prediction", "eps"),
-                length=("--batch-size", "64", "--lr", "1e-3"), n=1000, enlarged=300, gamma=64,
-                batch_size=250),
+                length=("--batch-size", "64", "--lr", "1e-3", "--optimizer", "muon", "--lr-decay",
+                        "linear"), tag="-muon", n=1000, enlarged=300, gamma=64, batch_size=250),
     "gpu": dict(length=("--steps", "20000"), heads=("--steps", "20000"), n=10_000, enlarged=1000,
                 gamma=1000, batch_size=500),
     "paper": dict(n=50_000, enlarged=1000, gamma=50_000, batch_size=500),
 }
+# SA-DPM's sets that have the network of another preset: (preset, flags), from its configuration
+# files, where epochs are counted: 1,500 of 70,000 images, 2,000 of 15,803.
+SETS = {"ffhq64": ("celeba64", "--batch-size", "256", "--images", "105000000"),
+        "afhq64": ("celeba64", "--batch-size", "128", "--images", "31606000")}
 # Programs whose runs start from no other run. The configs of papers.latents and papers.heads open
 # the run that they start from, which may not exist yet: see Plan.config.
 CONFIGS = {"train.py": Config, "papers.superres": SuperResConfig,
@@ -65,7 +71,8 @@ class Row:
     label: str
     run: tuple | None = ()  # None: a figure without a network
     sample_flags: tuple = ()
-    part: str = ""  # psnr: of the folder with this ending, instead of the results'
+    part: str = ""  # enlarged images: of the folder with this ending, instead of the results'
+    system: str = ""  # rows of one system, such as plain and E-TSDM, are one line of the figure
 
 
 @dataclass(frozen=True)
@@ -75,15 +82,14 @@ class Experiment:
     claim: str  # what the paper says
     rows: tuple  # of Row
     columns: dict  # label -> flags; with a program: -> f(its CSV's rows of that run) -> value
-    score: str = "fid"  # fid, is, psnr, picture
+    score: str = "fid"  # fid, is, psnr, colour, picture
     program: tuple = ()  # instead of a score: a program that receives all the runs, and its flags
-    steps: int = 2000  # at cpu
+    steps: int = 2000  # at cpu, the same for all, so that they share runs
     preset: str = "cifar10"  # at paper
     num_images: int = 0  # that are scored at paper, if not as many as usual
     axis: str = "network calls"
-    split: tuple = ()  # a panel of the figure for the rows with each of these words
     figure: str = ""  # how to read it, if its labels are not enough
-    paper: dict = field(default_factory=dict)  # row's label -> the paper's number
+    paper: dict = field(default_factory=dict)  # (row's label, column's label) -> the paper's number
 
 
 class Numbers:
@@ -119,16 +125,21 @@ class Plan:
         self.gray = ("--channels", "1") if options.channels == 1 else ()
         self.data_name = data_name(data) + "-gray" * bool(self.gray)
         paper = options.budget == "paper"
-        self.preset = "tiny" if options.budget == "cpu" else "cifar10"
-        if paper:
-            self.preset = options.preset or e.preset
+        self.recipe = options.preset or e.preset if paper else "cifar10"
+        if options.budget == "cpu":
+            self.recipe = "tiny"
+        self.preset, *length = SETS.get(self.recipe, (self.recipe,))
         self.num_images = (e.num_images if paper else 0) or b["n"]
+        if paper and self.preset == "celebahq256":  # SA-DPM's authors score so many
+            self.num_images = 10_000
         self.model = b.get("model", ("--preset", self.preset))
         self.image = ("--data", data, *self.gray, *b.get("image", ()))
-        self.length = b.get("length", ())
+        self.length = (*b.get("length", ()), *length)
         self.batch_size = b["batch_size"]
         if unet.PRESETS[self.preset]["image_size"] == 256:  # fits into 80 GB
-            self.batch_size, self.length = 64, (*self.length, "--microbatch", "16")
+            self.batch_size = 64
+            if "microbatch" not in RECIPES[self.preset]:
+                self.length = (*self.length, "--microbatch", "16")
 
     def add(self, name, *commands, **more):
         """Add a job, unless another experiment has added it -> its name."""
@@ -146,9 +157,9 @@ class Plan:
 
     def name(self, run):
         """Its folder under runs/."""
-        preset = [self.preset] * (self.options.budget == "paper")  # elsewhere there is only one
-        words = [self.options.budget, *preset, self.data_name, self.slug(run), *self.steps(run)[1:]]
-        return "-".join([*words, f"seed{self.seed}"])
+        preset = [self.recipe] * (self.options.budget == "paper")  # elsewhere there is only one
+        words = [self.options.budget + self.budget.get("tag", ""), *preset, self.data_name]
+        return "-".join([*words, self.slug(run), *self.steps(run)[1:], f"seed{self.seed}"])
 
     def steps(self, run):
         """How long it is trained, if not as long as the recipe says."""
@@ -216,9 +227,11 @@ class Plan:
 
     def relative_cost(self, run):
         """How much more an image costs than one of 16x16 in `tiny`."""
-        usual = unet.PRESETS[self.preset]["image_size"]
-        area = (self.config(run).image_size / usual) ** 2 / (16 if "papers.latents" in run else 1)
-        return area * forward_flops(self.preset) / (forward_flops("tiny") / 4)  # tiny has 32x32
+        config = self.config(run)
+        preset = self.preset if "papers.autoencoder" in run else config.preset
+        area = (config.image_size / unet.PRESETS[preset]["image_size"]) ** 2
+        area /= 16 if "papers.latents" in run else 1
+        return area * forward_flops(preset) / (forward_flops("tiny") / 4)  # tiny has 32x32
 
     # -------------------------------------------------------------- measurements
 
@@ -262,20 +275,22 @@ class Plan:
         """The folder of this cell's images; their grid has the same name with .png."""
         flags = (*row.sample_flags, *self.e.columns[column])
         parts = [self.name(row.run), *(f.lstrip("-") for f in flags)]
-        if self.e.score == "psnr" and self.options.test:
+        if split_program(row.run)[0] == "papers.superres" and self.options.test:
             parts.append(data_name(self.options.test))
         return self.cache / "-".join(parts)
 
     def commands(self, row, column, flags, name, side):
         """-> (commands whose last one prints the number, names of jobs that come before)."""
         e, out = self.e, self.out(row, column)
+        if split_program(row.run)[0] == "papers.superres":
+            n = 16 if e.score == "picture" else self.budget["enlarged"]
+            enlarge = command("papers.superres", "enlarge", name, self.options.test or self.data,
+                              "-n", n, "--out", out, *flags)
+            compare = {"psnr": ["metrics.py", "psnr"], "colour": ["papers.superres", "colour"]}
+            return [enlarge, *(command(*words, f"{out}{row.part}", f"{out}-original", "--json")
+                               for score, words in compare.items() if score == e.score)], ()
         if e.score == "picture":
             return [command("sample.py", name, "-n", 16, "--out", out, *flags)], ()
-        if e.score == "psnr":
-            images = [self.options.test or self.data, "-n", self.budget["enlarged"]]
-            return [command("papers.superres", "enlarge", name, *images, "--out", out, *flags),
-                    command("metrics.py", "psnr", f"{out}{row.part}", f"{out}-original", "--json")
-                    ], ()
         if e.score == "is":
             words, (network, before) = ["is", name], self.feature_network(side, "classes")
         else:
@@ -291,11 +306,13 @@ class Plan:
         commands, before = self.commands(row, column, flags, name, self.config(row.run).image_size)
         key = " && ".join(map(typed, commands))
         before = (name, *before, *([self.gamma(row.run)] if "analytic" in flags else []))
-        n = self.budget["enlarged"] if self.e.score == "psnr" else self.num_images
+        n = {"psnr": self.budget["enlarged"], "colour": self.budget["enlarged"],
+             "picture": 16}.get(self.e.score, self.num_images)
         other = [f"of-{self.num_images}"] * (self.num_images != self.budget["n"])
         job = "-".join([self.e.score, name, *(flag.lstrip("-") for flag in flags), *other])
-        if row.part:  # of a folder that another job fills
-            before, n = (*before, job), 0
+        filled = job.replace("colour-", "psnr-", 1)
+        if row.part or filled != job and filled in self.jobs:  # a folder that another job fills
+            before, n = (*before, job if row.part else filled), 0
         grid = Path(f"{self.out(row, column)}.png") if self.e.score == "picture" else None
 
         def finish(text):
@@ -323,7 +340,8 @@ class Plan:
         if self.e.program:
             return self.figure()
         return {(row.label, column): self.cell(row, column)
-                for row in self.e.rows for column in self.e.columns}
+                for row in self.e.rows if begins_with(row.label, self.options.rows)
+                for column in self.e.columns if begins_with(column, self.options.columns)}
 
     def picture(self):
         """The figure that this experiment's program draws, with its CSV next to it."""
@@ -378,6 +396,12 @@ def command(program, *args):
 def typed(words):
     """A command as it is typed."""
     return shlex.join(["python", *words])
+
+
+def begins_with(label, words):
+    """True if a label, or a part of it after a comma, begins with one of these words; if there are
+    none, always."""
+    return not words or any(f", {word}" in f", {label}" for word in words)
 
 
 def data_name(data):

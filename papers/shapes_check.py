@@ -1,17 +1,17 @@
-r"""Do samples of the built-in shapes look right? Three tests of each picture, and a number.
+r"""Score samples of the built-in shapes: the share of images that pass three tests.
 
-    pure    at least 95 % of the shape's inner pixels have one colour of the palette as the nearest
-    shape   its silhouette overlaps a drawn one by an IoU of at least 0.85 (the best of many)
-    clean   the outer ring of 2 pixels is plain: its standard deviation is at most 6 grey levels
+    pure    for at least 95 % of the shape's inner pixels, the nearest palette colour is the same
+    shape   the silhouette has an IoU of at least 0.85 with one of many drawn silhouettes
+    clean   the outer ring of 2 pixels has a standard deviation of at most 6 grey levels
     good    all three
 
-Real drawings score about 97 % good: the rest are cut off by the limits above. The built-in shapes
-are made so that one can see in minutes whether training and sampling work; this makes it a number.
+About 97 % of the real drawings are good; the limits above reject the rest. The built-in shapes show
+within minutes whether training and sampling work. This program turns the look into a number.
 
     python -m papers.shapes_check runs/shapes-tiny-sa2/generated/FOLDER
     python -m papers.shapes_check shapes -n 512            # the drawings themselves
 
-Not here: anything about other data sets (metrics.py).
+Not here: other data sets (metrics.py).
 
 N images; pixels 0..255; IoU is intersection over union of two sets of pixels.
 """
@@ -33,14 +33,14 @@ TEMPLATES = 4000
 
 
 def nearest_colour(images):
-    """uint8 (N, 3, H, W) -> index of the nearest colour (N, H, W): 0 is the background."""
+    """uint8 (N, 3, H, W) -> index of the nearest colour (N, H, W); 0 is the background."""
     colours = torch.tensor([BACKGROUND, *data.SHAPE_COLOURS], dtype=torch.float32)  # (5, 3)
     difference = images[:, None].float() - colours[None, :, :, None, None]  # (N, 5, 3, H, W)
     return difference.square().sum(2).argmin(1)
 
 
 def templates(size, n=TEMPLATES):
-    """Silhouettes of n drawings that no training run sees: bool (n, size²)."""
+    """Silhouettes of n drawings, which training never uses: bool (n, size²)."""
     drawings = torch.stack([torch.from_numpy(data.draw_shape((10**6, i), size).copy())
                             for i in range(n)]).permute(0, 3, 1, 2)
     return (nearest_colour(drawings) > 0).flatten(1)
@@ -50,7 +50,7 @@ def judge(images, masks):
     """uint8 (N, 3, H, W), masks of templates() -> {name: bool (N,)}."""
     nearest = nearest_colour(images)
     shape = nearest > 0
-    # Inner pixels: those whose 3x3 neighbours all belong to the shape. Its edge is a mixture.
+    # Inner pixels: all 3x3 neighbours belong to the shape. At its edge, colours are mixed.
     inner = -F.max_pool2d(-shape[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0
     counts = torch.stack([((nearest == c) & inner).flatten(1).sum(1) for c in range(1, 5)], 1)
     pure = counts.amax(1) >= 0.95 * inner.flatten(1).sum(1).clamp(min=1)
@@ -68,20 +68,20 @@ def judge(images, masks):
 
 @dataclass
 class CheckConfig:
-    images: str = flag("", "folder, zip or .npz of pictures, or `shapes`", positional="IMAGES",
+    images: str = flag("", "folder, zip or .npz of images, or `shapes`", positional="IMAGES",
                        group="what")
-    num: int = flag(512, "at most so many pictures", short="-n")
+    num: int = flag(512, "largest number of images", short="-n")
 
     prog: ClassVar[str] = "papers.shapes_check"
     usage: ClassVar[str] = "python -m papers.shapes_check IMAGES [flags]"
-    description: ClassVar[str] = "Count how many pictures are a clean shape of one colour."
+    description: ClassVar[str] = "Count how many images are a clean shape of one colour."
     examples: ClassVar[str] = """\
   python sample.py shapes-tiny-sa2 -n 512 --out samples
   python -m papers.shapes_check samples"""
 
     def check(self):
         if not self.images:
-            raise ValueError("IMAGES is missing: name a folder of pictures")
+            raise ValueError("IMAGES is missing: name a folder of images")
         if self.num < 1:
             raise ValueError(f"--num must be at least 1, not {self.num}")
 
@@ -91,7 +91,7 @@ def main(argv=None):
     dataset = data.load(config.images, None, 3)
     images = torch.stack([dataset[i] for i in range(min(config.num, len(dataset)))])
     found = judge(images, templates(images.shape[-1]))
-    print(f"{len(images)} pictures: "
+    print(f"{len(images)} images: "
           + ", ".join(f"{name} {values.float().mean():.1%}" for name, values in found.items()))
 
 

@@ -1,12 +1,13 @@
-r"""Super-resolution: a diffusion model whose network also sees the small image, enlarged.
+r"""Super-resolution: a diffusion model whose network also receives the enlarged small image.
 
     python -m papers.superres train --factor 4 --data photos/ --image-size 64 --preset celeba64
-    python -m papers.superres enlarge RUN small/        # writes large images next to comparisons
+    python -m papers.superres enlarge RUN small/        # writes results and comparisons
+    python -m papers.superres colour OUT/ OUT-original/       # how far the colours have drifted
 
-E-TSDM's super-resolution is from 64 to 256 pixels: the known image is the mean over each factor x
-factor block, enlarged by bicubic interpolation and given to the network as further input channels.
-Noise, time and sharing do not change, so the objective and the samplers are those of train.py and
-samplers.py; this file adds the conditioning.
+E-TSDM's super-resolution goes from 64 to 256 pixels. The known image is the mean over each factor x
+factor block. Bicubic interpolation enlarges it, and the network receives it as further input
+channels. The objective of train.py and all samplers work without a change; this file adds only the
+conditioning.
 
 Not here: real degradations (blur, noise, compression). The small image is an exact block mean.
 
@@ -16,14 +17,17 @@ B images, C channels, H = W their side in pixels; images in [-1, 1].
 import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
 
 import hashlib
+import json
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import sample
@@ -38,22 +42,22 @@ from support.programs import ignore_write_errors, run_main
 
 
 class LowRes(Pixels):
-    """Pixels, of which the mean over each factor x factor block is known."""
+    """Pixels; the mean over each factor x factor block is known."""
 
     def __init__(self, shape, factor):
         super().__init__(shape)
         self.factor = factor
         if factor < 2 or shape[-1] % factor:
-            raise ValueError(f"--factor {factor} must be at least 2 and divide the {shape[-1]} "
-                             "pixels of --image-size")
+            raise ValueError(f"--factor {factor} must be at least 2 and divide --image-size "
+                             f"{shape[-1]}")
 
     def shrink(self, images):
-        """(B, C, H, W) -> (B, C, H/factor, W/factor), rounded to 256 levels as a file would be."""
+        """(B, C, H, W) -> (B, C, H/factor, W/factor), rounded to 256 levels like a file."""
         return data.to_float(data.to_uint8(F.avg_pool2d(images.float(), self.factor)))
 
     def enlarge(self, small):
-        """The small images at full size, bicubic: what the network sees, and has to beat."""
-        # antialias: the kernel of Pillow and MATLAB (a = -1/2), which keeps straight lines straight
+        """Enlarge small images by bicubic interpolation: the network's input, and its baseline."""
+        # antialias=True gives the kernel of Pillow and MATLAB (a = -1/2)
         large = F.interpolate(small, scale_factor=self.factor, mode="bicubic", antialias=True)
         return large.clamp(-1, 1)
 
@@ -62,7 +66,7 @@ class LowRes(Pixels):
 
 
 def extend(denoiser, settings, extra):
-    """denoiser.build_denoiser calls this for settings with a factor."""
+    """Add the small image. denoiser.build_denoiser calls this for settings with a factor."""
     return denoiser.replace(space=LowRes(denoiser.shape, settings["factor"]))
 
 
@@ -70,7 +74,8 @@ def extend(denoiser, settings, extra):
 
 @dataclass
 class SuperResConfig(Config):
-    factor: int = flag(4, "how many times smaller the known image is", group="super-resolution")
+    factor: int = flag(4, "side of the image over side of the known image",
+                       group="super-resolution")
 
     unused: ClassVar[tuple] = ("init",)
     prog: ClassVar[str] = "papers.superres train"
@@ -111,16 +116,16 @@ class EnlargeConfig(sample.SampleConfig):
     low_res: str = flag("", "images to enlarge: a file, folder, zip or array. Images of at least "
                         "the run's full size are shrunk first, as in training", positional="IMAGES")
     num: int | None = flag(None, "number of images; under torchrun write -n", short="-n",
-                           shown="all of them, of shapes 64")
+                           shown="all; 64 of shapes")
 
     unused: ClassVar[tuple] = ("npz",)
     prog: ClassVar[str] = "papers.superres enlarge"
     usage: ClassVar[str] = "python -m papers.superres enlarge RUN IMAGES [flags]"
-    description: ClassVar[str] = ("Enlarge images. Next to the results: what bicubic interpolation "
-                                  "makes of them and, if they were shrunk, the originals.")
+    description: ClassVar[str] = ("Enlarge images. Also write bicubic enlargements and, if the "
+                                  "images were shrunk, the originals.")
     examples: ClassVar[str] = """\
   python -m papers.superres enlarge photos-tiny-sr4 small/ --out large
-      large-bicubic/ holds what a plain enlargement makes of them"""
+      writes large/, and the bicubic enlargements to large-bicubic/"""
 
     def check(self):
         if not self.low_res:
@@ -129,23 +134,23 @@ class EnlargeConfig(sample.SampleConfig):
 
 
 class LowResInputs:
-    """The images to enlarge, as the network sees them.
+    """The images to enlarge, as the network receives them.
 
-    Images of the run's small size are taken as they are. Larger ones, of at least the full size,
-    are originals: they are cropped to the full size and shrunk as in training, and the results can
-    be compared with them. ValueError, OSError: images between these sizes, or not readable.
+    Images of the run's small size stay unchanged. Images of at least the full size are originals:
+    they are cropped to the full size and shrunk as in training, and the results can be compared
+    with them. ValueError, OSError: images between these sizes, or unreadable images.
     """
 
     def __init__(self, source, denoiser):
         s, self.space = denoiser.settings, denoiser.space
         full, small = s["image_size"], s["image_size"] // s["factor"]
         try:
-            # The small size first: an IDX file has a border up to the size that is asked for.
+            # The small size first, because the reader pads IDX images up to the requested size.
             self.images = data.load(source, small, s["channels"])
             self.shrunk = source in data.BUILT_IN or self.images.sizes != {(small, small)}
             if self.shrunk:
                 self.images = data.load(source, full, s["channels"])
-        except (ValueError, OSError) as error:  # without train.py's advice
+        except (ValueError, OSError) as error:  # drop advice that is for train.py
             raise ValueError(f"IMAGES: {str(error).split('; --skip-bad-images')[0]}") from error
         least = min(self.images.sizes, key=min)
         if self.shrunk and min(least) < full:
@@ -154,7 +159,7 @@ class LowResInputs:
                                                                      full, full))
         self.summary = self.images.summary + f", shrunk to {small}x{small}" * self.shrunk
         if self.shrunk and self.images.sizes != {(full, full)}:
-            self.summary += "; larger images are cropped: the originals to compare with are crops"
+            self.summary += "; larger images are cropped, and so are the originals for comparison"
 
     def conditioning(self, indices, device="cpu"):
         """The small images, enlarged: (b, C, H, W)."""
@@ -169,7 +174,7 @@ class LowResInputs:
         return found
 
     def digest(self):
-        """A short hash of the pixels of the first images, whatever --num is."""
+        """A short hash of the pixels of the first images. It does not depend on --num."""
         digest = hashlib.sha256()
         for i in range(min(len(self.images), 1024)):
             digest.update(self.images[i].numpy().tobytes())
@@ -177,7 +182,7 @@ class LowResInputs:
 
 
 def write_comparisons(folder, inputs, num):
-    """Fill OUT-bicubic/ and OUT-original/, image by image, with the names of the results."""
+    """Fill OUT-bicubic/ and OUT-original/ with images of the same names as the results."""
     for i in range(num):
         for name, images in inputs.comparisons([i]).items():
             path = folder.beside(f"-{name}") / folder.path(i).name
@@ -185,8 +190,8 @@ def write_comparisons(folder, inputs, num):
 
 
 def open_comparison_folders(folder, inputs):
-    """ValueError if a folder for comparisons holds something else. They carry the settings.json of
-    the results that they belong to."""
+    """Make the folders for comparisons, with the settings.json of the results. ValueError: such a
+    folder holds something else."""
     settings = (folder.out / "settings.json").read_text(encoding="utf-8")
     for name in inputs.comparisons([0]):
         other = folder.beside(f"-{name}")
@@ -203,15 +208,16 @@ def open_comparison_folders(folder, inputs):
 def enlarge(argv=None):
     """The program `enlarge`."""
     config = parse_into(EnlargeConfig, argv)
-    with distributed.init(False, config.deterministic, device=config.device) as dist:
+    tf32 = config.precision == "tf32"
+    with distributed.init(tf32, config.deterministic, device=config.device) as dist:
         denoiser, arguments = sample.open_and_print(config, dist)
         if not denoiser.settings.get("factor"):
-            raise ValueError(f"{denoiser.folder.name} was not trained to enlarge images: give a "
-                             "run of python -m papers.superres train")
+            raise ValueError(f"{denoiser.folder.name} is not a super-resolution run: give a run of "
+                             "python -m papers.superres train")
         inputs = dist.main_first(lambda: LowResInputs(config.low_res, denoiser))
         total = len(inputs.images)
         config.num = min(config.num or (64 if total >= data.INFINITE else total), total)
-        dist.print0(f"to be enlarged: {config.num} of {inputs.summary}")
+        dist.print0(f"images to enlarge: {config.num} of {inputs.summary}")
         tag = f"{sample.tag(config, denoiser.step)}-{Path(config.low_res).stem}"
         folder = ImageFolder(config.out or denoiser.folder / "generated" / tag, dist)
         check_image_flags(config)
@@ -238,7 +244,7 @@ def enlarge(argv=None):
 
 
 def write_grid(folder, inputs, num):
-    """The grid next to the folder: bicubic, result and, if known, original, side by side."""
+    """Write a grid next to the folder: bicubic, result and, if known, original, side by side."""
     n = min(num, 64)
     results = torch.from_numpy(folder.read(n)).permute(0, 3, 1, 2)
     found = inputs.comparisons(range(n))
@@ -247,17 +253,58 @@ def write_grid(folder, inputs, num):
     files.save_png(folder.beside(".png"), grid(torch.stack(parts, dim=1).flatten(0, 1), columns))
 
 
+# ------------------------------------------------------------------ colour
+
+@dataclass
+class ColourConfig:
+    images: tuple[str, ...] = flag((), "the folder of enlarged images, and that of the originals",
+                                   positional="RESULTS ORIGINALS", nargs="+")
+    json: bool = flag(False, "print one JSON object instead of text")
+
+    prog: ClassVar[str] = "papers.superres colour"
+    usage: ClassVar[str] = "python -m papers.superres colour RESULTS ORIGINALS [--json]"
+    description: ClassVar[str] = ("Measure the difference of mean colours between enlarged images "
+                                  "and originals, the bias in E-TSDM's section 5.5.")
+
+    def check(self):
+        if len(self.images) != 2:
+            raise ValueError(f"RESULTS ORIGINALS: give two folders, not {len(self.images)}")
+
+
+def colour_bias(results, originals):
+    """Two folders of PNGs with equal names -> (mean over images and channels of |mean over pixels
+    of result − original|, number of images), in levels of 0 to 255. The small image determines the
+    mean over pixels, so a good result keeps it. ValueError: the PNGs are not pairs."""
+    names = sorted(path.name for path in Path(results).glob("*.png"))
+    if not names or names != sorted(path.name for path in Path(originals).glob("*.png")):
+        raise ValueError(f"RESULTS {results}: it must hold PNGs with the same names as {originals}")
+    shifts = [np.subtract(*(np.asarray(Image.open(Path(folder) / name), dtype=float)
+                            for folder in (results, originals))).mean((0, 1)) for name in names]
+    return float(np.abs(shifts).mean()), len(names)
+
+
+def colour(argv=None):
+    """The program `colour`."""
+    config = parse_into(ColourConfig, argv)
+    value, n = colour_bias(*config.images)
+    print(json.dumps(dict(metric="colour bias", value=value)) if config.json else
+          f"colour bias {value:.3f} of 255 levels | {n:,} pairs of images")
+
+
 def main(argv=None):
     command, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if command == "train":
         train.main(rest, SuperResObjective, SuperResConfig)
     elif command == "enlarge":
         enlarge(rest)
+    elif command == "colour":
+        colour(rest)
     elif command in ("-h", "--help"):
         print("python -m papers.superres train [flags]\n"
-              "python -m papers.superres enlarge RUN IMAGES [flags]\n\nEach has --help.")
+              "python -m papers.superres enlarge RUN IMAGES [flags]\n"
+              "python -m papers.superres colour RESULTS ORIGINALS\n\nEach has --help.")
     else:
-        raise ValueError(f"{command}: the programs are train and enlarge")
+        raise ValueError(f"{command}: the programs are train, enlarge and colour")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-r"""Plumbing: processes, run folders, checkpoints, logs, image decoding. No diffusion in here.
+r"""Plumbing: processes, run folders, checkpoints, logs, image decoding. It contains no diffusion.
 
-Importing this package, before torch, also sets two things that make training on CPUs fast:
+If a program imports this package before torch, two settings make training on CPUs faster:
 
-  * OpenMP threads spin while they wait for work. Two busy processes on few cores lose a factor of
-    2 to 5 by that. A short spin is as fast alone and does not disturb the other process. OpenMP
-    reads the variable once, when torch is imported.
-  * glibc returns large freed blocks to the system, and every step then pays for fresh pages.
+  * OpenMP threads spin while they wait for work. This slows two processes on few cores by a factor
+    of 2 to 5. A short spin is as fast for a single process and does not slow the other one. OpenMP
+    reads the variable only once, when torch is imported.
+  * glibc returns large freed blocks to the system, and each step must request new pages. Higher
+    thresholds prevent this.
 
     python -c "import support, os; print(os.environ['GOMP_SPINCOUNT'])"
 

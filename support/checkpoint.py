@@ -1,6 +1,7 @@
 r"""Checkpoints: tensors and plain values with their checksums; nothing in a file is ever executed.
 
     save_checkpoint, load_checkpoint        a dict <-> runs/NAME/checkpoint.pt
+    snapshot                                a copy on the CPU, to write later
     load_weights, load_optimizer            strict, with errors of one line
     find_checkpoint("NAME")                 runs/NAME/checkpoint.pt
 
@@ -39,6 +40,22 @@ def save_checkpoint(path, checkpoint):
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+
+
+def snapshot(value):
+    """A copy of a checkpoint's content on the CPU: it can be written while training goes on."""
+    def copied(value):
+        if isinstance(value, torch.Tensor):  # from a GPU: to pinned memory, without a wait for each
+            out = value.to("cpu", non_blocking=value.is_cuda)
+            return value.clone() if out is value else out
+        if isinstance(value, dict):
+            return {k: copied(v) for k, v in value.items()}
+        return type(value)(map(copied, value)) if isinstance(value, list | tuple) else value
+
+    found = copied(value)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return found
 
 
 def to_json(settings):
@@ -129,7 +146,7 @@ def load_optimizer(optimizer, state, path):
 
 
 def weights_hash(net):
-    """A short hash of a network's weights: a run made anew, of the same name, has another."""
+    """A short hash of a network's weights. A new run of the same name has another hash."""
     digest = hashlib.sha256()
     for tensor in net.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())

@@ -1,4 +1,4 @@
-r"""A dataclass as a command line: its fields are the flags.
+r"""Make a command line from a dataclass: its fields are the flags.
 
     @dataclass
     class Config:
@@ -7,15 +7,15 @@ r"""A dataclass as a command line: its fields are the flags.
 
     config = parse_into(Config, ["--lr", "1e-4"])    # config.lr, config.steps, config.given
 
-Name, type and default of a flag are the field's; flag() adds the line of help. A class may have
+Name, type and default of a flag are those of the field; flag() adds the help text. A class may have
 
     prog, usage, description, examples   texts for --help
     unused                               inherited fields that are not flags of this program
     recipe(given) -> dict                defaults that depend on other flags, such as a preset's
-    check()                              raises ValueError, each message beginning with its flag
+    check()                              raises ValueError; each message begins with its flag
 
-Not here: what the flags mean. A value on the command line always wins over a recipe, and a recipe
-over a default.
+A value on the command line replaces the recipe's, and the recipe's replaces the default. Not here:
+the meaning of the flags.
 
     python -c "from support.cli import flag; print(flag(1, 'a number').metadata['help'])"
 """
@@ -33,12 +33,12 @@ def flag(default, help, choices=None, resume=False, short=None, positional=None,
     """A dataclass field that is a flag.
 
     choices     allowed values
-    resume      it may change when a run is resumed
+    resume      the value may change when a run is resumed
     short       a second spelling, such as "-n"
     positional  the name of a positional argument; nargs "*" or "+" collects several
-    nargs       "+" for a flag of several values (a tuple), or a number of them
+    nargs       "+" for a flag of several values (a tuple), or their number
     group       title of the --help section that begins with this field
-    shown       what --help prints as the default, if not the default itself
+    shown       text that --help prints instead of the default
     low, above, below   a number must be at least `low`, more than `above`, less than `below`
     """
     return field(default=default, metadata=dict(
@@ -47,9 +47,9 @@ def flag(default, help, choices=None, resume=False, short=None, positional=None,
 
 
 def device_flag():
-    """The field that is --device: support/device.py reads it."""
-    return flag("auto", "where to compute; auto: cuda if there is a GPU, else cpu; mps, Apple's "
-                "GPU, is untried", choices=("auto", "cuda", "mps", "cpu"), resume=True)
+    """The field for --device, which support/device.py reads."""
+    return flag("auto", "where to compute; auto: cuda if there is a GPU, else cpu; mps (Apple's "
+                "GPU) is untested", choices=("auto", "cuda", "mps", "cpu"), resume=True)
 
 
 def flag_name(name):
@@ -64,7 +64,7 @@ def require(config, name, condition, text):
 
 
 def parse_into(cls, argv=None):
-    """Parse the command line into cls(...), check it, and record in .given the typed fields."""
+    """Parse the command line into cls(...) and check it. .given holds the names of typed fields."""
     given = vars(make_parser(cls).parse_intermixed_args(argv))
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in given.items()}
@@ -91,7 +91,7 @@ def check_limits(f, value):
 
 
 def make_parser(cls):
-    """The argparse parser of a config class. A flag that is not typed is absent from the result."""
+    """The argparse parser of a config class. Its result contains only the typed flags."""
     examples = getattr(cls, "examples", "")
     parser = argparse.ArgumentParser(
         prog=cls.prog, usage=getattr(cls, "usage", None),
@@ -101,7 +101,7 @@ def make_parser(cls):
     hints, section, sections = typing.get_type_hints(cls), parser, {}
     for f in fields(cls):
         info = f.metadata
-        if not info:  # a plain field, filled in by recipe() or check()
+        if not info:  # a plain field, which recipe() or check() sets
             continue
         if info["group"]:
             section = sections.setdefault(info["group"], None) or parser.add_argument_group(
@@ -122,7 +122,7 @@ def add_flag(section, f, hint):
     text = info["help"] + (f" (default: {shown})" if shown else "")
     text = text.replace("%", "%%")
     if info["positional"]:
-        nargs = info["nargs"] or (None if info["choices"] else "?")  # a choice must be made
+        nargs = info["nargs"] or (None if info["choices"] else "?")  # a choice is required
         section.add_argument(f.name, nargs=nargs, metavar=info["positional"],
                              choices=info["choices"], help=text)
         return

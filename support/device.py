@@ -43,8 +43,8 @@ def double(tensor):
 
 
 def keep_near(images, device, share=0.25):
-    """A data set's images (N, ...) on the GPU, if they take at most this share of its free memory;
-    else, and on other devices, where they are."""
+    """Move a data set's images (N, ...) to the GPU if they take at most this share of its free
+    memory. Else, and for other devices, they stay on the CPU."""
     if torch.device(device).type != "cuda":
         return images
     fits = images.nbytes < share * torch.cuda.mem_get_info(device)[0]
@@ -52,10 +52,8 @@ def keep_near(images, device, share=0.25):
 
 
 def pick(images, indices):
-    """images[indices], a list of integers, without a wait if the images are on a GPU."""
-    if images.is_cuda:
-        indices = move(torch.tensor(indices).pin_memory(), images.device)
-    return images[indices]
+    """images[indices], for images on a GPU and a list of integers, without a wait."""
+    return images[move(torch.tensor(indices).pin_memory(), images.device)]
 
 
 def pinned(batch, device):

@@ -69,13 +69,14 @@ class Distributed:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag):
-        """True on every process if the flag is set on one of them."""
-        return bool(self.all_reduce(torch.tensor(float(bool(flag)))))
+    def any(self, *flags):
+        """True on every process if the flag is set on one of them. Several flags: a list."""
+        sums = self.all_reduce(torch.tensor([float(bool(flag)) for flag in flags])).tolist()
+        return list(map(bool, sums)) if len(flags) > 1 else bool(sums[0])
 
     def barrier(self):
         """Wait for all processes, however long it takes. It polls, because Python handles a signal
-        only between two of its own lines, not inside a wait of gloo."""
+        only between two of its lines, not inside a wait of gloo."""
         if self.world_size > 1:
             work = dist.barrier(self.slow_group, async_op=True)
             while not work.is_completed():
@@ -152,7 +153,7 @@ class Distributed:
 def init(tf32=True, deterministic=False, timeout=LONG_TIMEOUT, device="auto"):
     """Join the other processes if torchrun started us, and choose the device -> Distributed.
 
-    tf32           let GPUs round float32 products to 10 bits; False where digits count
+    tf32           let GPUs round float32 products to 10 bits; False if digits count
     deterministic  use only algorithms that give the same bits again, slower on GPUs
     timeout        how long a collective call may take; STEP_TIMEOUT in training
     device         auto, cuda, mps or cpu: --device
@@ -160,6 +161,7 @@ def init(tf32=True, deterministic=False, timeout=LONG_TIMEOUT, device="auto"):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over all new tensors
     defaults = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     values = {name: os.environ.get(name, default) for name, default in defaults.items()}
     if not all(map(str.isdecimal, values.values())) or int(values["RANK"]) >= int(

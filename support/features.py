@@ -1,11 +1,11 @@
-r"""What images are compared by: feature networks, statistics of features, and reports of scores.
+r"""Comparison of images by features: networks, statistics of features, reports of scores.
 
     open_network(...)            Inception, or a network saved by torch.export.save
     FeatureSums                  mean and covariance of features, over batches and processes
     read_statistics(path)        an .npz of mu and sigma, in pytorch-fid's form
     report(...), print_report    a score with everything that it depends on
 
-Not here: the scores (metrics.py), or Inception's layers (inception.py).
+Not here: the scores (metrics.py), Inception's layers (inception.py).
 
     python -c "from support import features; print(features.INCEPTION)"
 
@@ -38,8 +38,8 @@ INCEPTION = "Inception 2015-12-05"
 
 @dataclass
 class FeatureNetwork:
-    """net(uint8 images (N, 3, H, W)) -> (features (N, D), logits); and what is printed with a
-    score. call: None if only its name is known, from a file."""
+    """net(uint8 images (N, 3, H, W)) -> (features (N, D), logits), with the facts printed with a
+    score. call: None if only the name is known, from a file of statistics."""
 
     call: Callable | None
     network: str | None
@@ -51,15 +51,15 @@ class FeatureNetwork:
         return self.call(images)
 
     def name(self, published, other):
-        """A score's name: only Inception's is called FID or IS."""
+        """The name of a score: FID or IS only for Inception."""
         if self.network == INCEPTION:
             return published
         return f"{other}({self.network})" if self.network else other
 
 
 def open_network(config, dist):
-    """The network that the flags --features, --inception, --precision and --compile choose: that
-    of the file --features, else Inception -> FeatureNetwork."""
+    """Open the network of --features, else Inception (--inception, --precision, --compile) ->
+    FeatureNetwork."""
     path = config.features
     if path is None:
         net, digest = dist.main_first(lambda: inception.load(config.inception, dist.device))
@@ -73,18 +73,18 @@ def open_network(config, dist):
         out = net(images.float() / 127.5 - 1)
         if not isinstance(out, torch.Tensor) or out.dim() < 2 or len(out) != len(images):
             what = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-            raise ValueError(f"--features {path} must give one tensor (N, features) for N images; "
-                             f"for {len(images)} it gave {what}")
-        return out.flatten(1), out.flatten(1)  # for the Inception Score they are logits
+            raise ValueError(f"--features {path} must return one tensor (N, features) for N "
+                             f"images; for {len(images)} it returned {what}")
+        return out.flatten(1), out.flatten(1)  # the Inception Score uses them as logits
 
     return FeatureNetwork(call, path.name, digest, "none")
 
 
 def open_exported(path, device):
-    """A network saved by torch.export.save, as a function of float32 images (N, 3, H, W) in
-    [-1, 1]. Such a file can run programs."""
-    logging.getLogger("torch.export").setLevel(logging.ERROR)  # it warns by a traceback
-    reason = "it is cut short, a zip of something else, or of another version of PyTorch"
+    """Open a network saved by torch.export.save -> a function of float32 images (N, 3, H, W) in
+    [-1, 1]. Such a file can run code."""
+    logging.getLogger("torch.export").setLevel(logging.ERROR)  # its warnings are tracebacks
+    reason = "it is incomplete, another kind of zip, or from another version of PyTorch"
     try:
         if not zipfile.is_zipfile(path):
             reason = checkpoint.guess_file_type(path)
@@ -118,15 +118,15 @@ def open_exported(path, device):
 # ------------------------------------------------------------------ statistics
 
 class FeatureSums:
-    """n, Σ f and Σ f fᵀ of feature vectors in float64: sums do not depend on batches or order."""
+    """n, Σ f and Σ f fᵀ of feature vectors, in float64, so that batches and order do not matter."""
 
     def __init__(self, width):
         self.n, self.sum = 0, torch.zeros(width, dtype=torch.float64)
         self.outer = torch.zeros(width, width, dtype=torch.float64)
 
     def add(self, f):
-        """f (b, D), of any dtype and device."""
-        f = double(f)  # on a GPU the sums stay there
+        """Add f (b, D), of any dtype and device."""
+        f = double(f)  # the sums stay on f's device
         self.sum, self.outer = self.sum.to(f.device), self.outer.to(f.device)
         self.n += len(f)
         self.sum += f.sum(0)
@@ -140,8 +140,8 @@ class FeatureSums:
             raise ValueError(f"a covariance needs at least 2 images, not {n}")
         mean = total / n
         sigma = (outer - n * mean.outer(mean)) / (n - 1)
-        # Of a feature that never changes, rounding leaves a "variance" of either sign. float32
-        # features are not known to better than 1e-7 of their size.
+        # For a constant feature, rounding gives a "variance" of either sign. float32 features are
+        # exact only to 1e-7 of their size.
         constant = sigma.diagonal() <= 1e-12 * mean**2
         sigma[constant] = sigma[:, constant] = 0
         return mean.numpy(), sigma.numpy()
@@ -149,8 +149,8 @@ class FeatureSums:
 
 @dataclass
 class Statistics:
-    """μ and Σ of the features of n images, and what they depend on; None: the file has no record.
-    Next to sets of images in a report: source, shape, summary and notes."""
+    """μ and Σ of the features of n images, with the facts they depend on (None: not in the file).
+    Reports also need source, shape, summary and notes, as for sets of images."""
 
     source: str
     mu: np.ndarray
@@ -165,13 +165,13 @@ class Statistics:
     notes: ClassVar[tuple] = ()
 
     def arrays(self):
-        """What goes into the .npz: all that is known."""
+        """The entries of the .npz: all known values."""
         return {f.name: getattr(self, f.name) for f in fields(self)[1:]
                 if getattr(self, f.name) is not None}
 
 
 def image_batches(images, batch_size, dist, label):
-    """This process's images of a set, dealt out like cards: (indices, uint8 (b, 3, H, W))."""
+    """Yield every world_size-th image of a set, in batches: (indices, uint8 (b, 3, H, W))."""
     mine = list(range(dist.rank, images.n, dist.world_size))
     with tqdm(desc=label, total=len(mine), unit="image", disable=not dist.is_main,
               dynamic_ncols=True) as bar:
@@ -182,13 +182,13 @@ def image_batches(images, batch_size, dist, label):
 
 
 def statistics(images, net, batch_size, dist):
-    """Statistics of a set of images over all processes, or of a file, as they are. ValueError:
+    """Statistics of a set of images over all processes; those of a file stay unchanged. ValueError:
     fewer than two images, or a file of another network."""
     if isinstance(images, Statistics):
         if images.sha256 and images.sha256 != net.sha256:
             raise ValueError(f"{images.source} has statistics of {images.network} (SHA-256 "
-                             f"{images.sha256[:12]}), and this is {net.network} "
-                             f"({net.sha256[:12]}): they do not compare")
+                             f"{images.sha256[:12]}), not of {net.network} "
+                             f"({net.sha256[:12]}): they cannot be compared")
         return images
     if images.n < 2:
         raise ValueError(f"{images.source}: a covariance needs at least 2 images, not {images.n}")
@@ -197,7 +197,7 @@ def statistics(images, net, batch_size, dist):
         f = net(batch)[0]
         sums = sums or FeatureSums(f.shape[1])
         sums.add(f)
-    # A process without images takes part in the sums too, and must know their length.
+    # A process without images joins the sums too, and needs their length.
     width = dist.broadcast(sums and len(sums.sum))
     mu, sigma = (sums or FeatureSums(width)).moments(dist)
     return Statistics(images.source, mu, sigma, images.n, images.shape[1], net.network, net.sha256,
@@ -205,7 +205,7 @@ def statistics(images, net, batch_size, dist):
 
 
 def gather_logits(images, net, batch_size, dist):
-    """The logits of all images in their order, on rank 0; None elsewhere."""
+    """The logits of all images in order, on rank 0; None on other ranks."""
     parts = dist.gather([(indices, net(batch)[1].cpu()) for indices, batch in
                          image_batches(images, batch_size, dist, images.source)])
     if parts is None:
@@ -215,8 +215,8 @@ def gather_logits(images, net, batch_size, dist):
 
 
 def read_statistics(source):
-    """An .npz of statistics -> Statistics, or None for anything else. ValueError: damaged, or
-    inside a pickle."""
+    """Read an .npz of statistics -> Statistics; None for any other source. ValueError: the file is
+    damaged or a pickle."""
     refuse_pickle(str(source))
     if not str(source).endswith(".npz") or not os.path.isfile(source):
         return None
@@ -238,42 +238,41 @@ def read_statistics(source):
 
 
 def network_of(files):
-    """The network of files of statistics, by name: without images it need not run."""
+    """The network that files of statistics name. Without images it need not run."""
     known = [(f.network, f.sha256) for f in files if f.sha256] or [(None, None)]
     return FeatureNetwork(None, *known[0], "as in the files")
 
 
 def check_output(path):
-    """ValueError, FileNotFoundError: this is not a file that statistics may be written to."""
+    """ValueError, FileNotFoundError: statistics may not be written to this file."""
     if path.suffix != ".npz":
-        raise ValueError(f"{path}: statistics go to a file named .npz")
+        raise ValueError(f"{path}: the name of a file of statistics must end with .npz")
     if not path.resolve().parent.is_dir():
         raise FileNotFoundError(f"{path}: no such folder: {path.resolve().parent}")
     if path.exists() and read_statistics(path) is None:
-        raise ValueError(f"{path} exists and holds no statistics: give another name")
+        raise ValueError(f"{path} exists but does not hold statistics: give another name")
 
 
 def check_network_flags(config):
-    """ValueError, FileNotFoundError: --features and --inception do not fit the score, or each
-    other."""
+    """ValueError, FileNotFoundError: --features or --inception does not fit the score, or both are
+    given."""
     for name, path in (("--features", config.features), ("--inception", config.inception)):
         if path and config.metric == "psnr":
             raise ValueError(f"{name} has no effect: psnr compares pixels")
         if path and not path.is_file():
             raise FileNotFoundError(f"{name}: no such file: {path}")
     if config.features and config.inception:
-        raise ValueError("--features replaces Inception: give it or --inception, not both")
+        raise ValueError("--features replaces Inception: do not give --inception as well")
 
 
 def check_pairs(a, b):
     """ValueError: the images of two sets are not pairs, by number or by name."""
     for s in (a, b):
         if s.names is None:
-            raise ValueError(f"{s.source} is a run, whose images have no partners: psnr compares "
-                             "two sets")
+            raise ValueError(f"{s.source} is a run, whose images have no pairs: give psnr two sets")
     where = f"{a.source} and {b.source}"
     if a.n != b.n:
-        raise ValueError(f"{where}: psnr compares pairs, and there are {a.n:,} images and {b.n:,}")
+        raise ValueError(f"{where}: psnr needs pairs, but these are {a.n:,} and {b.n:,} images")
     for one, other in zip(a.names, b.names, strict=False):
         if one != other:
             raise ValueError(f"{where}: {one} and {other} are not a pair. psnr pairs files by "
@@ -281,7 +280,7 @@ def check_pairs(a, b):
 
 
 def on_main(dist, sets, work, *inputs):
-    """dist.on_main; an error names the sources."""
+    """dist.on_main, but an error message begins with the sources."""
     try:
         return dist.on_main(work, *inputs)
     except ValueError as error:
@@ -289,7 +288,7 @@ def on_main(dist, sets, work, *inputs):
 
 
 def refuse_pickle(source):
-    """ValueError for statistics as SA-DPM (.npy) and EDM2 (.pkl) write them: dicts in a pickle."""
+    """ValueError for statistics in a pickle, as SA-DPM (.npy) and EDM2 (.pkl) write them."""
     if not source.endswith((".npy", ".pkl")) or not os.path.isfile(source):
         return
     with open(source, "rb") as file:
@@ -300,36 +299,36 @@ def refuse_pickle(source):
     program = (f"import pickle, sys, numpy as np; a, b = sys.argv[1:]; s = {content}; "
                "np.savez(b, mu=s['mu'], sigma=s['sigma'])")
     command = shlex.join(["python", "-c", program, source, source[:-4] + ".npz"])
-    raise ValueError(f"{source} is a pickle, and opening one can run a program. If you trust it, "
-                     f"convert it to an .npz of mu and sigma:  {command}")
+    raise ValueError(f"{source} is a pickle, and a pickle can run code. If you trust it, convert "
+                     f"it to an .npz of mu and sigma:  {command}")
 
 
 # ------------------------------------------------------------------ reports
 
 def warn_statistics(both, few):
-    """Warnings about a distance of these Statistics; few: images below which N counts."""
+    """Warnings about a distance of these Statistics; few: the smallest N without a warning."""
     found = []
     for s in both:
         if s.n is None:
             found.append(f"{s.source} has no record of its image count or network")
         elif s.n < few:
             found.append(f"{s.n:,} images of {s.source}: under {few:,} the value is too high, by "
-                         "an amount that depends on N: compare only with the same N")
+                         "an amount that depends on N. Compare only with the same N")
         if s.n is not None and s.n <= len(s.mu):
             found.append(f"{s.n:,} images of {s.source} in {len(s.mu)} dimensions: the covariance "
                          "does not have full rank")
     sizes = sorted({s.size for s in both if s.size is not None})
     if len(sizes) > 1:
-        found.append(f"images of {' and '.join(map(str, sizes))} pixels are compared")
+        found.append(f"the images have different sizes: {' and '.join(map(str, sizes))} pixels")
     return found
 
 
 def warn_network(net, precisions):
-    """Warnings about other weights than Inception's published file, and about bf16."""
+    """Warnings about weights other than Inception's published file, and about bf16."""
     found = []
     if net.network == INCEPTION and net.sha256 != inception.SHA256:
         found.append(f"these weights are not the published file ({inception.SHA256[:12]}...): "
-                     "compare only with scores by the same ones")
+                     "compare only with scores by the same weights")
     if any(kind != "fp32" for kind in precisions):
         found.append("features in bf16" + " on one side only" * (len(set(precisions)) > 1)
                      + ": compare only with scores of the same precision")
@@ -337,8 +336,8 @@ def warn_network(net, precisions):
 
 
 def report(name, value, text, net, sets, warnings, **more):
-    """A score as one dict. sets: what has source, n, shape, summary and notes; net: None if no
-    network was used."""
+    """A score as a dict. sets: objects with source, n, shape, summary and notes; net: None if the
+    score uses no network."""
     net = net or FeatureNetwork(None, None, None, "none")
     sides = [dict(source=str(s.source), n=s.n, shape=s.shape and list(s.shape), what=s.summary)
              for s in sets]
@@ -348,7 +347,7 @@ def report(name, value, text, net, sets, warnings, **more):
 
 
 def print_report(r, as_json=False):
-    """The score with everything it depends on in one line; then the sides, and warnings."""
+    """Print the score with everything it depends on in one line; then the sides and warnings."""
     if as_json:
         print(json.dumps({k: None if v in (math.inf, -math.inf) else v for k, v in r.items()}))
         return

@@ -1,11 +1,11 @@
-r"""Files that are complete or absent: written under a temporary name, flushed, then renamed.
+r"""Atomic writes: each file gets a temporary name, is flushed, and is then renamed.
 
-    with atomic_write(path) as temporary: ...    it becomes `path` only if all went well
+    with atomic_write(path) as temporary: ...    it becomes `path` only if the block succeeds
     write_text, write_csv, save_png, save_npz, save_figure
 
-A reader sees the old file or the new one and never half of one, whenever the machine goes down.
+A reader sees the whole old file or the whole new file, even after a crash of the machine.
 
-Not here: checkpoints (checkpoint.py), or reading images (image_files.py).
+Not here: checkpoints (checkpoint.py), reading images (image_files.py).
 
     python -c "from support import files; print(files.pid_exists('1'))"
 """
@@ -23,15 +23,15 @@ import numpy as np
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:  # Windows has no flock
     fcntl = None
 
 
 @contextlib.contextmanager
 def atomic_write(path, sweep=True):
     """with atomic_write(path) as temporary: write to it; it becomes `path` only if the block ends
-    without an error. sweep: first remove what killed processes left of the same file; it takes
-    longer in folders of many files."""
+    without an error. sweep: first delete temporary files that killed processes left; this is slow
+    in folders of many files."""
     path = Path(path)
     here = f".{path.name}.{platform.node().replace('.', '-')}"  # machines may share the folder
     temporary = path.with_name(f"{here}.{os.getpid()}.tmp")
@@ -41,7 +41,7 @@ def atomic_write(path, sweep=True):
     try:
         yield temporary
         with open(temporary, "rb") as f:
-            os.fsync(f.fileno())  # the bytes before the name: a rename can reach the disk first
+            os.fsync(f.fileno())  # else the rename can reach the disk before the bytes
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -49,7 +49,7 @@ def atomic_write(path, sweep=True):
 
 @contextlib.contextmanager
 def locked(folder):
-    """One process at a time between reading a file of this folder and writing it again."""
+    """Let only one process at a time read a file of this folder and write it again."""
     handle = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if fcntl:
@@ -62,7 +62,7 @@ def locked(folder):
 
 
 def pid_exists(pid):
-    """True if a process of this number (a string) runs on this machine."""
+    """True if a process with this number (a string) runs on this machine."""
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
@@ -73,22 +73,22 @@ def pid_exists(pid):
 
 
 def clean_stale(folder):
-    """Delete the temporary files that a killed process left in this folder, which we have
+    """Delete the temporary files of killed processes in this folder, which this process has
     locked."""
     for old in Path(folder).glob(".*.tmp"):
         old.unlink(missing_ok=True)
 
 
 def write_text(path, text):
-    """Write a small UTF-8 text file, whatever the locale. surrogateescape keeps the bytes of a file
+    """Write a small text file, in UTF-8 for any locale. surrogateescape keeps the bytes of a file
     name that is not valid text."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_csv(path, rows):
-    """rows: dicts -> a CSV file whose columns are all their keys in the order of appearance.
-    surrogatepass: a file name that is not valid text is the same again when read."""
+    """Write dicts as the rows of a CSV file. The columns are all keys in order of appearance.
+    surrogatepass keeps a file name that is not valid text."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8",
                                                errors="surrogatepass") as f:
@@ -111,14 +111,14 @@ def save_npz(path, **arrays):
 
 def figure(**arguments):
     """A new matplotlib figure, without pyplot: no display, no global state."""
-    from matplotlib.figure import Figure  # here, since --help need not wait for matplotlib
+    from matplotlib.figure import Figure  # imported here, so that --help is fast
     return Figure(**arguments)
 
 
 def save_figure(path, figure, dpi=120):
     """Write a matplotlib figure as PNG."""
     from matplotlib.text import Text  # here, as in figure()
-    for text in figure.findobj(Text):  # a file name in another encoding than the locale's
+    for text in figure.findobj(Text):  # a file name may be invalid UTF-8
         raw = text.get_text().encode("utf-8", "surrogateescape")
         text.set_text(raw.decode("utf-8", "replace"))
     with atomic_write(path) as temporary:
@@ -126,7 +126,7 @@ def save_figure(path, figure, dpi=120):
 
 
 def check_space(folder, size):
-    """Raise OSError unless `size` bytes are free where this folder is, or will be."""
+    """Raise OSError unless the disk of this folder (which need not exist) has `size` bytes free."""
     folder = Path(folder).resolve()
     here = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(here).free

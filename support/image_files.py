@@ -1,13 +1,13 @@
-r"""Folders, zips and arrays of images: found, checked once, kept in memory or decoded on demand.
+r"""Find, check and load the images of folders, zips and arrays.
 
     open_path("photos/", None, 64, 3)     a data set: len(d), d[i] uint8 (C, H, W), d.summary
-    in_threads(work, items, 2, 64)        work(item) in order, by threads that run ahead
+    in_threads(work, items, 2, 64)        work(item) in order, by threads that work in advance
 
-A broken picture found after six hours is worse than a minute spent at the start, so every file is
-decoded once. Streamed files that were checked before, and have not changed, are not decoded again.
-Nothing in a file is executed. A data set's `digest` identifies its images, wherever they lie.
+Each file is decoded once at the start: this takes a minute, and a broken image cannot stop a run
+after six hours. Streamed files that were checked before and have not changed are not decoded again.
+Nothing in a file is executed. A data set's `digest` identifies its images in any place.
 
-Not here: what a file's pixels mean (images.py), sets that are one array (readers.py), the order of
+Not here: the pixels of one file (images.py), sets that are one array (readers.py), the order of
 training (data.py).
 
     python -c "from support import image_files; print(image_files.SUFFIXES)"
@@ -45,17 +45,17 @@ from support import readers
 from support.images import bare_png, missing_pixels, prepare
 from support.readers import one_line, printable
 
-# In any part of the name. "./" and "../", which a zip may hold, are not names and hide nothing.
+# A hidden part of a path. "./" and "../" in a zip's names are not hidden.
 HIDDEN = re.compile(r"(^|[\\/])(\.(?!\.?[\\/])|__MACOSX([\\/]|$))")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-# The contents are held to the same list: Pillow would run Ghostscript on an EPS called cat.png.
+# The contents must have one of these formats: Pillow would run Ghostscript on an EPS "cat.png".
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_SIDE = 8192  # pixels; a batch of such images fills the memory of any machine
-MAX_BYTES = 2**30  # of a file or member; larger ones are hardly images that Pillow would open
+MAX_BYTES = 2**30  # of a file or member; Pillow would hardly open a larger one
 
 
 class Array:
-    """Images in memory: one uint8 tensor (N, C, H, W); `paths` of the files they were, if any."""
+    """Images in memory: one uint8 tensor (N, C, H, W); `paths`: their files, if they had any."""
 
     streamed = False
 
@@ -65,7 +65,7 @@ class Array:
 
     @cached_property
     def digest(self):
-        """A short hash of the pixels. `scan` puts that of the listing in its place."""
+        """A short hash of the pixels. load_and_check replaces it by a hash of the file list."""
         found = hashlib.sha256(str(tuple(self.images.shape)).encode())  # a gigabyte takes a second
         found.update(np.ascontiguousarray(self.images))
         return found.hexdigest()[:16]
@@ -78,9 +78,9 @@ class Array:
 
 
 class Files:
-    """Image files read when asked for; paths are members of the zip `archive` if one is given.
+    """Image files, read on request; with `archive`, paths are members of that zip.
 
-    Several threads may read at the same time. ValueError names a file that has gone bad.
+    Several threads may read at the same time. ValueError names a file that has become unreadable.
     """
 
     streamed = True
@@ -89,8 +89,8 @@ class Files:
         self.paths, self.size, self.channels = list(paths), size, channels
         self.archive, self.others, self._zip = archive, others, None
         self.summary = self.digest = ""
-        # load_and_check has seen what Pillow warns of. Not catch_warnings around each image: it
-        # swaps the filters of the whole process, and two threads would restore the wrong ones.
+        # load_and_check has seen Pillow's warnings. catch_warnings around each image would change
+        # the filters of the whole process, and two threads would restore the wrong ones.
         warnings.filterwarnings("ignore", module="PIL")
 
     def __len__(self):
@@ -101,15 +101,15 @@ class Files:
         if self.archive is None:
             content = readers.content(self.paths[i], MAX_BYTES)
         else:
-            if self._zip is None:  # two threads may both open it: one of the two is kept
+            if self._zip is None:  # if two threads open it at once, one of the two is kept
                 archive = zipfile.ZipFile(self.archive)
                 self._zip = archive, Counter(member.filename for member in archive.infolist())
             archive, names = self._zip  # its members share the open file under a lock
-            if names[self.paths[i]] > 1:  # a zip looks members up by name: one would be used twice
+            if names[self.paths[i]] > 1:  # zipfile finds members by name: one would be used twice
                 raise ValueError(f"{names[self.paths[i]]} members of the zip have this name")
             if (size := archive.getinfo(self.paths[i]).file_size) > MAX_BYTES:
                 raise ValueError(f"{size:,} bytes are too many for an image")
-            # In pieces: asked for all, zipfile inflates 2 GiB of a member that declares 1 KiB.
+            # In pieces: a single read() inflates 2 GiB of a member that declares 1 KiB.
             with archive.open(self.paths[i]) as file:
                 content = b"".join(iter(lambda: file.read(2**16), b""))
         if not content:
@@ -117,30 +117,28 @@ class Files:
         return content
 
     def read(self, i, check=False):
-        """-> (Pillow mode, (width, height), uint8 tensor); any exception that Pillow can raise.
-
-        The mode ends with "*" if the file has 16 bits and is nearly black.
-        """
+        """Decode file i -> (Pillow mode, (width, height), uint8 tensor). Pillow may raise any
+        exception. The mode ends with "*" if the file has 16 bits and is nearly black."""
         content = bare_png(self.content(i))
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if check and image.format == "PNG" and (missing := missing_pixels(content)):
                 raise ValueError(f"{missing:,} bytes of pixels are missing")
             deep = image.format in ("PNG", "TIFF", "PPM") and ";16" in str(image.tile)
             prepared = prepare(image, self.size, self.channels)
-            # Cameras of 12 bits write 0..4095 into 16, which are levels 0..16 of 255. The file
-            # does not say that it has 12, so the pixels stay; the summary counts such files.
+            # Cameras with 12 bits write 0..4095 into 16 bits, which become levels 0..16 of 255. The
+            # file does not record the 12 bits, so the pixels stay; the summary counts such files.
             dark = deep and 0 < prepared.max() <= 16
             return image.mode + "*" * dark, image.size, prepared
 
     def __getitem__(self, i):
         try:
             return self.read(i)[2]
-        except Exception as error:  # the scan has seen this file whole: it has changed since
+        except Exception as error:  # the file was whole when it was checked, but has changed
             raise ValueError(f"{printable(self.paths[i])}: {one_line(error)}") from error
 
 
 def summary(modes, sizes, target, how, bad=0, others=""):
-    """The summary: `modes` {mode, as of Files.read: count}, `sizes` of (width, height), `target`
+    """One line about a set: `modes` {mode of Files.read: count}, `sizes` (width, height), `target`
     (C, H, W)."""
     small, large = (f(sizes, key=math.prod) for f in (min, max))
     span = "{}x{}".format(*small) + (" to {}x{}".format(*large) if large != small else "")
@@ -158,23 +156,22 @@ def summary(modes, sizes, target, how, bad=0, others=""):
 def load_and_check(files, listing, source, skip_bad, memory_limit, progress):
     """Decode every file once, before training -> Array if all fits `memory_limit`, else `files`.
 
-    A broken picture found after six hours is worse than a minute spent here, and only a full
-    decode finds the truncated ones: their headers are fine. Streamed files that an earlier scan of
-    `source` has decoded, and that have not changed since, are not decoded again. ValueError names
-    the first five bad files, unless `skip_bad`, which leaves them out and counts them in the
-    summary. listing: (name, contents, time of the last change) of each file, as `stamps` has them.
+    Only a full decode finds truncated files, whose headers are valid. Streamed files that an
+    earlier check of `source` has decoded, and that have not changed, are not decoded again.
+    ValueError names the first five bad files. With `skip_bad`, bad files are left out and counted
+    in the summary. listing: (name, contents, time of the last change) of each file, as in stamps().
     """
-    own = files.size is None  # all are to have one size: that of the first that can be read
+    own = files.size is None  # then all must have the size of the first readable image
     if own:
         files.size = first_image_side(files)
     target = (files.channels, files.size, files.size)
     keep = len(files) * math.prod(target) <= memory_limit
-    # Filled in place: a list of tensors, stacked at the end, would need the memory twice.
+    # Filled in place: stacking a list of tensors would need the memory twice.
     images, kept = torch.empty(len(files) if keep else 0, *target, dtype=torch.uint8), 0
     keys = [None if keep or changed is None else fingerprint([f"{name}\0{contents}\0{changed}"])
             for name, contents, changed in listing]
     known = {} if keep else readers.recall(source, decoder())
-    # Of each file (Pillow mode, width, height), or the reason, a string, why it cannot be read.
+    # For each file: (Pillow mode, width, height), or a string that explains why it is unreadable.
     known = {key: known[key] for key in keys if key in known}
     facts = [known.get(key) for key in keys]
     todo = [i for i, found in enumerate(facts) if found is None]
@@ -183,7 +180,7 @@ def load_and_check(files, listing, source, skip_bad, memory_limit, progress):
         try:
             mode, size, image = files.read(i, check=True)
             return mode, size, image if keep else None
-        except Exception as error:  # a hostile file can make Pillow raise nearly anything
+        except Exception as error:  # a malicious file can make Pillow raise nearly anything
             return None, None, error
 
     threads = min(16, os.cpu_count() or 1)
@@ -200,7 +197,7 @@ def load_and_check(files, listing, source, skip_bad, memory_limit, progress):
                     kept += 1
                 if keys[i] and (mode is not None or is_permanent(image)):
                     known[keys[i]] = facts[i]
-        finally:  # after a signal too: what was checked need not be checked again
+        finally:  # also after a signal, so that checked files are not checked again
             if todo and known:
                 readers.remember(source, decoder(), known)
     good = [i for i, found in enumerate(facts) if not isinstance(found, str)]
@@ -210,7 +207,7 @@ def load_and_check(files, listing, source, skip_bad, memory_limit, progress):
         more = f" and {len(bad) - 5:,} more" if len(bad) > 5 else ""
         raise ValueError(f"{len(bad):,} of {len(files):,} images cannot be read: "
                          f"{', '.join(bad[:5])}{more}; "
-                         + ("--skip-bad-images goes on without them" if good else "none is left"))
+                         + ("--skip-bad-images skips them" if good else "no others are left"))
     sizes = {tuple(facts[i][1:]) for i in good}
     if own and sizes != {(files.size, files.size)}:
         raise ValueError("the images are not squares of one size ("
@@ -229,7 +226,7 @@ def load_and_check(files, listing, source, skip_bad, memory_limit, progress):
 
 
 def fingerprint(lines):
-    """A short hash of strings; names may hold bytes that are not UTF-8."""
+    """A short hash of strings, which may be file names with bytes that are not UTF-8."""
     found = hashlib.sha256()
     for line in lines:
         found.update(line.replace(os.sep, "/").encode("utf-8", "surrogatepass") + b"\0")
@@ -237,7 +234,7 @@ def fingerprint(lines):
 
 
 def stamps(paths):
-    """[(bytes, time of the last change)] of files; (None, None) of those that are not there."""
+    """[(bytes, time of the last change)] of files; (None, None) if a file does not exist."""
     def stamp(path):
         try:
             status = os.stat(path)
@@ -245,7 +242,7 @@ def stamps(paths):
             return None, None
         return status.st_size, status.st_mtime_ns
 
-    # Many at a time: a network file system answers one question in a millisecond.
+    # Many at a time: a network file system needs a millisecond per file.
     parts = [paths[i:i + 1000] for i in range(0, len(paths), 1000)]
     with ThreadPoolExecutor(16) as pool:
         return [found for part in pool.map(lambda part: list(map(stamp, part)), parts)
@@ -254,37 +251,37 @@ def stamps(paths):
 
 @lru_cache(maxsize=1)
 def decoder():
-    """A hash of all that decides whether a file can be read: Pillow and the code that calls it."""
+    """A hash of Pillow's version and the code here, which decide whether a file can be read."""
     code = [Path(path).read_text(encoding="utf-8") for path in (__file__, images_module.__file__)]
     return fingerprint([sys.version, PIL.__version__, PIL.__file__, *code])
 
 
 def is_permanent(error):
-    """Whether a file that gave this error will give it again. The system's own errors may pass:
-    no memory, no permission, a disk that does not answer."""
+    """True if the file will give this error again. Errors of the system (memory, permission, a
+    disk that does not answer) may disappear."""
     return not isinstance(error, MemoryError) and not getattr(error, "errno", None)
 
 
 def first_image_side(files):
-    """The shorter side of the first image that can be read, in pixels; 1 if none can."""
+    """The shorter side of the first readable image, in pixels; 1 if all are unreadable."""
     files.size = 1
     for i in range(len(files)):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return min(files.read(i, check=True)[1])
-        except Exception:  # a bad file: the scan, which follows, will name it
+        except Exception:  # load_and_check names bad files
             continue
     return 1
 
 
 def find_images(names, root, others):
-    """The image files among `names` (relative to `root`), in the order of their names. ValueError:
-    there are none; it says with `others` what there is.
+    """The image files among `names` (relative to `root`), sorted. ValueError: there are none;
+    `others` describes the files that exist.
 
-    Sorted, since neither a folder nor a zip promises an order, and image number i must stay the
-    same image when training resumes. Hidden files do not count, nor what macOS adds to a zip.
-    Names that a zip has twice stay twice, and the scan says so.
+    Neither a folder nor a zip guarantees an order, and image i must stay the same when training
+    resumes. Hidden files and macOS's additions to a zip are left out. Duplicate names in a zip stay
+    duplicate; load_and_check reports them.
     """
     found = sorted(name for name in names
                    if name.lower().endswith(SUFFIXES) and not HIDDEN.search(name))
@@ -295,9 +292,9 @@ def find_images(names, root, others):
 
 
 def skipped_note(names):
-    """What find_images passes over, for the summary: ", 3 other files left out (.heic 2, .txt 1)".
+    """A note for the summary on other files: ", 3 other files left out (.heic 2, .txt 1)".
 
-    Telephones save .heic: without this, half of a folder could be missing unnoticed.
+    Phones save .heic: without this note, half of a folder could be left out unnoticed.
     """
     kinds = Counter(printable(os.path.splitext(name)[1].lower()[:12]) or "no suffix"
                     for name in names
@@ -311,7 +308,8 @@ def skipped_note(names):
 
 
 def pair_name(path, source):
-    """What a file of `source`, a folder, zip or image, is paired by: cat/1.png -> cat/1."""
+    """The name by which psnr pairs a file of `source` (a folder, zip or image): cat/1.png -> cat/1.
+    """
     if os.path.isdir(source):
         path = os.path.relpath(path, source)
     elif path == source:  # an image by itself
@@ -320,17 +318,16 @@ def pair_name(path, source):
 
 
 def runs_note(runs):
-    """What walk passes over, for the summary: ", 2 folders of runs left out (runs, old/first)"."""
+    """A note for the summary on runs: ", 2 folders of runs left out (runs, old/first)"."""
     some = ", ".join(map(printable, runs[:3])) + ", ..." * (len(runs) > 3)
     plural = "s" * (len(runs) > 1)
     return f", {len(runs):,} folder{plural} of runs left out ({some})" if runs else ""
 
 
 def walk(root):
-    """-> (names, runs) under a folder, relative to it: all files, and the folders of training runs,
-    which are not searched: their pictures are results. Links are followed, each folder read once.
-    """
-    def stop(error):  # os.walk passes over unreadable folders in silence; we do not
+    """(names, runs) under a folder, relative to it: all files, and the folders of training runs.
+    Those are not searched, since their images are results. Links are followed, each folder once."""
+    def stop(error):  # os.walk would skip unreadable folders silently
         raise error
 
     if not os.listdir(root):
@@ -338,7 +335,7 @@ def walk(root):
     seen, found, runs = set(), [], []
     for folder, below, names in os.walk(root, onerror=stop, followlinks=True):
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link back up: never the same folder twice
+        if (status.st_dev, status.st_ino) in seen:  # a link back up
             below.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -353,7 +350,7 @@ def walk(root):
 
 
 def holds_runs(folder):
-    """Is this the folder of a run of train.py, or a `runs` with such folders in it?"""
+    """True for the folder of a run of train.py, or a folder `runs` that contains runs."""
     def is_run(path):
         return all(os.path.isfile(os.path.join(path, name))
                    for name in ("config.json", "checkpoint.pt"))
@@ -363,9 +360,9 @@ def holds_runs(folder):
 
 
 def resize_all(array, size, channels, progress):
-    """uint8 (N, H, W, 1, 3 or 4) -> uint8 tensor (N, channels, size, size), as by `prepare`.
+    """uint8 (N, H, W, 1, 3 or 4) -> uint8 tensor (N, channels, size, size), with `prepare`.
 
-    An array of the right shape already is only copied, so published sets keep every bit.
+    An array of the right shape is only copied, so that published sets keep every bit.
     """
     if 0 in array.shape:
         raise ValueError(f"no images in an array of shape {array.shape}")
@@ -379,8 +376,8 @@ def resize_all(array, size, channels, progress):
 
 
 def open_path(path, key, size, channels, skip_bad=False, memory_limit=2 * 2**30, progress=False):
-    """Open a folder, zip, image or array -> Array or Files. The arguments are data.load's; key: of
-    an .npz. The folders of training runs inside a folder are not part of it."""
+    """Open a folder, zip, image or array -> Array or Files. The arguments are those of data.load;
+    key: the array of an .npz. Folders of training runs inside a folder are left out."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{printable(path)}: no such file or folder")
     options = dict(skip_bad=skip_bad, memory_limit=memory_limit, progress=progress)
@@ -390,7 +387,7 @@ def open_path(path, key, size, channels, skip_bad=False, memory_limit=2 * 2**30,
                 path = idx
             elif not any(map(readers.CIFAR_BATCH.search, os.listdir(path))):
                 return open_folder(path, size, channels, **options)
-        elif not os.path.isfile(path):  # a named pipe: opening it would wait for ever
+        elif not os.path.isfile(path):  # opening a named pipe would never return
             raise ValueError("neither a file nor a folder")
         elif path.lower().endswith(SUFFIXES):
             return load_and_check(Files([path], size, channels), [("", *stamps([path])[0])], path,
@@ -403,7 +400,7 @@ def open_path(path, key, size, channels, skip_bad=False, memory_limit=2 * 2**30,
             if size != width:
                 raise ValueError(f"the images are {width}x{size}, not square: give --image-size")
         images = resize_all(array, size, channels, progress)
-    except Exception as error:  # gzip, tarfile, pickle, NumPy: each has its own family of errors
+    except Exception as error:  # gzip, tarfile, pickle, NumPy: each has other kinds of errors
         if isinstance(error, OSError) and path in str(error):
             raise
         text = one_line(error)
@@ -438,11 +435,11 @@ def open_zip(path, size, channels, **options):
 
 
 def in_threads(work, items, threads, ahead):
-    """work(item) for each item, in order, by `threads` threads that run up to `ahead` items ahead.
+    """work(item) for each item, in order. `threads` threads work up to `ahead` items in advance.
 
-    An error of work() is raised here when its turn comes. Pillow releases the interpreter lock
-    while it decodes, so the threads run in parallel. They are not an executor's: Python waits for
-    those when a program ends, and a file on a dead network disk may never come.
+    An error of work() is raised here in its turn. Pillow releases the interpreter lock while it
+    decodes, so the threads run in parallel. An executor would not do: Python waits for its threads
+    at the end of a program, and a read from a dead network disk may never return.
     """
     todo, results, ended = queue.SimpleQueue(), deque(), False
 
@@ -459,15 +456,15 @@ def in_threads(work, items, threads, ahead):
     def end():
         nonlocal ended
         ended = True
-        for _ in pool:  # wake those that wait
+        for _ in pool:  # wake threads that wait
             todo.put((None, None))
-        deadline = time.monotonic() + 1  # plenty for an image; a slower thread is left behind
+        deadline = time.monotonic() + 1  # enough for an image; do not wait for slower threads
         for thread in pool:
             if thread.is_alive():
                 thread.join(max(0, deadline - time.monotonic()))
 
     pool = [threading.Thread(target=serve, daemon=True) for _ in range(threads)]
-    # A daemon thread inside torch when Python ends aborts the program: status 134.
+    # If Python ends while a daemon thread is inside torch, the program aborts with status 134.
     atexit.register(end)
     try:
         for thread in pool:
@@ -476,7 +473,7 @@ def in_threads(work, items, threads, ahead):
             results.append(Future())
             todo.put((results[-1], item))
             if len(results) > ahead:
-                yield results.popleft().result()  # a signal's exception breaks this wait off
+                yield results.popleft().result()  # a signal's exception ends this wait
         while results:
             yield results.popleft().result()
     finally:
@@ -485,17 +482,27 @@ def in_threads(work, items, threads, ahead):
 
 
 def stream(dataset, batches, threads, ahead, device="cpu"):
-    """Yield the images of each batch, a list of indices: uint8 (b, C, H, W). Files are decoded by
-    threads, up to `ahead` images ahead. For a GPU, a set in memory is kept on it if it fits; other
-    batches are pinned."""
+    """Yield the images of each batch (a list of indices): uint8 (b, C, H, W). Threads decode files
+    up to `ahead` images in advance. For a GPU, a set in memory moves to it if it fits; otherwise a
+    thread makes and pins the next batch while the GPU works."""
     if isinstance(dataset, Array):
         images = devices.keep_near(dataset.images, device)
-        for indices in batches:
-            yield devices.pinned(devices.pick(images, indices), device)
+        if images.is_cuda:
+            yield from (devices.pick(images, indices) for indices in batches)
+    made = stacked(dataset, batches, threads, ahead)
+    if torch.device(device).type != "cuda":
+        yield from made
+    yield from in_threads(lambda _: next(made).pin_memory(), itertools.count(), 1, 1)
+
+
+def stacked(dataset, batches, threads, ahead):
+    """The images of each batch, on the CPU."""
+    if isinstance(dataset, Array):
+        yield from (dataset.images[indices] for indices in batches)
     batches, again = itertools.tee(batches)
     images = map(dataset.__getitem__, itertools.chain.from_iterable(batches))
-    if threads and dataset.streamed:  # drawing shapes would only take a core from the network
+    if threads and dataset.streamed:  # threads that draw shapes would take a core from training
         images = in_threads(dataset.__getitem__, itertools.chain.from_iterable(batches), threads,
                             ahead)
     for indices in again:
-        yield devices.pinned(torch.stack(list(itertools.islice(images, len(indices)))), device)
+        yield torch.stack(list(itertools.islice(images, len(indices))))

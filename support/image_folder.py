@@ -1,13 +1,13 @@
-r"""A folder of numbered PNGs that an interrupted program continues, and several processes fill.
+r"""A folder of numbered PNGs. Several processes fill it, and an interrupted program continues it.
 
     folder = ImageFolder(out, dist)
     folder.open(record)                            # settings.json: all that the images depend on
-    folder.fill(num, make_images, batch_size)      # writes the images that are missing
+    folder.fill(num, make_images, batch_size)      # writes the missing images
     folder.summarize(num, npz=True)                # a grid, and an .npz for evaluators
 
-It never deletes an image. A folder whose images were made in another way is refused.
+It never deletes an image, and it refuses a folder of images with other settings.
 
-Not here: what makes the images (sample.py), or reading sets of images (image_files.py).
+Not here: sampling (sample.py), reading sets of images (image_files.py).
 
     python -c "from support.image_folder import ImageFolder; print(ImageFolder('a', None).path(3))"
 """
@@ -28,7 +28,7 @@ from support.images import grid
 
 
 def check_image_flags(config):
-    """ValueError for --num, --batch-size, --seed, --image-size out of range."""
+    """ValueError: --num, --batch-size, --seed or --image-size is out of range."""
     for name, low, high in (("num", 1, rng.MAX_IMAGES), ("batch_size", 1, rng.MAX_IMAGES),
                             ("image_size", 1, MAX_SIDE), ("seed", 0, rng.MAX_SEEDS - 1)):
         value = getattr(config, name, None)
@@ -47,23 +47,23 @@ class ImageFolder:
         return self.out / f"{i:06d}.png"
 
     def beside(self, suffix):
-        """A path next to the folder: whatever is inside the folder is one image of the set."""
+        """A path next to the folder. Inside the folder are only images of the set."""
         return self.out.with_name(self.out.name + suffix)
 
     def open(self, record, npz=False):
-        """Create and lock the folder, or continue in it if its images were made in the same way.
-        ValueError: it holds other images, or other files. Rank 0 only."""
+        """Create and lock the folder, or continue in it if its images have the same record.
+        ValueError: it holds other images or other files. Rank 0 only."""
         out, note = self.out, self.out / "settings.json"
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out} is a file: give a folder")
-        # Hidden files do not count: a process that was killed here leaves one.
+        # Hidden files do not count: a killed process leaves one.
         if not note.exists() and (self.beside(".png").exists() or any(out.glob("[!.]*"))):
             raise ValueError(f"--out {out} (or {out.name}.png next to it) was not written by this "
-                             "program: choose a new folder")
+                             "program: choose another folder")
         if npz and self.beside(".npz").exists() and not is_packed(self.beside(".npz")):
-            raise ValueError(f"--npz would replace {self.beside('.npz')}, which is not such a pack "
-                             "of images: choose another --out")
-        record = json.loads(json.dumps(record, default=torch.Tensor.tolist))  # as it is read back
+            raise ValueError(f"--npz would replace {self.beside('.npz')}, which is not a pack of "
+                             "images: choose another --out")
+        record = json.loads(json.dumps(record, default=torch.Tensor.tolist))  # to compare as JSON
         out.mkdir(parents=True, exist_ok=True)
         self.dist.lock(out)
         try:
@@ -71,20 +71,20 @@ class ImageFolder:
         except ValueError:  # not JSON
             same = False
         if not same:
-            raise ValueError(f"--out {out} holds images made in another way (see settings.json "
-                             "there): choose another folder, or delete that one")
+            raise ValueError(f"--out {out} holds images with other settings (see its settings.json"
+                             "): choose another folder, or delete this one")
         files.clean_stale(out)
         files.write_text(note, json.dumps(record, indent=1) + "\n")
 
     def fill(self, num, make_images, batch_size):
-        """Write the images below num that are missing, divided among the processes. make_images:
-        a list of indices -> uint8 (b, C, H, W)."""
-        # Rank 0 lists them, once: another process might see what a third has just finished.
+        """Write the missing images below num, divided among the processes. make_images: a list of
+        indices -> uint8 (b, C, H, W)."""
+        # Only rank 0 lists them: images finished meanwhile would make the lists differ.
         missing = self.dist.broadcast([i for i in range(num) if not self.path(i).exists()])
         if len(missing) < num:
             self.dist.print0(f"{num - len(missing)} of {num} images exist already")
         mine = missing[self.dist.rank::self.dist.world_size]
-        with (ThreadPoolExecutor(8) as pool,  # of 256 pixels, an image takes 10 ms
+        with (ThreadPoolExecutor(8) as pool,  # an image of 256 pixels takes 10 ms
               tqdm(total=len(mine), unit="image", disable=not self.dist.is_main,
                    dynamic_ncols=True) as bar):
             for start in range(0, len(mine), batch_size):
@@ -94,37 +94,37 @@ class ImageFolder:
         self.dist.barrier()
 
     def write(self, i, image):
-        """One image, uint8 (C, H, W)."""
+        """Write one image, uint8 (C, H, W)."""
         files.save_png(self.path(i), grid(image[None], 1), sweep=False)
 
     def read(self, n):
-        """Images 0 to n - 1, of all processes: uint8 (n, H, W, C)."""
+        """Read images 0 to n - 1, of all processes: uint8 (n, H, W, C)."""
         images = np.stack([np.asarray(Image.open(self.path(i))) for i in range(n)])
         return images.reshape(*images.shape[:3], -1)
 
     def summarize(self, num, npz=False):
-        """Write the grid, and the .npz; print where everything is. ValueError: images are missing.
-        Rank 0 only."""
+        """Write the grid and the .npz, and print all paths. ValueError: images are missing. Rank 0
+        only."""
         if missing := sum(not self.path(i).exists() for i in range(num)):
             raise ValueError(f"--out {self.out}: {missing} of {num} images are missing. Do all "
-                             "machines share that folder? The same command makes them")
+                             "machines share this folder? Run the same command to add them")
         first = torch.from_numpy(self.read(min(num, 64))).permute(0, 3, 1, 2)
         files.save_png(self.beside(".png"), grid(first, max(1, round(len(first) ** 0.5))))
-        # A colour cast over the whole set is the most common silent fault of a sampler.
+        # A colour cast of all images is the most common fault of samplers, and gives no error.
         means = ", ".join(f"{m:.1f}" for m in first.double().mean((0, 2, 3)))
         print(f"{num} images; mean of each channel: {means} of 255\n"
               f"images: {self.out.resolve()}\ngrid: {self.beside('.png').resolve()}")
         if (more := len(list(self.out.glob("[0-9]*.png"))) - num) > 0:
-            print(f"note: the folder holds {more} more of an earlier call")
+            print(f"note: the folder holds {more} more images from an earlier call")
         if npz:  # arr_0: the key that ADM's evaluator reads
-            # All images from 0 on that exist: a smaller --num does not shrink an earlier pack.
+            # All existing images from 0 on, so that a smaller --num does not shrink a pack.
             count = next(i for i in range(num, 2**31) if not self.path(i).exists())
             files.save_npz(self.beside(".npz"), arr_0=self.read(count))
             print(f"npz: {self.beside('.npz').resolve()}")
 
 
 def is_packed(path):
-    """True if an .npz holds nothing but arr_0: images that summarize() packed."""
+    """True if an .npz holds only arr_0, as summarize() writes it."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return archive.files == ["arr_0"]

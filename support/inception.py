@@ -1,13 +1,14 @@
-r"""The network that FID and IS look through: Inception-v3 with the weights of TensorFlow's graph.
+r"""The network of FID and IS: Inception-v3 with the weights of TensorFlow's graph.
 
     uint8 (N, 3, H, W) -> /255 -> bilinear to 299x299 -> 2x − 1 -> stem -> 11 Mixed blocks
-        -> mean over the 8x8 map: pool3 (N, 2048)              what FID compares
-        -> pool3 Wᵀ: logits without bias (N, 1008)             what IS turns into probabilities
+        -> mean over the 8x8 map: pool3 (N, 2048)              FID compares these
+        -> pool3 Wᵀ: logits without bias (N, 1008)             IS turns these into probabilities
 
-A score is a property of this network as much as of the images: other weights, another pooling or
-another resize move FID by more than papers differ. So all are those of pytorch-fid (Seitzer 2020),
-a port of Google's inception-2015-12-05; the layers keep the names they have in its file of weights,
-which no other file replaces. The graph is Inception-v3 (Szegedy et al., 2016), save for some pools:
+A score depends on this network as much as on the images: other weights, another pooling or another
+resize change FID by more than the differences between papers. So all are those of pytorch-fid
+(Seitzer 2020), a port of Google's inception-2015-12-05. The layers have the names of its weight
+file. No other file can replace it. The graph is Inception-v3 (Szegedy et al., 2016) except for some
+pools:
 
     block      map    pool branch
     5b 5c 5d   35x35  3x3 mean of the positions inside the map only: the border is not padded with 0
@@ -15,11 +16,11 @@ which no other file replaces. The graph is Inception-v3 (Szegedy et al., 2016), 
     6b to 6e   17x17  as 5b
     7a         8x8    3x3 max, stride 2
     7b         8x8    as 5b
-    7c         8x8    3x3 max, stride 1: unlike its twin 7b, but every score is made so
+    7c         8x8    3x3 max, stride 1: unlike 7b, but all published scores use it
 
-Not here: the scores (metrics.py); training; TensorFlow's own resize and scaling
-(another grid, and x/128 − 1), with which scores differ a little; and switching TF32 off, which can
-move FID by hundredths: distributed.init(tf32=False) does.
+Not here: the scores (metrics.py); training; TensorFlow's resize and scaling (another grid, and
+x/128 − 1), which change scores a little. TF32 can change FID by hundredths;
+distributed.init(tf32=False) switches it off.
 
     python -c "from support.inception import Inception; print(Inception().Mixed_7c.plan)"
 
@@ -39,7 +40,7 @@ from support.checkpoint import guess_file_type
 
 NAME = "pt_inception-2015-12-05-6726825d.pth"  # 95,628,359 bytes
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{NAME}"
-# Begins with the 8 digits in the file's name, as torch.hub wants it.
+# The file's name contains its first 8 digits, as torch.hub requires.
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 NEEDED = f"FID and IS need the weights that were ported from TensorFlow, {URL}"
 
@@ -58,18 +59,18 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
     def fold(self):
-        """In eval mode normalisation is a factor and an offset per channel: both go into the
-        convolution, and bn does nothing."""
+        """Move the normalisation, in eval mode a factor and an offset per channel, into the
+        convolution."""
         self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
 
 
 def mean_inside(x):
-    """3x3 mean of the positions inside the map: in a corner of 4, not of 4 and 5 zeros."""
+    """3x3 mean over positions inside the map: in a corner over 4, without 5 zeros."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def max_same(x):
-    """3x3 maximum, the map keeps its size."""
+    """3x3 maximum; the map keeps its size."""
     return F.max_pool2d(x, 3, stride=1, padding=1)
 
 
@@ -79,9 +80,9 @@ def max_halve(x):
 
 
 # The branches of each kind of block. A branch is a chain of (channels, kernel), kernel k or
-# (height, width); a list inside a chain is a fork: its layers read the same map and are
-# concatenated. The layers of branch5x5 are named branch5x5_1, branch5x5_2, those of a fork in third
-# place ..._3a, ..._3b; one alone has no number. branch_pool begins with the block's pool.
+# (height, width). A list inside a chain is a fork: its layers read the same map, and their outputs
+# are concatenated. The layers of branch5x5 are named branch5x5_1, branch5x5_2; a fork in third
+# place has ..._3a, ..._3b; a single layer has no number. branch_pool begins with the block's pool.
 WIDE, TALL = (1, 7), (7, 1)  # a 7x7 convolution in two steps
 FORK = [(384, (1, 3)), (384, (3, 1))]
 
@@ -115,8 +116,8 @@ BLOCK_E = {"branch1x1": [(320, 1)],  # 7b, 7c: -> 2048 channels, 8x8
 
 
 class Mixed(nn.Module):
-    """Branches side by side, concatenated in the order of the table. stride 2: the last convolution
-    of each halves the map, without padding; all others keep its size."""
+    """Parallel branches, concatenated in the order of the table. stride 2: the last convolution of
+    each branch halves the map, without padding; all others keep its size."""
 
     def __init__(self, c_in, branches, pool, stride=1):
         super().__init__()
@@ -149,9 +150,9 @@ class Mixed(nn.Module):
 class Inception(nn.Module):
     r"""forward(images uint8 (N, 3, H, W)) -> (pool3 (N, 2048), logits without bias (N, 1008)).
 
-    All is computed in the dtype of the weights, from the division by 255 on: after net.double(), in
-    float64. A new one has random weights; load() gives the real ones. It is an instrument, not a
-    model to train: in eval mode, and without gradients.
+    All computation, from the division by 255 on, is in the dtype of the weights: in float64 after
+    net.double(). A new network has random weights; load() reads the real ones. It is in eval mode
+    and without gradients.
     """
 
     def __init__(self):
@@ -172,13 +173,13 @@ class Inception(nn.Module):
         self.Mixed_7a = Mixed(768, BLOCK_D, max_halve, stride=2)
         self.Mixed_7b = Mixed(1280, BLOCK_E, mean_inside)
         self.Mixed_7c = Mixed(2048, BLOCK_E, max_same)
-        self.fc = nn.Linear(2048, 1008)  # 1000 classes, and 8 outputs that stand for none
-        self.eval().requires_grad_(False)  # in train mode an image would depend on its batch
-        self.to(memory_format=torch.channels_last)  # the same numbers, 1.5 times as fast on a CPU
+        self.fc = nn.Linear(2048, 1008)  # 1000 classes and 8 unused outputs
+        self.eval().requires_grad_(False)  # in train mode, results would depend on the batch
+        self.to(memory_format=torch.channels_last)  # the same values, 1.5 times as fast on a CPU
 
     def fold(self):
-        """The same function with a quarter of the passes over memory -> self. The names of the
-        weights are then no longer those of the file."""
+        """Fold all normalisations -> self: the same function with a quarter of the passes over
+        memory. The weights then have other names than in the file."""
         for layer in [m for m in self.modules() if isinstance(m, Conv)]:
             layer.fold()
         return self
@@ -190,22 +191,22 @@ class Inception(nn.Module):
         x = max_halve(x)  # (N, 192, 35, 35)
         for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"):
             x = getattr(self, f"Mixed_{name}")(x)  # at last (N, 2048, 8, 8)
-        with torch.autocast(x.device.type, enabled=False):  # what is compared is never bf16
+        with torch.autocast(x.device.type, enabled=False):  # features must not be bf16
             pool3 = x.mean(dim=(2, 3), dtype=self.fc.weight.dtype)
-            # IS was first computed from the product in front of the bias, and has been ever since:
-            # fc.bias is here because it is in the file.
+            # IS was first computed without the bias, and has been since then. fc.bias exists only
+            # because the file contains it.
             return pool3, F.linear(pool3, self.fc.weight)
 
 
 def preprocess(images, dtype=torch.float32):
     r"""uint8 (N, 3, H, W) -> (N, 3, 299, 299) in [−1, 1], of `dtype`.
 
-    Bilinear without antialiasing, also if it shrinks: smoother images would get other scores.
-    ValueError: floats, which may mean [0, 1] or [−1, 1], and images that are not RGB.
+    Bilinear without antialiasing, even for shrinking: smoother images would get other scores.
+    ValueError: floats, which may mean [0, 1] or [−1, 1], or images that are not RGB.
     """
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
         raise ValueError("Inception takes uint8 images (N, 3, H, W) in 0..255, not "
-                         f"{images.dtype} {tuple(images.shape)} (grey ones: repeat the channel)")
+                         f"{images.dtype} {tuple(images.shape)} (gray: repeat the channel)")
     x = images.to(dtype) / 255
     return 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
 
@@ -213,24 +214,24 @@ def preprocess(images, dtype=torch.float32):
 # ------------------------------------------------------------------ the weights
 
 def load(path=None, device="cpu"):
-    """The network with its weights -> (net, SHA-256 of the file in hex).
+    """Load the network with its weights -> (net, SHA-256 of the file in hex).
 
-    path None: the file in the cache folder, downloaded (96 MB) if it is not there; it must have the
-    right SHA-256. A file that was given need not, since it may be saved anew: print its hash with
-    the score. OSError, ValueError: no such file, no network, a file that holds something else.
+    path None: the file in the cache folder, which is downloaded (96 MB) if necessary and must have
+    the right SHA-256. A given file may have another (it may have been saved again), so print the
+    hash with the score. OSError, ValueError: no such file, no network, or other contents.
     """
     where = cached_weights() if path is None else path
     with open(where, "rb") as file:
-        raw = file.read()  # once, so that what is hashed is what is loaded
+        raw = file.read()  # read once, so that the hash belongs to the loaded bytes
     sha256 = hashlib.sha256(raw).hexdigest()
     if path is None and sha256 != SHA256:
-        raise ValueError(f"{where} has SHA-256 {sha256}, not {SHA256}: delete it to download anew")
+        raise ValueError(f"{where} has SHA-256 {sha256}, not {SHA256}: delete it to download again")
     try:
         weights = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has many kinds: a pickle refused, a zip cut short, no zip
-        raise ValueError(f"{where} holds no weights ({guess_file_type(where)}): {NEEDED}"
+    except Exception as error:  # torch raises many kinds, for pickles and damaged files
+        raise ValueError(f"{where} does not hold weights ({guess_file_type(where)}): {NEEDED}"
                          ) from error
-    with torch.device("meta"):  # no random weights, since each is about to be replaced
+    with torch.device("meta"):  # skip the random weights
         net = Inception()
     if wrong := misfit(weights, net.state_dict()):
         raise ValueError(f"{where} is not the Inception of FID ({wrong}): {NEEDED}")
@@ -239,19 +240,20 @@ def load(path=None, device="cpu"):
 
 
 def cached_weights():
-    """Path of the weights in the cache folder; downloaded if they are not there."""
+    """Path of the weights in the cache folder; this downloads them if necessary."""
     return readers.cached(NAME, URL, SHA256, instead="give its path to --inception")
 
 
 def misfit(weights, ours):
-    """Describe how loaded weights differ from our state dict, in a few words; None if they fit."""
+    """Describe briefly how loaded weights differ from the network's; None if they fit."""
     if not isinstance(weights, dict):
         return f"it holds a {type(weights).__name__}"
     shapes = {key: getattr(value, "shape", None) for key, value in weights.items()}
     if shapes.get("fc.weight") == (1000, 2048):
-        return "1000 classes, not 1008: weights trained elsewhere, which give other scores"
+        return "1000 classes, not 1008: other weights, which give other scores"
     if unlike := [key for key in ours if shapes.get(key) != ours[key].shape]:
-        return f"{len(unlike)} of {len(ours)} tensors, first {unlike[0]}, are missing or misshapen"
+        return (f"{len(unlike)} of {len(ours)} tensors, first {unlike[0]}, are missing or have "
+                "another shape")
     if extra := [str(key) for key in shapes if key not in ours]:
         return f"it also holds {extra[0]}"
     return None

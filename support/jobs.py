@@ -1,16 +1,16 @@
-r"""Run many commands that depend on each other, as many at a time as the machine has room for.
+r"""Run many commands that depend on each other, in parallel on one machine.
 
-    run_all(jobs, Machine())       # what is done, or only leads to what is done, is left out
+    run_all(jobs, Machine())       # leaves out finished jobs, and jobs that only these need
 
 papers/experiments.py makes a list of jobs. This file runs them, the longest dependency chain first,
-each on its own GPU or its share of the cores. A job that fails ends them all with its last line. A
-signal ends them after the programs have saved their work. In both cases the same command goes on.
+each on one GPU or on a share of the cores. If a job fails, its last line is printed and all others
+end. After a signal, the programs save their work and end. The same command continues both times.
 
-Not here: several machines. Whether a job is done, its own done() decides.
+Not here: several machines; the decision whether a job is done (its done()).
 
     python -c "from support import jobs; print(jobs.Machine())"
 
-cost: passes of one image through the network; only its proportions matter here.
+cost: passes of one image through the network; only ratios of costs matter here.
 """
 
 import contextlib
@@ -34,22 +34,22 @@ STOP_TIMEOUT = 60  # seconds that programs have to save their work
 
 @dataclass
 class Job:
-    """Commands that run one after the other, each a list of words after `python`: train.py ..., or
+    """Commands that run in sequence. Each is a list of words after `python`: train.py ..., or
     -m papers.NAME ...."""
     name: str
     commands: list
     done: Callable  # () -> bool
     cost: float = 0.0
     after: tuple = ()  # names of jobs
-    early: bool = False  # short, and may reject its input: runs before the long ones
-    finish: Callable = lambda text: None  # receives what the last command printed
-    progress: Callable = lambda: 0.0  # the part of it that is done
+    early: bool = False  # short, and may reject its input, so it runs before the long jobs
+    finish: Callable = lambda text: None  # receives the output of the last command
+    progress: Callable = lambda: 0.0  # the finished fraction
 
 
 @dataclass
 class Machine:
-    """How many jobs may run at a time, and where their output goes."""
-    workers: int = 0  # 0: one for each GPU, or else for each core
+    """The number of jobs that run at a time, and the folder of their output."""
+    workers: int = 0  # 0: one per GPU, or per core if there is no GPU
     gpus: list = field(default_factory=lambda: visible_gpus(torch.cuda.device_count()))
     logs: Path = Path("logs")
 
@@ -59,24 +59,24 @@ class Machine:
         self.workers = self.workers or len(self.gpus) or self.cores
 
     def environment(self, place):
-        """Of the program in this place: its GPU or its share of the cores, and our modules."""
+        """Environment of the program in this place: its GPU or share of cores, and PYTHONPATH."""
         share = dict(OMP_NUM_THREADS=str(max(1, self.cores // self.workers)))
         if self.gpus:
             share = dict(CUDA_VISIBLE_DEVICES=self.gpus[place % len(self.gpus)])
-        # The safe path: a data.py or papers/ in the user's folder must not replace ours.
+        # PYTHONSAFEPATH: a data.py or papers/ in the user's folder must not replace this project's.
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         return {**os.environ, **share, "PYTHONPATH": path, "PYTHONSAFEPATH": "1",
                 "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
 
 
 def visible_gpus(count):
-    """Names of `count` GPUs: those of CUDA_VISIBLE_DEVICES, if the user chose some."""
+    """Names of `count` GPUs: those of CUDA_VISIBLE_DEVICES if it is set."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return [name.strip() for name in given][:count] if any(given) else list(map(str, range(count)))
 
 
 class Running:
-    """A job whose commands run, in a place. Their output goes to a file."""
+    """A running job. Its output goes to a file."""
 
     def __init__(self, job, place, machine):
         self.job, self.place, self.left = job, place, list(job.commands)
@@ -89,13 +89,13 @@ class Running:
         """Start the next command in a new session, so that Ctrl-C reaches only this program."""
         program, *args = self.left.pop(0)
         words = [program, *args] if program == "-m" else [str(ROOT / program), *args]
-        self.out = self.log.with_suffix(f".{os.getpid()}.out")  # two of us may run side by side
+        self.out = self.log.with_suffix(f".{os.getpid()}.out")  # two experiments may run at once
         with open(self.out, "wb") as out, open(self.log, "ab") as log:
             self.process = subprocess.Popen([sys.executable, *words], stdout=out, stderr=log,
                                             env=self.environment, start_new_session=True)
 
     def poll(self):
-        """True if all its commands have ended. ValueError: one has failed."""
+        """True if all commands of the job have ended. ValueError: a command has failed."""
         status = self.process.poll()
         if status is None:
             return False
@@ -114,7 +114,7 @@ class Running:
             return False
         self.job.finish(text)
         if not self.job.done():  # train.py received a signal from elsewhere
-            raise ValueError(f"{self.job.name} ended early: run the same command to go on")
+            raise ValueError(f"{self.job.name} ended early: run the same command to continue")
         return True
 
     def send(self, number):
@@ -124,7 +124,7 @@ class Running:
 
 
 def stop_all(running):
-    """End them as gently as a cluster would: train.py saves first."""
+    """End all jobs. SIGTERM comes first, so that train.py can save."""
     for one in running:
         one.send(signal.SIGTERM)
     deadline = time.monotonic() + STOP_TIMEOUT
@@ -138,8 +138,8 @@ def stop_all(running):
 
 
 def needed(jobs):
-    """The jobs that are not done and that another one, or the user, waits for: the inputs of a
-    finished job may be gone. `jobs` has causes first."""
+    """The unfinished jobs that the user or another unfinished job needs. (The inputs of a finished
+    job may be deleted.) `jobs` lists each job after its dependencies."""
     wanted = {job.name for job in jobs} - {name for job in jobs for name in job.after}
     found = []
     for job in reversed(jobs):
@@ -150,7 +150,7 @@ def needed(jobs):
 
 
 def chain_costs(jobs):
-    """{name: cost of the longest chain of jobs that begins with it}; `jobs` has causes first."""
+    """{name: cost of the longest chain of jobs from this one on}; `jobs` as in needed()."""
     chain = {}
     for job in reversed(jobs):
         behind = [chain[j.name] for j in jobs if job.name in j.after]
@@ -159,11 +159,11 @@ def chain_costs(jobs):
 
 
 def run_all(jobs, machine):
-    """Run what is not done -> True if all is done; a signal ends it early. ValueError: a job
+    """Run all unfinished jobs -> True if all are done, False after a signal. ValueError: a job
     failed."""
     todo = {job.name: job for job in needed(jobs)}
     chain, running, free, done_cost = chain_costs(jobs), [], list(range(machine.workers)), 0.0
-    before = {job.name: job.cost * job.progress() for job in todo.values()}  # by an earlier call
+    before = {job.name: job.cost * job.progress() for job in todo.values()}  # from earlier calls
     bar = tqdm(total=sum(job.cost for job in todo.values()) or 1, smoothing=0, dynamic_ncols=True,
                initial=sum(before.values()),
                bar_format="{percentage:3.0f}% {elapsed}, {remaining} left{postfix}",

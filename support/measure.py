@@ -1,4 +1,4 @@
-r"""What programs that measure runs share: their flags, evaluation mode, a figure and its table.
+r"""Shared parts of programs that measure runs: flags, evaluation mode, a figure and its table.
 
     MeasureConfig              RUN ..., -n, --data, --batch-size, --seed, --weights, --out
     evaluating(net)            evaluation mode inside a with block
@@ -6,7 +6,7 @@ r"""What programs that measure runs share: their flags, evaluation mode, a figur
     summarize                  the mean of vectors, without their spread, and its interval
     save_measurement           the figure, and a .csv next to it
 
-Not here: what is measured (lipschitz.py, gap.py), or opening a run (denoiser.load_run).
+Not here: the measurements (lipschitz.py, gap.py), opening a run (denoiser.load_run).
 
     python -c "from support import measure; print(measure.percentile_rows)"
 """
@@ -23,7 +23,7 @@ import torch
 from support import checkpoint, files
 from support.cli import device_flag, flag, flag_name
 
-LINES = ("k-", "C1--", "C0-.", "C2:", "C3-", "C4--", "C5-.")  # distinct without colour
+LINES = ("k-", "C1--", "C0-.", "C2:", "C3-", "C4--", "C5-.")  # they also differ without colour
 MARKERS = "os^DvPX"
 
 
@@ -32,22 +32,22 @@ class MeasureConfig:
     """The flags that lipschitz.py and gap.py have in common."""
 
     runs: tuple[str, ...] = flag((), "names under runs/, folders or checkpoints (default: the "
-                                 "newest run); LABEL=RUN gives it a name in the figure",
+                                 "newest run); LABEL=RUN sets the run's name in the figure",
                                  positional="RUN", nargs="*", group="measurement")
-    num: int = flag(64, "images, each with noise that is a function of (seed, i); under torchrun "
+    num: int = flag(64, "images; the noise of image i is a function of (seed, i); under torchrun "
                     "write -n", short="-n")
     data: str | None = flag(None, "images to measure on", shown="each run's own set")
     batch_size: int = flag(64, "images at a time")
-    seed: int = flag(0, "of the choice of images and the noise")
+    seed: int = flag(0, "seed for the choice of images and the noise")
     device: str = device_flag()
-    weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
-    out: Path | None = flag(None, "the picture; its .csv goes next to it",
-                            shown="named after what is measured")
+    weights: str = flag("ema", "averaged (ema) or last (raw) weights", choices=("ema", "raw"))
+    out: Path | None = flag(None, "the figure; its .csv goes next to it",
+                            shown="named after the measurement")
     least: ClassVar[dict] = dict(num=1, batch_size=1, seed=0)
     picture: ClassVar[str] = "measurement.png"
 
     def check(self):
-        """Raise ValueError, which begins with the flag, for values out of range."""
+        """ValueError, which begins with the flag: a value is out of range."""
         for name, least in self.least.items():
             values = np.atleast_1d(getattr(self, name))
             if name in self.given and not (np.isfinite(values) & (values >= least)).all():
@@ -55,21 +55,20 @@ class MeasureConfig:
                                  + " ".join(map(str, values)))
         self.out = self.out or Path(self.picture)
         if self.out.suffix != ".png" or not self.out.resolve().parent.is_dir():
-            raise ValueError(f"--out {self.out} must be a .png in a folder that exists")
-
+            raise ValueError(f"--out {self.out} must be a .png file in an existing folder")
 
     def named_runs(self):
-        """Yield (name, checkpoint) for each of the runs, or the newest; no two names are equal."""
+        """Yield (name, checkpoint) for each run, or the newest run; all names differ."""
         names = set()
         if any(not run.rpartition("=")[2] for run in self.runs):
-            raise ValueError("RUN: a name is empty. Leave all names out for the newest run")
+            raise ValueError("RUN: a name is empty. Omit all names to use the newest run")
         for run in self.runs or [""]:
             label, equals, rest = run.partition("=")
             if not (equals and label) or os.path.exists(run):  # a path may contain a =
                 label, rest = "", run
             path = checkpoint.find_checkpoint(rest).resolve()
             name = label or path.parent.name
-            while name in names:  # the same run twice, or two of one name
+            while name in names:  # the same run twice, or two runs of the same name
                 name += "'"
             names.add(name)
             yield name, path
@@ -77,8 +76,8 @@ class MeasureConfig:
 
 @contextlib.contextmanager
 def evaluating(net):
-    """Switch to evaluation mode, module by module, since a frozen part may be in it already, and
-    back. A plain function has no modules."""
+    """Switch to evaluation mode and back, module by module, since a frozen part may be in it
+    already. A plain function has no modules."""
     training = [m for m in getattr(net, "modules", list)() if m.training]
     try:
         for module in training:
@@ -90,8 +89,8 @@ def evaluating(net):
 
 
 def plot_curve(axes, rows, keys, i, label, marker=False):
-    """Draw the i-th of several curves. rows: dicts; keys: of x, y and, for a shade, low and high.
-    The shade's edges are drawn like the line, because shades that overlap need edges."""
+    """Draw the i-th of several curves. rows: dicts; keys: those of x, y and, for a shade, low and
+    high. The edges of the shade are drawn like the line, since shades may overlap."""
     x, y, *shade = ([row[key] for row in rows] for key in keys)
     style = LINES[i % len(LINES)]
     (line,) = axes.plot(x, y, style + MARKERS[i % len(MARKERS)] * marker, ms=3, lw=1, label=label)
@@ -101,8 +100,8 @@ def plot_curve(axes, rows, keys, i, label, marker=False):
 
 
 def near_zero_axes(axes, rows, x, y, far):
-    """Scales for rows[x] and rows[y] that are linear up to x = far, and in y down to an exact 0;
-    else logarithmic."""
+    """Set scales for rows[x] and rows[y]: linear up to x = far, and near y = 0 (to show an exact
+    0); else logarithmic."""
     least = min((row[y] for row in rows if row[y] > 0), default=1)
     ticks = [*np.linspace(0, far, 7), *(k for k in (2, 5, 20, 50, 200, 500, 1000) if k > far)]
     axes.set_xscale("symlog", linthresh=far, linscale=2)
@@ -112,8 +111,7 @@ def near_zero_axes(axes, rows, x, y, far):
 
 
 def percentile_rows(name, values, **columns):
-    """values (m, N) of N images -> m rows: dicts with a run's name, columns, mean and percentiles.
-    """
+    """values (m, N) of N images -> m rows: dicts of the run's name, columns, mean, percentiles."""
     columns["mean"] = values.mean(1)
     columns |= zip(("p10", "p50", "p90"), np.percentile(values, (10, 50, 90), axis=1), strict=True)
     return [dict(zip(("run", *columns), (name, *row), strict=True))
@@ -121,7 +119,7 @@ def percentile_rows(name, values, **columns):
 
 
 def inner_products(G):
-    """G (B, ...) -> its inner products (B, B): all that the numbers below need."""
+    """G (B, ...) -> its inner products (B, B), which are sufficient for summarize()."""
     flat = G.flatten(1)
     return (flat @ flat.T).cpu()
 
@@ -130,8 +128,8 @@ def summarize(K, counts):
     """Inner products K (B, B), bootstrap counts (R, B) -> dict: mean, systematic with its interval
     low to high, norm, and boot, the R values of systematic."""
     B, diagonal = len(K), K.diagonal()
-    pairs = K - torch.diag(diagonal)  # of different images: one's own square is mostly spread
-    # an image that counts twice makes a pair with itself, which does not count either
+    pairs = K - torch.diag(diagonal)  # different images only: squares are mostly spread
+    # Pairs of an image with its own copy in a bootstrap sample do not count either.
     boot = ((counts @ pairs) * counts).sum(1) / (B**2 - counts.square().sum(1)).clamp(min=1)
     boot = boot.clamp(min=0).sqrt()
     low, high = np.percentile(boot.numpy(), (2.5, 97.5))
@@ -141,16 +139,16 @@ def summarize(K, counts):
 
 
 def bootstrap_counts(B, count=500, seed=0):
-    """How often each of B images counts in each bootstrap sample: (count, B) float64. The same
-    for all runs: they are compared image by image. ValueError: one image has no spread."""
+    """How often each of B images occurs in each bootstrap sample: (count, B) float64. Equal for all
+    runs, since they are compared image by image. ValueError: one image has no spread."""
     if B < 2:
-        raise ValueError("--data: this measurement needs at least 2 images, and found 1")
+        raise ValueError("--data: this measurement needs at least 2 images, not 1")
     counts = np.random.default_rng(seed).multinomial(B, np.full(B, 1 / B), size=count)
     return torch.from_numpy(counts).double()
 
 
 def save_measurement(out, figure, rows):
-    """Write the figure to `out` and rows, a list of dicts, next to it; print where they are."""
+    """Write the figure to `out` and rows (dicts) to a .csv next to it; print both paths."""
     files.save_figure(out, figure, 120)
     files.write_csv(out.with_suffix(".csv"), rows)
-    print(f"picture: {out.resolve()}, numbers: {out.with_suffix('.csv').resolve()}")
+    print(f"figure: {out.resolve()}, numbers: {out.with_suffix('.csv').resolve()}")

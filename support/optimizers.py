@@ -45,13 +45,15 @@ class Muon(torch.optim.Adam):
     """matrices: parameters of two and more dimensions, moved by Muon with rate lr; others: the
     rest, moved by Adam with adam_lr and betas."""
 
-    def __init__(self, matrices, others, lr=0.02, momentum=0.95, adam_lr=2e-3, betas=(0.9, 0.99)):
+    def __init__(self, matrices, others, lr=0.02, momentum=0.95, adam_lr=2e-3, betas=(0.9, 0.99),
+                 eps=1e-8):
         super().__init__([dict(params=list(matrices), lr=lr, momentum=momentum),
                           dict(params=list(others), lr=adam_lr, momentum=None)],
-                         betas=betas, fused=True)
+                         betas=betas, eps=eps, fused=True)
 
     @torch.no_grad()
     def step(self):
+        """Move all parameters once. The gradients of the matrices are gone afterwards."""
         matrices, _ = self.param_groups
         shapes = defaultdict(list)
         for p in matrices["params"]:
@@ -59,6 +61,7 @@ class Muon(torch.optim.Adam):
                 continue
             if not self.state[p]:  # Adam's load_state_dict() asks for a step
                 self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
+            self.state[p]["step"] += 1
             average = self.state[p]["exp_avg"].mul_(matrices["momentum"]).add_(p.grad)
             update = p.grad.add(average, alpha=matrices["momentum"])  # Nesterov
             shapes[len(p), p[0].numel()].append((p, update))
@@ -75,17 +78,23 @@ def make_optimizer(net, config):
     named = {k: p for k, p in net.named_parameters() if p.requires_grad}
     betas = (0.9, config.beta2)
     if config.optimizer == "adam":
-        return torch.optim.Adam(named.values(), lr=config.lr, betas=betas, fused=True)
+        return torch.optim.Adam(named.values(), config.lr, betas, config.adam_eps, fused=True)
     hidden = {k for k, p in named.items() if p.dim() > 1 and not k.startswith(EDGES)}
     return Muon([named[k] for k in named if k in hidden],
                 [named[k] for k in named if k not in hidden],
-                lr=config.muon_lr, adam_lr=config.lr, betas=betas)
+                config.muon_lr, adam_lr=config.lr, betas=betas, eps=config.adam_eps)
+
+
+def rate_factor(config, step):
+    """Warm-up and decay: the share of the learning rates at `step`. The decay ends at 0, after
+    config.images // config.batch_size steps."""
+    u = step / (config.images // config.batch_size)
+    decay = dict(none=1.0, linear=1 - u, cosine=(1 + math.cos(math.pi * u)) / 2)[config.lr_decay]
+    return decay * min(1.0, (step + 1) / max(config.warmup, 1))
 
 
 def set_learning_rate(optimizer, config, step):
-    """Warm-up and decay: the rates of `step`, of config.images // config.batch_size steps."""
-    u = step / (config.images // config.batch_size)
-    decay = dict(none=1.0, linear=1 - u, cosine=(1 + math.cos(math.pi * u)) / 2)[config.lr_decay]
-    factor = decay * min(1.0, (step + 1) / max(config.warmup, 1))
+    """Give each group of parameters its learning rate at `step`."""
+    factor = rate_factor(config, step)
     for group in optimizer.param_groups:
         group["lr"] = factor * (config.muon_lr if group.get("momentum") else config.lr)

@@ -1,6 +1,7 @@
 r"""float32, TF32 or bf16: what the hardware computes in, and networks made fast for inference.
 
     autocast_dtype("auto", device)     bf16 if the hardware has units for it, else None (float32)
+    for_training(net, device, flag)    compiled, or as it is
     for_inference(net, device)         a frozen network as a plain function
 
 Not here: when to use which (the programs' --precision).
@@ -12,6 +13,8 @@ import warnings
 from pathlib import Path
 
 import torch
+
+GRAPH_PIXELS = 2**16  # of a step on one GPU, 64 images of 32×32: an estimate, not measured
 
 
 def set_tf32(allowed):
@@ -25,7 +28,10 @@ def set_tf32(allowed):
 
 
 def autocast_dtype(name, device):
-    """auto | fp32 | bf16, a torch.device -> the dtype that autocast computes in, or None."""
+    """auto | fp32 | tf32 | bf16, a torch.device -> the dtype of autocast, or None. ValueError: the
+    device has no units for it."""
+    if name == "tf32" and device.type != "cuda":
+        raise ValueError("--precision tf32 is for GPUs (--device cuda): use fp32 or bf16")
     if device.type == "mps":  # autocast to bf16 depends on the version of macOS there
         if name == "bf16":
             raise ValueError("--precision bf16 is for cuda and cpu: leave it out with --device mps")
@@ -58,7 +64,7 @@ def for_inference(net, device, precision="fp32", compiled=False):
     every call. ValueError: a GPU without bf16.
 
     On GPUs, and if compiled, a batch smaller than the largest so far is filled up with copies of
-    its first image, and the results of these are cut off: another size would be compiled anew.
+    its first image, and the results of these are cut off: another size would be compiled again.
     """
     dtype = autocast_dtype(precision, device)
     net.to(device).eval().requires_grad_(False)
@@ -98,10 +104,23 @@ def place(net, device, flag):
         layout_for_compile(net, device)
 
 
-def for_training(net, device, flag):
+def for_training(net, device, flag, graphs=False):
     """The network as training calls it: compiled, or as it is. Static shapes: with a batch size
-    that is a symbol, inductor gives up channels_last."""
-    return torch.compile(net, dynamic=False) if compiles(flag, device) else net
+    that is a symbol, inductor gives up channels_last.
+
+    graphs: as CUDA graphs, which start all kernels of a pass at once."""
+    if not compiles(flag, device):
+        return net
+    graphs = dict(mode="reduce-overhead") if graphs and device.type == "cuda" else {}
+    return torch.compile(net, dynamic=False, **graphs)
+
+
+def suits_graphs(config, world_size):
+    """True if a step is so small that a GPU waits for the program, and has a single pass: a graph's
+    next pass writes over the gradients of the last, which must not add up in place."""
+    b = config.batch_size // world_size
+    small = b * config.sa_k * config.image_size**2 <= GRAPH_PIXELS
+    return small and (config.microbatch or b) >= b
 
 
 def layout_for_compile(net, device):

@@ -1,4 +1,4 @@
-r"""How programs start, stop and fail: signals, one-line errors, lost output.
+r"""Start, stop and failure of programs: signals, one-line errors, lost output.
 
     if __name__ == "__main__":
         run_main(main)          # ValueError and OSError end in one line and status 2
@@ -6,9 +6,9 @@ r"""How programs start, stop and fail: signals, one-line errors, lost output.
     with StopSignal() as stop:  # Ctrl-C, SIGTERM, SIGHUP: finish the step, save, end
         ...
 
-Not here: what is saved (run.py), or how processes talk to each other (distributed.py).
+Not here: saving (run.py), communication between processes (distributed.py).
 
-    TRACEBACK=1 python train.py ...                      # shows where an error came from
+    TRACEBACK=1 python train.py ...                      # shows the source of an error
     python -c "from support.programs import StopSignal; print(StopSignal.SIGNALS)"
 """
 
@@ -30,11 +30,11 @@ from support.distributed import STEP_TIMEOUT
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came when there was no step to finish."""
+    """A signal came while no step was running."""
 
 
 class StopSignal:
-    """Inside `with StopSignal() as stop`, the signals raise Interrupted. After stop.gently = True
+    """Inside `with StopSignal() as stop`, the signals raise Interrupted. With stop.gently = True
     they only set stop.requested to the signal's name, so that a loop can finish its step and save.
     A second Ctrl-C ends the program at once."""
 
@@ -52,8 +52,8 @@ class StopSignal:
             signal.signal(number, handler)
         if kind is Interrupted:
             if os.environ.get("RANK", "0") == "0":
-                print(f"stopped by {self.requested} before the first step. The same command "
-                      "starts again.", flush=True)
+                print(f"stopped by {self.requested} before the first step. Run the same command "
+                      "to start again.", flush=True)
             return True
 
     def handle(self, number, frame):
@@ -64,7 +64,7 @@ class StopSignal:
             raise Interrupted(self.requested)
 
     def unless_requested(self, work, *inputs):
-        """work(*inputs), or None if a signal has come, or comes meanwhile and breaks it off."""
+        """work(*inputs), or None if a signal came before or interrupts the work."""
         self.gently = False
         try:
             return None if self.requested else work(*inputs)
@@ -75,7 +75,7 @@ class StopSignal:
 
 
 class IgnoreWriteErrors:
-    """A text stream whose write errors (full disk, closed pipe or terminal) end no run."""
+    """A text stream that ignores write errors (full disk, closed pipe), so that they end no run."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -94,16 +94,16 @@ class IgnoreWriteErrors:
 
 
 def ignore_write_errors():
-    """From here on, text that cannot be printed is lost and the program goes on. For programs
-    whose results are files."""
+    """From now on, the program continues if text cannot be printed. For programs whose results are
+    files."""
     sys.stdout, sys.stderr = IgnoreWriteErrors(sys.stdout), IgnoreWriteErrors(sys.stderr)
 
 
 def run_main(main):
-    """Run main(). A bad argument or file ends in one line and exit status 2; TRACEBACK=1 shows
-    where it came from."""
+    """Run main(). A bad argument or file gives one line and exit status 2, or a traceback with
+    TRACEBACK=1."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a character that the terminal lacks ends no program
+        if hasattr(stream, "reconfigure"):  # a terminal may lack a character
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
@@ -124,22 +124,22 @@ def run_main(main):
             sys.exit(2)
         if os.environ.get("TRACEBACK") or not is_peer_failure(error):
             raise
-        # The process that failed prints its own line first. torchrun asks us to end meanwhile.
+        # Let the failed process print its line first, although torchrun asks this one to end.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(1)
         folder = attempt_folder()
         if not (folder and list(folder.glob("error-*"))):
             report_error("another process of this job has ended, or did not answer for "
-                         f"{STEP_TIMEOUT.total_seconds() / 60:g} minutes. The same command goes on "
-                         "from the last checkpoint")
+                         f"{STEP_TIMEOUT.total_seconds() / 60:g} minutes. Run the same command to "
+                         "continue from the last checkpoint")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def is_compile_failure(error):
-    """True if this RuntimeError is one of torch.compile."""
-    dynamo = sys.modules.get("torch._dynamo.exc")  # slow to import, and often not needed
+    """True if this RuntimeError comes from torch.compile."""
+    dynamo = sys.modules.get("torch._dynamo.exc")  # not imported here, since that is slow
     return dynamo is not None and isinstance(error, dynamo.TorchDynamoException)
 
 
@@ -147,23 +147,23 @@ def is_peer_failure(error):
     """True if this RuntimeError means that another process did not answer."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if re.search("invalid usage|Duplicate GPU|unhandled cuda error|CUDA error", str(error)):
-        return False  # all processes are there: the GPU failed, or NCCL was asked the impossible
+        return False  # all processes run, but the GPU failed or NCCL got an impossible request
     return several and (isinstance(error, dist.DistError) or bool(re.search(
         "gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out", str(error))))
 
 
 def attempt_folder():
-    """The folder that the processes of this machine share, which torchrun makes anew at each
-    start; None without torchrun."""
+    """The folder that the processes of this machine share; torchrun makes a new one at each start.
+    None without torchrun."""
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/RANK/error.json
     return Path(report).parents[1] if report else None
 
 
 def report_error(error):
-    """Print one line on stderr and put it into torchrun's report. If several processes of one
-    machine meet the same error, only the first prints it."""
+    """Print one line on stderr and write it to torchrun's report. If several processes of a machine
+    have the same error, only the first prints it."""
     line = f"{Path(sys.argv[0]).name}: error: " + " ".join(str(error).splitlines())
-    line = line.encode(errors="backslashreplace").decode()  # file names that are not text
+    line = line.encode(errors="backslashreplace").decode()  # a file name may be invalid UTF-8
     if folder := attempt_folder():
         try:
             mark = hashlib.sha256(line.encode()).hexdigest()[:16]

@@ -1,12 +1,12 @@
-r"""Sets of images that are one array: CIFAR-10's archives, MNIST-like IDX files, .npy and .npz.
+r"""Read sets of images that are one array: CIFAR-10's archives, MNIST-like IDX files, .npy, .npz.
 
-Each reader gives uint8 (N, H, W, C), 0..255, and names in one line what is wrong with a file. None
-of them executes anything a file contains: CIFAR-10's pickles go through an unpickler that knows
-only arrays, and NumPy's are read with allow_pickle=False.
+Each reader returns uint8 (N, H, W, C), 0..255, and describes in one line what is wrong with a file.
+Nothing in a file is executed: CIFAR-10's pickles go through an unpickler that accepts only arrays,
+and NumPy's files are read with allow_pickle=False.
 
-Also what the cache folder keeps between starts: downloads, and which image files were checked.
+This file also manages the cache folder: downloads, and the list of checked image files.
 
-Not here: test splits, resizing (data.py), or unpacking to the disk.
+Not here: test splits, resizing (support/images.py), unpacking to the disk.
 
     python -c "from support import readers as r; print(r.read_array('train-images.gz').shape)"
 
@@ -40,23 +40,23 @@ IDX_TRAIN = re.compile(r"^train-images.*idx3-ubyte(\.gz)?$")
 
 
 def one_line(error):
-    """One line, fit for a user, that says what an exception says."""
+    """The message of an exception as one printable line."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image of a known format"
-    # Spaces stay as they are: they may belong to a name.
+    # Spaces inside a line stay: they may belong to a name.
     text = " ".join(line.strip() for line in str(error).strip().splitlines())
     return printable(text) or type(error).__name__
 
 
 def printable(name):
-    """A file's name as one line that can be printed: line breaks, control characters and bytes that
-    are not UTF-8 (surrogates in Python, at which print stops) as escapes."""
+    """A file name as one printable line, with escapes for line breaks, control characters and bytes
+    that are not UTF-8 (surrogates in Python, at which print fails)."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def content(path, limit):
-    """The bytes of a regular file. ValueError: it is something else, or over `limit` bytes."""
-    if not os.path.isfile(path):  # opening a named pipe would wait for ever
+    """Read a regular file. ValueError: it is not a regular file, or has over `limit` bytes."""
+    if not os.path.isfile(path):  # opening a named pipe would never return
         raise ValueError("a broken link or not a regular file")
     with open(path, "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > limit:
@@ -65,16 +65,16 @@ def content(path, limit):
 
 
 def latin1(text, encoding):
-    """codecs.encode, as far as pickles of arrays need it: others reach any codec installed."""
+    """codecs.encode for pickles of arrays. Other codecs than latin1 are refused."""
     if encoding not in ("latin1", "latin-1"):
         raise ValueError(f"refused: the pickle asks for the codec {encoding}")
     return text.encode("latin1")
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads pickled NumPy arrays and refuses all else: a plain pickle.load may run any program."""
+    """Unpickle only NumPy arrays and refuse all else: a plain pickle.load can run any code."""
 
-    # Named by what they are, since NumPy 2 moved numpy.core to numpy._core.
+    # Both names, since NumPy 2 moved numpy.core to numpy._core.
     reconstruct = np.empty(0).__reduce__()[0]
     allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
                ("numpy.core.multiarray", "_reconstruct"): reconstruct,
@@ -88,17 +88,17 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_cifar(path):
-    """CIFAR-10 training images, from the archive or its folder -> uint8 (N, 32, 32, 3)."""
+    """Read CIFAR-10's training images from the archive or its folder -> uint8 (N, 32, 32, 3)."""
     rows = [images.reshape(-1, 3, 32, 32) for images, _ in cifar_batches(path)]
     return np.concatenate(rows).transpose(0, 2, 3, 1)
 
 
 def cifar_batches(path):
-    """The five training batches as pairs: images uint8 (N, 3072), labels int64 (N,).
+    """Yield the five training batches as pairs: images uint8 (N, 3072), labels int64 (N,).
 
-    Both official forms, known by the names inside: data_batch_1 ... 5 (Python pickles) and
-    data_batch_1.bin ... 5.bin. Four batches out of five would train silently on 40,000 images, so a
-    missing one is an error; each may have any number of rows.
+    Both official forms are read: data_batch_1 ... 5 (Python pickles) and data_batch_1.bin ...
+    5.bin. A missing batch is an error, since training on 40,000 images would go unnoticed. A batch
+    may have any number of rows.
     """
     parts = {}
 
@@ -121,29 +121,29 @@ def cifar_batches(path):
                     if member.size > BATCH:
                         raise ValueError(f"{path}: {member.name} declares {member.size:,} bytes")
                     add(match, tar.extractfile(member).read())
-            while tar.fileobj.read(2**20):  # gzip compares its checksum at the very end only
+            while tar.fileobj.read(2**20):  # gzip compares its checksum only at the end
                 pass
     if missing := set("12345") - set(parts):
         raise ValueError(f"{path} has no CIFAR-10 data_batch_{min(missing)} "
-                         "(an archive of image files: unpack it, or use a .zip)")
+                         "(if it is an archive of image files, unpack it or use a .zip)")
     for number, (binary, raw) in sorted(parts.items()):
         where = f"{path}: data_batch_{number}"
-        if binary:  # each record: one byte of label, then 3072 of pixels
+        if binary:  # a record has 1 byte of label, then 3072 of pixels
             if len(raw) % 3073:
-                raise ValueError(f"{where}.bin is not made of records of 3073 bytes, or cut")
+                raise ValueError(f"{where}.bin has other records than 3073 bytes, or is truncated")
             rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
             batch, labels = rows[:, 1:], rows[:, 0]
         else:
             try:
                 pickled = ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load()
                 if not isinstance(pickled, dict):
-                    raise ValueError("a pickle, but of no dictionary")
+                    raise ValueError("a pickle, but not of a dictionary")
                 batch, labels = pickled.get(b"data"), np.asarray(pickled.get(b"labels", []))
-            except Exception as error:  # a hostile pickle can raise nearly anything
+            except Exception as error:  # a malicious pickle can raise nearly anything
                 raise ValueError(f"{where}: {one_line(error)}") from error
         if not isinstance(batch, np.ndarray) or batch.dtype != np.uint8:
-            raise ValueError(f"{where} holds no uint8 array")
-        # A reshape would take any shape with the right number of bytes, and mix the rows up.
+            raise ValueError(f"{where} does not hold a uint8 array")
+        # A reshape would accept any shape with the right number of bytes, and mix up the rows.
         if batch.ndim != 2 or batch.shape[1] != 3072:
             raise ValueError(f"{where} holds an array of shape {batch.shape}, not (N, 3072)")
         if labels.size and (labels.dtype.kind not in "iu" or labels.shape != (len(batch),)):
@@ -159,21 +159,21 @@ def split_key(source):
 
 
 def find_idx(folder):
-    """The IDX file of training images in a folder, or None. It may lie in a folder of the same
-    name, as Kaggle's archives have it, and next to one."""
+    """The IDX file of training images in a folder, or None. As in Kaggle's archives, it may lie in
+    a folder of the same name, or next to such a folder."""
     def named(place):
         return [os.path.join(place, name) for name in sorted(os.listdir(place))
                 if IDX_TRAIN.search(name)]
 
     found = named(folder)
     found += [inner for place in found if os.path.isdir(place) for inner in named(place)]
-    # A pipe or a broken link is better than nothing: the reader names it.
+    # If there is only a pipe or a broken link, the reader names it.
     return min((path for path in found if not os.path.isdir(path)),
                key=lambda path: not os.path.isfile(path), default=None)
 
 
 def labels_of(path):
-    """Where the labels of an IDX file of images are: next to it, or as deep as it is."""
+    """Path of the labels of an IDX file of images: next to it, or in a folder like its folder."""
     def renamed(name):
         return name.replace("images", "labels").replace("idx3", "idx1")
 
@@ -184,8 +184,8 @@ def labels_of(path):
 
 
 def read_labels(path):
-    """Labels of a training set: an IDX images file or folder, with labels next to it, or CIFAR-10's
-    archive or folder of pickles -> int64 (N,). ValueError: there are none."""
+    """Read the labels of a training set -> int64 (N,): those next to an IDX file or in its folder,
+    or those of CIFAR-10's archive or folder of pickles. ValueError: there are none."""
     if os.path.isdir(path) and not any(map(CIFAR_BATCH.search, os.listdir(path))):
         path = find_idx(path) or path
     where = labels_of(path)
@@ -196,7 +196,7 @@ def read_labels(path):
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{where}: {one_line(error)}") from error
         if raw[:4] != b"\0\0\x08\x01" or len(raw) - 8 != int.from_bytes(raw[4:8], "big"):
-            raise ValueError(f"{where} is not an IDX file of labels, or is cut")
+            raise ValueError(f"{where} is not an IDX file of labels, or is truncated")
         return np.frombuffer(raw, np.uint8, offset=8).astype(np.int64)
     if os.path.isdir(path) or os.path.isfile(path) and tarfile.is_tarfile(path):
         try:
@@ -212,10 +212,11 @@ def read_idx(raw, path, size=0):
     IDX: bytes 0 0 8 3 (unsigned bytes, 3 axes), then N, H, W big-endian, then the pixels.
     """
     count, height, width = struct.unpack(">3I", raw[4:16])
-    if 0 in (count, height, width):  # a border would make black images out of none
+    if 0 in (count, height, width):  # the border below would make black images
         raise ValueError(f"no images in {path}: {count} of {width}x{height}")
     if len(raw) != 16 + count * height * width:
-        raise ValueError(f"{path} should hold {count} images of {width}x{height}, is cut or broken")
+        raise ValueError(f"{path} should hold {count} images of {width}x{height}, but is truncated "
+                         "or damaged")
     images = np.frombuffer(raw, np.uint8, offset=16).reshape(count, height, width, 1)
     if max(height, width) <= size:  # 28 -> 32 by a border: digits keep their exact pixels
         down, right = size - height, size - width
@@ -225,15 +226,15 @@ def read_idx(raw, path, size=0):
 
 
 def read_npy(file):
-    """The array of an open .npy file, or of a member of .npz, which must end with it."""
-    array = np.lib.format.read_array(file, allow_pickle=False)  # a pickle could run any program
-    if file.read(1):  # np.load would silently leave the rest of the images out
-        raise ValueError(f"there is more in it than the array {array.shape} of its header")
+    """Read the array of an open .npy file or .npz member. ValueError: bytes follow the array."""
+    array = np.lib.format.read_array(file, allow_pickle=False)  # a pickle could run any code
+    if file.read(1):  # np.load would silently ignore these images
+        raise ValueError(f"trailing bytes after the array of shape {array.shape}")
     return array
 
 
 def choose(archive, path, key):
-    """The array `key` of an open .npz, or its only one that can be images."""
+    """The array `key` of an open .npz, or the only array that can be images."""
     names = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
     if len(names) != len(set(names)):
         raise ValueError(f"{path}: two arrays in it have the same name")
@@ -248,14 +249,14 @@ def choose(archive, path, key):
     if len(choices) != 1:
         arrays = {name: read(name) for name in names}
         listing = ", ".join(f"{k} {a.dtype} {a.shape}" for k, a in arrays.items())
-        raise ValueError(f"{path}: name one array as {path}:KEY, of {listing or 'none'}")
+        raise ValueError(f"{path}: choose one array with {path}:KEY, from {listing or 'none'}")
     return arrays[choices[0]]
 
 
 def read_numpy(path, key):
-    """A .npy file, or one array of a .npz (`key`, or the only one) -> uint8 (N, H, W, C).
+    """Read a .npy file, or one array of a .npz (`key`, or the only one) -> uint8 (N, H, W, C).
 
-    Floats are refused, not guessed at: they may mean [0, 1], [-1, 1] or [0, 255].
+    Floats are refused, since they may mean [0, 1], [-1, 1] or [0, 255].
     """
     with open(path, "rb") as file:
         if not file.peek(2).startswith(b"PK"):
@@ -264,8 +265,8 @@ def read_numpy(path, key):
             with zipfile.ZipFile(file) as archive:
                 array = choose(archive, path, key)
     if array.dtype != np.uint8:
-        raise ValueError(f"{path}: {array.dtype} is not uint8; save 0..255, for floats in [0, 1] "
-                         "as (x * 255).round().astype('uint8')")
+        raise ValueError(f"{path}: {array.dtype} is not uint8. Save 0..255; for floats in [0, 1] "
+                         "use (x * 255).round().astype('uint8')")
     if array.ndim == 3 and array.shape[2] in (1, 3, 4) and array.shape[1] != array.shape[2]:
         raise ValueError(f"{path}: {array.shape} looks like one image (H,W,C): save image[None]")
     if array.ndim == 3:
@@ -274,14 +275,15 @@ def read_numpy(path, key):
         return array
     if array.ndim == 4 and array.shape[1] in (1, 3, 4):
         return array.transpose(0, 2, 3, 1)
-    raise ValueError(f"{path}: {array.shape} is none of (N,H,W), (N,H,W,C), (N,C,H,W), C = 1, 3, 4")
+    raise ValueError(f"{path}: {array.shape} must be (N,H,W), (N,H,W,C) or (N,C,H,W), C = 1, 3, 4")
 
 
 def read_array(path, key=None, size=0):
-    """A file or folder that is one array of images, known by its first bytes -> (N, H, W, C)."""
+    """Read a file or folder that is one array of images -> (N, H, W, C). The first bytes determine
+    its kind."""
     if os.path.isdir(path):
         return read_cifar(path)
-    if not os.path.isfile(path):  # opening a named pipe would wait for ever
+    if not os.path.isfile(path):  # opening a named pipe would never return
         raise ValueError(f"{path}: a broken link or not a regular file")
     with open(path, "rb") as file:
         raw = file.read(8)
@@ -297,14 +299,14 @@ def read_array(path, key=None, size=0):
     if tarfile.is_tarfile(path):
         return read_cifar(path)
     raise ValueError(f"{path} is not a data set of a known kind (it begins with {raw}): give a "
-                     "folder or .zip of images, .npy, .npz, IDX, or a CIFAR-10 archive")
+                     "folder or .zip of images, .npy, .npz, IDX or CIFAR-10")
 
 
 def download(url, path, sha256, instead="give the path of a copy"):
-    """Fetch `url` to `path`: all of it and with the right SHA-256 (hex), or nothing and OSError.
+    """Download `url` to `path`. OSError: it failed, or the file has another SHA-256 (hex).
 
-    The error says where to put the file by hand, since clusters often have no network. Several
-    processes may do this at once: each writes another file, and the last to finish wins.
+    The error names the place for a copy, since clusters often have no network. Several processes
+    may download at once: each writes a temporary file, and the last one replaces the others.
     """
     digest = hashlib.sha256()
     try:
@@ -319,19 +321,19 @@ def download(url, path, sha256, instead="give the path of a copy"):
                     bar.update(len(chunk))
             if digest.hexdigest() != sha256:
                 raise OSError(f"its SHA-256 is {digest.hexdigest()}")
-    except Exception as error:  # OSError mostly, but a cut reply is an HTTPException
+    except Exception as error:  # mostly OSError, but a truncated reply is an HTTPException
         raise OSError(f"cannot download {url} ({one_line(error)}): put the file with SHA-256 "
                       f"{sha256} at {path}, or {instead}") from error
 
 
 def cache_path(name):
-    """Where a download of this name is kept."""
+    """Path of the download of this name."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(cache, "diffusion-data", name)
 
 
 def cached(name, url, sha256, **more):
-    """Path of the file `name` in the cache folder; downloaded from `url` if it is not there."""
+    """Path of the file `name` in the cache folder; this downloads it from `url` if necessary."""
     path = cache_path(name)
     if not os.path.exists(path):
         download(url, path, sha256, **more)
@@ -343,38 +345,38 @@ def cifar_archive():
     return cached("cifar-10-python.tar.gz", CIFAR_URL, CIFAR_SHA256)
 
 
-# ------------------------------------------------------------------ what was checked before
+# ------------------------------------------------------------------ files that were checked before
 
-INDEXES = 50  # so many are kept; that of a million files has 39 MB
+INDEXES = 50  # the number that is kept; a million files need 39 MB
 
 
 def index_path(source):
-    """Where it is remembered which files of a folder or zip were checked."""
+    """Path of the list of checked files of a folder or zip."""
     name = hashlib.sha256(os.path.realpath(source).encode("utf-8", "surrogatepass")).hexdigest()
     return cache_path(f"checked/{name[:16]}.json")
 
 
 def recall(source, decoder):
-    """What `remember` was given for this source and decoder: {key: facts}. {} if there is nothing,
-    or anything else."""
+    """Read {key: facts} that `remember` wrote for this source and decoder; {} if there are none."""
     try:
         found = json.loads(content(index_path(source), 2**30))
         if found["decoder"] == decoder and all(map(is_facts, found["checked"].values())):
             return found["checked"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError):
-        pass  # damaged or foreign: it will be written anew
+        pass  # damaged or foreign: `remember` will replace it
     return {}
 
 
 def is_facts(value):
-    """[mode, width, height], or a reason in one line why a file cannot be read."""
+    """True for [mode, width, height], or for one line that explains why a file is unreadable."""
     if isinstance(value, list) and list(map(type, value)) == [str, int, int]:
         value = value[0]
     return isinstance(value, str) and value.isprintable()
 
 
 def remember(source, decoder, checked):
-    """Keep {key: facts} for the next start. A cache folder that takes no file costs only time."""
+    """Store {key: facts} for the next start. Without a writable cache folder, that is only slower.
+    """
     path = index_path(source)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -1,14 +1,21 @@
-r"""Random generators that are functions of integers: nothing to save, nothing to restore.
+r"""Random generators that are functions of integers, so that checkpoints need no random state.
 
-    generator(seed, step)      the numbers of one training step
+    generator(seed, step)      the generator of one training step
     image_seed(seed, i)        the seed of image i of a sampling run; no two seeds share an image
+    SeededNoise(seeds)         noise for a batch of images, each from its own seed
 
-Not here: what the numbers are used for.
+Not here: the use of the numbers.
 
     python -c "from support import rng; print(rng.hash_ints(0, 1), rng.hash_ints(1, 0))"
 """
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
+from torch import Tensor
+
+from support.device import move, pinned
 
 
 def generator(*key, device="cpu"):
@@ -17,9 +24,9 @@ def generator(*key, device="cpu"):
 
 
 def hash_ints(*key):
-    """Integers -> one 63-bit integer, by splitmix64's finaliser after each.
+    """Mix integers into one 63-bit integer, with splitmix64's finaliser after each.
 
-    Mixing makes (0, 1), (1, 0) and neighbouring seeds give unrelated streams.
+    So (0, 1), (1, 0) and adjacent seeds give unrelated streams.
     """
     z, mask = 0, 2**64 - 1
     for word in key:
@@ -34,10 +41,36 @@ MAX_SEEDS, MAX_IMAGES = 2**12, 2**20
 
 
 def image_seed(seed, i):
-    """The generator seed of image i: seed 0 gives i itself, and seeds below MAX_SEEDS share no
-    image among their first MAX_IMAGES.
+    """The generator seed of image i; i itself for seed 0. Seeds below MAX_SEEDS share no image
+    among their first MAX_IMAGES.
 
     torch's CPU generator uses only the low 32 bits of its seed: (seed << 32) + i would give all
     seeds the same images.
     """
     return seed * MAX_IMAGES + i
+
+
+class SeededNoise:
+    """noise(shape) -> (B, ...) float32, where image i depends on its own seed alone. It is drawn on
+    the CPU, so that a seed gives the same noise on every device.
+
+    ahead, the default for a GPU: a thread draws the next noise while the GPU works. Then every call
+    must ask for the same shape."""
+
+    def __init__(self, seeds: Sequence[int], device="cpu", ahead=None):
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.device = torch.device(device)
+        ahead = self.device.type == "cuda" if ahead is None else ahead
+        self.pool, self.next = ThreadPoolExecutor(1) if ahead else None, None
+
+    def draw(self, shape):
+        """The next noise of every image, in memory that a GPU reads without a wait."""
+        noise = torch.stack([torch.randn(shape[1:], generator=g) for g in self.generators])
+        return pinned(noise, self.device)
+
+    def __call__(self, shape) -> Tensor:
+        if shape[0] != len(self.generators):
+            raise ValueError(f"{shape[0]} images, but {len(self.generators)} seeds")
+        noise = self.next.result() if self.next else self.draw(shape)
+        self.next = self.pool.submit(self.draw, shape) if self.pool else None
+        return move(noise, self.device)

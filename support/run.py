@@ -9,7 +9,7 @@ r"""A run is a folder runs/NAME: locked, resumed, logged and saved, each by one 
 
 A run of weeks does not end because a disk is full for an hour: what cannot be written gives a
 warning, and the run goes on. Only the last checkpoint must be written. Rank 0 writes; the others
-wait for it.
+wait for it. On a GPU, training goes on while a thread of rank 0 writes a copy of the checkpoint.
 
 Not here: what is trained (train.py), or the format of a checkpoint (checkpoint.py).
 
@@ -25,6 +25,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,17 +34,32 @@ from tqdm import tqdm
 
 from support import checkpoint, files
 from support.images import grid
+from support.optimizers import rate_factor
 
 PLOT_POINTS = 500  # of a curve in loss.png: this many, to twice as many
 
 
+def in_thread(device):
+    """True if checkpoints are written by a thread. On a CPU it would take a core from training."""
+    return device.type == "cuda"
+
+
 class RunFolder:
-    """The folder of one run. dist: distributed.Distributed; stop: programs.StopSignal."""
+    """The folder of one run. dist: distributed.Distributed; stop: programs.StopSignal.
+
+    with RunFolder(...) as run: the folder stays locked until everything is written."""
 
     def __init__(self, name, dist, stop):
         self.folder, self.dist, self.stop = checkpoint.RUNS / name, dist, stop
         self.path = self.folder / "checkpoint.pt"
         self.saved_step, self.metadata = 0, {}
+        self.writer, self.writing = ThreadPoolExecutor(1), None  # writing: (step, its Future)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.writer.shutdown()
 
     # ---- before training
 
@@ -99,9 +115,9 @@ class RunFolder:
             lines.append(f"{saved['processes']} processes before, {self.dist.world_size} now: "
                          "dropout uses other numbers from here on; all else stays the same")
         if saved and config.lr_decay != "none" and config.images != saved["settings"]["images"]:
-            steps = config.images // config.batch_size
-            lines.append(f"--lr-decay {config.lr_decay}: the learning rate falls to 0 at step "
-                         f"{steps} now, so from step {saved['step']} on it is another than before")
+            share = rate_factor(config, saved["step"])
+            lines.append(f"the learning rate continues at {share * config.lr:.3g}, {share:.0%} of "
+                         f"--lr: its decay ends at step {config.images // config.batch_size} now")
         if saved and config.init not in ("", saved["settings"].get("init")):
             lines.append(f"--init {config.init} has no effect: this run has weights. Another "
                          "--name starts a new run from it")
@@ -154,6 +170,7 @@ class RunFolder:
     def start_log(self, step, total_steps, batch_size, loss_names):
         """Begin, or continue, log.csv and the progress bar at this step."""
         self.batch_size, self.first_step, self.began = batch_size, step, time.time()
+        self.last_save = time.monotonic()
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True,
                         disable=not self.dist.is_main, mininterval=0.5)
         self.table = Log(self.folder, step, loss_names) if self.dist.is_main else None
@@ -167,26 +184,47 @@ class RunFolder:
         self.bar.set_postfix_str(f"loss {values[0]:.4f}, {rate:.0f} images/s", refresh=False)
         self.bar.update()
 
+    def is_late(self, minutes):
+        """True if the last checkpoint, or the start, is so many minutes ago. 0: never."""
+        return 0 < 60 * minutes <= time.monotonic() - self.last_save
+
     def save(self, state, final=False):
         """Write checkpoint.pt and loss.png. ValueError: weights that are not finite, which stay
         unsaved. OSError: the final checkpoint could not be written."""
-        step = state["step"]
+        self.finish_writing()
+        step, self.last_save = state["step"], time.monotonic()
         if step == self.saved_step:  # nothing new; or stopped before the first step
             return
         if not (checkpoint.all_finite(state["net"]) and checkpoint.all_finite(state["ema"])):
             raise ValueError(f"--lr: after step {step} the weights are not finite; "
                              f"{self.last_checkpoint()}. Try a lower --lr")
-        failed = self.dist.on_main(self.attempt, "checkpoint.pt", checkpoint.save_checkpoint,
-                                   self.path, {**self.metadata, **state})
-        if failed and final:
-            raise OSError(f"{self.path}: step {step} could not be saved ({failed}); "
-                          f"{self.last_checkpoint()}. Make room and run the same command again")
-        if failed:
+        content = {**self.metadata, **state}
+        if in_thread(self.dist.device) and not final:
+            self.writing = step, self.dist.is_main and self.writer.submit(
+                self.write, checkpoint.snapshot(content))
+        elif failed := self.dist.on_main(self.write, content):
+            if final:
+                raise OSError(f"{self.path}: step {step} could not be saved ({failed}); "
+                              f"{self.last_checkpoint()}. Make room and run the same command again")
             return
-        self.saved_step = step
+        else:
+            self.saved_step = step
         if self.dist.is_main:
-            self.bar.write(f"step {step}: saved {self.path.resolve()}")
             self.attempt("loss.png", self.table.plot, self.folder / "loss.png", final)
+
+    def write(self, content):
+        """Write checkpoint.pt on rank 0 -> None, or why it failed."""
+        failed = self.attempt("checkpoint.pt", checkpoint.save_checkpoint, self.path, content)
+        if not failed:
+            self.bar.write(f"step {content['step']}: saved {self.path.resolve()}")
+        return failed
+
+    def finish_writing(self):
+        """Wait for the thread that writes a checkpoint. All processes learn whether it failed."""
+        if self.writing:
+            (step, future), self.writing = self.writing, None
+            if not self.dist.on_main(lambda: future.result()):
+                self.saved_step = step
 
     def save_preview(self, state, dataset):
         """Write samples/STEP.png: samples of the averaged weights, which sample.py will use. A
@@ -202,8 +240,8 @@ class RunFolder:
         self.dist.on_main(lambda: self.stop.unless_requested(self.attempt, "a sample grid", draw))
 
     def attempt(self, what, work, *inputs):
-        """work(*inputs) -> None. If the disk does not take it, or there is nothing to show: print
-        a warning and return the reason."""
+        """work(*inputs) -> None. If the disk is full, or there is nothing to show: print a warning
+        and return the reason."""
         try:
             work(*inputs)
         except (OSError, ValueError) as error:
@@ -211,7 +249,8 @@ class RunFolder:
             return str(error)
 
     def last_checkpoint(self):
-        """Which checkpoint exists, for a message."""
+        """Which checkpoint exists, for a message. All processes must ask."""
+        self.finish_writing()
         if not self.saved_step:
             return f"there is no checkpoint in {self.folder.resolve()}"
         return f"the last checkpoint is of step {self.saved_step}, in {self.folder.resolve()}"
@@ -234,7 +273,7 @@ class RunFolder:
 
 
 def refuse_other_settings(folder, old, new, may_change):
-    """ValueError if a run's settings differ from those asked for, except where they may."""
+    """ValueError if a run's settings differ from those asked for. Those in may_change may."""
     old, new = (json.loads(checkpoint.to_json(settings)) for settings in (old, new))  # no tuples
     changed = [k for k in {**new, **old} if k not in may_change and old.get(k) != new.get(k)]
     if changed:

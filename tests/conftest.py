@@ -26,8 +26,11 @@ DATA = ROOT / "tests" / "data"  # reference numbers: see the README.md there
 sys.path.insert(0, str(ROOT))
 # For programs that run in a temporary folder: `python -m papers...` finds the project.
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+# For runs of a few steps, which longer ones continue: no decay to the end of the first. (Muon and
+# the decays: test_optimizers.py.)
+ADAM = "--optimizer adam --lr 0.002 --lr-decay none".split()
 # The flags of the smallest run that goes through everything.
-TINY = "--image-size 8 --batch-size 4 --precision fp32 --sample-every 1000".split()
+TINY = "--image-size 8 --batch-size 4 --precision fp32 --sample-every 1000".split() + ADAM
 
 
 def run_program(*words, cwd, status=0):
@@ -145,7 +148,7 @@ def gold():
     return SimpleNamespace(numbers=numbers, size=size, state=state, x=x)
 
 
-SMALL = ["--batch-size", "4", "--precision", "fp32", "--steps", "2"]  # a training of a second
+SMALL = "--batch-size 4 --precision fp32 --steps 2".split() + ADAM  # a training of a second
 SYSTEMS = dict(  # finished runs of 2 steps, by the programs that make them; data: shapes
     plain=("train", "--image-size 8"),
     base=("train", "--image-size 8 --etsdm --schedule linear --dropout 0.3"),

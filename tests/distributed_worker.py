@@ -35,7 +35,8 @@ def main():
         found["values"] = train.train_step(state, model, images, config, dist, None)
         gathered = dist.gather(images)
         assert dist.broadcast(f"from rank {dist.rank}") == "from rank 0"
-        assert dist.any(dist.rank == dist.world_size - 1) and not dist.any(False)
+        last = dist.rank == dist.world_size - 1
+        assert dist.any(last) and not dist.any(False) and dist.any(False, last) == [False, True]
         assert dist.on_main(lambda: dist.rank) == 0
         assert dist.main_first(lambda: dist.rank) == dist.rank
         if dist.is_main:

@@ -116,7 +116,8 @@ def to(self, *args, **kwargs):
     if not non_blocking:
         waits.append("to")
     assert not (self.requires_grad and torch.is_grad_enabled()), "not emulated"
-    held = TO(self.held if isinstance(self, OnGPU) else self.detach(), dtype or self.dtype)
+    real = self.held if isinstance(self, OnGPU) else self.detach()
+    held = TO(real, dtype or self.dtype, copy=True)
     return OnGPU(held) if device.type == now.kind else held
 
 
@@ -136,6 +137,7 @@ CUDA = dict(  # what PyTorch without CUDA does not have
     is_available=lambda: True,
     device_count=lambda: 1,
     set_device=lambda device: None,
+    synchronize=lambda device=None: None,
     mem_get_info=lambda device: (10**9, 10**9),
     get_device_capability=lambda device: (9, 0),
 )

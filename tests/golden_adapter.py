@@ -27,7 +27,7 @@ from support import checkpoint, distributed
 
 # ------------------------------------------------------------------ training
 
-OPTIMIZER = dict(optimizer="adam", lr_decay="none", images=10**6)
+OPTIMIZER = dict(optimizer="adam", lr_decay="none", images=10**6, adam_eps=1e-8)
 
 
 class CaseConfig(SimpleNamespace):

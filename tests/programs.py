@@ -48,6 +48,7 @@ PROGRAMS = {
     "papers.shapes_check": shapes_check.CheckConfig,
     "papers.superres train": superres.SuperResConfig,
     "papers.superres enlarge": superres.EnlargeConfig,
+    "papers.superres colour": superres.ColourConfig,
     "benchmarks": BenchmarkConfig,
     "benchmarks.gpu_check": GpuCheckConfig,
 }

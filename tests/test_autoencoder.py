@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import data
 import metrics
 from papers import autoencoder
+from support.cli import parse_into
 
 SMALL = dict(image_size=8, width=8, mult=(1, 2), latent_channels=2, norm_groups=4)
 
@@ -248,3 +249,10 @@ def test_reconstructions_and_their_psnr(runs, capsys):
     metrics.main(command)
     score = float(capsys.readouterr().out.split("PSNR ")[1].split(" dB")[0])
     assert score == pytest.approx(metrics.psnr(back, originals).mean().item(), abs=0.01)
+
+
+def test_width_is_a_flag():
+    words = ["--width", "64", "--image-size", "8"]
+    net = autoencoder.Autoencoder(**parse_into(autoencoder.AutoencoderConfig, words).size())
+    assert net.encoder[0].out_channels == 64
+    refused("^--width must be a multiple of 8", autoencoder.main, ["train", "--width", "36"])

@@ -16,6 +16,7 @@ import unet
 from benchmarks import __main__ as benchmark
 from benchmarks import plain, worker
 from denoiser import Denoiser
+from support import memory
 from support.cli import parse_into
 
 
@@ -126,7 +127,7 @@ def test_a_side_is_a_process_that_is_timed_or_says_what_failed(works):
 
 
 def test_the_peak_is_what_lived_at_once():
-    with FakeTensorMode(), benchmark.Peak() as peak:
+    with FakeTensorMode(), memory.Peak() as peak:
         a = torch.empty(1000)  # 4,000 bytes
         b = a + 1
         del a

@@ -110,12 +110,12 @@ def test_the_program(gold, here, capsys):
     torch.save(gold.state, "my weights.pt")
     file = ["my weights.pt"]
     for words, message in (
-        ("own.pt", "^own.pt: 12 channels in and 12 out"),  # in patches
+        ("own.pt", "^own.pt: 12 input and 12 output"),  # in patches
         ([*file, "--head-channels", "48"], "^my weights.pt: its sizes do not fit: 64 chan"),
         ([*file, "--image-size", "15"], "^my weights.pt: its sizes do not fit: image siz"),
         ([*file, "--heads", "0"], "^--heads must be at least 1"),
         ([*file, "--name", "a/b"], "^--name 'a/b' must be a plain name"),
-        ("none.pt", "^FILE none.pt: there is no such file"),
+        ("none.pt", "^none.pt: no such file or folder"),
         ("", "^FILE_OR_FOLDER is missing"),
     ):
         refused(words, message)
@@ -142,28 +142,28 @@ LDM = "model.diffusion_model.out.0.weight"
     [
         (b"<html>not found</html>", "a web page"),
         (b"", "the file is empty"),
-        (zeros(x="2"), "not a guided-diffusion U-Net.*but x"),
+        (zeros(x="2"), "not a U-Net of guided-diffusion.*layers are x"),
         ({"step": 3}, "not a state dict of a network: it holds 1 entries: step"),
-        (None, r"it does not have all layers of a U-Net \(at 'time_embed.0.weight'\)"),
+        (None, r"it lacks a layer of a U-Net \(at 'time_embed.0.weight'\)"),
         (zeros(first="1", **{"label_emb.weight": "1"}), "class-conditional"),
         (zeros(first="128x3x3x3", **{"out.2.qkv_proj.weight": "9"}), "classifier"),
         (zeros(first="", last=""), "its first and last layers are not convolutions"),
         (zeros(first="8x3x3x3", last="0"), "its first and last layers are not convolutions"),
-        (zeros(first="1x0x3x3", last="3x1x3x3"), "0 channels in"),
-        (zeros(first="1x6x3x3", last="3x1x3x3"), "6 channels in.*upsampl"),
+        (zeros(first="1x0x3x3", last="3x1x3x3"), "0 input and 3 output"),
+        (zeros(first="1x6x3x3", last="3x1x3x3"), "6 input.*upsampler"),
         (zeros(first="1x3x3x3", last="3x1x3x3") | {5: torch.zeros(())}, "not a state dict"),
         ({1: torch.zeros(2), (2, 3): torch.zeros(2)}, "not a state dict"),
         ({}, "not a state dict of a network"),
         ([torch.zeros(2)], "not a state dict of a network: it holds a list"),
         ({"format": checkpoint.FORMATS[-1]}, "a run of train.py, which needs no conversion"),
-        (zeros(**{"temb.dense.0.weight": "8x4"}), "not have all layers of a U-Net"),
+        (zeros(**{"temb.dense.0.weight": "8x4"}), "it lacks a layer of a U-Net"),
         (zeros(**{"temb.dense.0.weight": "8", "down.x.": "1"}), "invalid literal"),
-        (zeros(**{"time_embedding.linear_1.weight": "8"}), "config.json must lie next to it"),
+        (zeros(**{"time_embedding.linear_1.weight": "8"}), "config.json is missing: put it next"),
         (zeros(**{"unet.transformer_blocks.0.weight": "8"}), "like Stable Diffusion's"),
         (zeros(**{LDM: "8"}), "a latent diffusion model"),
         ({"state_dict": zeros(**{LDM: "8"})}, "a latent diffusion model"),
-        (b"\x80\x03ctorch_utils.persistence\n_reconstruct", "a pickle of Python objects, as EDM's"),
-        ({"args": torch.nn.Identity()}, "SA-DPM's ckpt_N.pth does: give its model_N_ema.pth"),
+        (b"\x80\x03ctorch_utils.persistence\n_reconstruct", "a pickle of Python objects, like EDM"),
+        ({"args": torch.nn.Identity()}, "SA-DPM's ckpt_N.pth, use model_N_ema.pth"),
     ],
     ids=range(24),
 )
@@ -301,7 +301,7 @@ def test_four_thousand_steps_are_rescaled(gold):
 def test_a_level_without_attention_needs_the_size():
     size = dict(channel_mult=(1, 1), attention_resolutions=(), head_channels=32)
     torch.save(to_guided_diffusion(unet.UNet(16, channels=32, **size).state_dict()), "w.pt")
-    refused("w.pt", "^w.pt: its keys do not give the image size: add --imag")
+    refused("w.pt", "^w.pt: its keys do not determine the image size: add")
     checkpoints.main(["w.pt", "--image-size", "16", "--heads", "2"])
     assert D.load_run("w").net.middle_block[1].heads == 2
 
@@ -382,7 +382,7 @@ def test_the_installed_diffusers_gives_these_numbers(name):
         ("has attn_norm_num_groups None", dict(resnet_time_scale_shift="scale_shift"), {}),
         ("config.json has num_class_embeds 10", dict(num_class_embeds=10), {}),
         ("has time_embedding_type 'fourier'", dict(time_embedding_type="fourier"), {}),
-        ("only squares", dict(sample_size=[32, 64]), {}),
+        ("only square images", dict(sample_size=[32, 64]), {}),
         ("its sizes do not fit: .* do not divide into 5 groups", dict(norm_num_groups=5), {}),
         ("its scheduler has beta_end 0.012", {}, dict(beta_end=0.012)),
         ("its scheduler has scaled_linear betas", {}, dict(beta_schedule="scaled_linear")),
@@ -398,13 +398,13 @@ def test_other_diffusers_are_refused(here, monkeypatch, words, config, scheduler
 
 def test_damaged_or_missing_parts_of_diffusers(here, monkeypatch):
     (here / "empty").mkdir()
-    refused("empty", "^empty: no diffusion_pytorch_model.safetensors or .bin")
+    refused("empty", "^empty: neither this folder nor its unet/ has a diff")
     diffusers_folder(here / "hf", "other")
     (here / "hf/config.json").write_text("{", encoding="utf-8")
-    refused("hf", "^hf: config.json next to it is damaged")
+    refused("hf", "^hf: config.json next to it is not valid")
     (here / "w.safetensors").write_bytes(b"x" * 9)
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    refused("w.safetensors", "^w.safetensors: safetensors is needed .* pip install")
+    refused("w.safetensors", "^w.safetensors: safetensors is not installed.*pip install")
 
 
 def test_safetensors(here):
@@ -524,3 +524,15 @@ def test_diffusers_draws_the_same_picture(here, name):
         pipe = diffusers.DDIMPipeline.from_pretrained("out")
         assert pipe.unet.config.sample_size == d.shape[-1]
     refused([name, "--to", "diffusers", "out"], "^--to diffusers out: it exists already")
+
+
+def test_other_betas_are_written_out():
+    """diffusers has no quadratic schedule, and other ends than DDPM's are not assumed."""
+    ends = (0.0015, 0.0195)
+    for name, given in (("linear", ends), ("quadratic", None), ("quadratic", ends)):
+        schedule = schedules.make_schedule(name, betas=given or (1e-4, 0.02))
+        written = exports.schedule_betas(schedule, given)
+        assert list(written) == ["trained_betas"] and len(written["trained_betas"]) == 1000
+        first, last = written["trained_betas"][0], written["trained_betas"][-1]
+        assert (first, last) == pytest.approx(given or (1e-4, 0.02), rel=1e-9)
+    assert exports.schedule_betas(schedules.make_schedule("linear"))["beta_end"] == 0.02

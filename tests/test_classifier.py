@@ -5,7 +5,6 @@ import gzip
 import json
 import pickle
 import struct
-import sys
 from functools import partial
 
 import numpy as np
@@ -19,7 +18,6 @@ import data
 import metrics
 from papers import classifier
 from support import readers
-from support.programs import run_main
 
 
 def bars(n, size=8, seed=0, channels=1):
@@ -98,7 +96,7 @@ def test_sets_without_labels(tmp_path):
     write_folder(tmp_path / "flat", images)
     np.save(tmp_path / "x.npy", images)
     np.savez(tmp_path / "x.npz", images=images)
-    refuse("3 labels of 1 classes cannot be learnt", tmp_path / "flat")
+    refuse("3 labels and 1 classes do not fit", tmp_path / "flat")
     for source in (tmp_path / "x.npy", tmp_path / "x.npz", f"{tmp_path / 'x.npz'}:images"):
         refuse("no labels next to", source)
     refuse("no such file", tmp_path / "none")
@@ -114,7 +112,7 @@ def test_sets_without_labels(tmp_path):
     idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 1, 0])
     refuse("4 images with 3 labels", path)
     idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 0, 0, 0])
-    refuse("1 classes cannot be learnt", path)
+    refuse("1 classes do not fit", path)
     labels.unlink()
     refuse("no labels next to", path.parent)
 
@@ -228,25 +226,3 @@ def test_from_the_program_to_a_distance(tmp_path, monkeypatch, capsys):
         distance[name] = found["value"]
     assert distance["set"] <= 1e-9
     assert 20 * distance["same.npy"] < distance["noise.npy"]
-
-
-def test_what_the_program_rejects(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TRACEBACK", raising=False)
-    monkeypatch.setattr(sys, "argv", ["classifier.py"])
-    idx_files(tmp_path / "set", pixels(4, 8, 8), [0, 1, 0, 1])
-    for words, text in {
-        "nothing": "no such file",
-        "set --out x.pt": "--out x.pt must be a .pt2",
-        "set --out none/x.pt2": "in a folder that exists",
-        "set --epochs 0": "--epochs must be at least 1",
-        "set --image-size 0": "--image-size must be",
-    }.items():
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as info:
-            run_main(lambda words=words: classifier.main(words.split()))
-        printed = capsys.readouterr()
-        lines = [line for line in printed.err.splitlines() if "it/s]" not in line and line]
-        assert info.value.code == 2 and len(lines) == 1 and text in lines[0]
-        assert lines[0].startswith("classifier.py: error: ") and not printed.out
-    assert not list(tmp_path.glob("*.pt2"))

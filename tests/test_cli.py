@@ -27,8 +27,9 @@ from support.cli import make_parser
 def trained(tmp_path_factory):
     """A folder with one finished small run, made by the README's first command through torchrun."""
     folder = tmp_path_factory.mktemp("cli")
-    done = torchrun(1, ROOT / "train.py", "--sa-k", "2", *TINY, "--steps", "3", cwd=folder)
-    assert "next: python sample.py shapes-tiny-sa2" in done.stdout
+    words = ["--sa-k", "2", *TINY, "--steps", "3", "--name", "sa2"]
+    done = torchrun(1, ROOT / "train.py", *words, cwd=folder)
+    assert "next: python sample.py sa2" in done.stdout
     return folder
 
 
@@ -43,7 +44,7 @@ def test_train_then_sample(trained):
 
 def samples(out, words):
     """sample.py in this process -> its output folder."""
-    sample.main(["shapes-tiny-sa2", "--out", str(out), *words.split()])
+    sample.main(["sa2", "--out", str(out), *words.split()])
     return out
 
 
@@ -59,7 +60,7 @@ def pngs(folder):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--nfe 5", "--sampler ddpm --nfe 6", "--sampler dpm-solver --nfe 7 --spacing logsnr"]
+    "flags", ["--sampler ddim --nfe 5", "--nfe 6", "--sampler dpm-solver --nfe 7 --spacing logsnr"]
 )
 def test_an_image_is_the_same_for_any_batch_size(out, flags):
     flags += " --num 7"
@@ -73,8 +74,8 @@ def test_an_image_is_the_same_for_any_batch_size(out, flags):
 
 
 def test_bf16_pictures_are_near_the_float32_ones(out):
-    whole = pngs(samples(out, "--num 6 --nfe 5"))
-    half = samples(out.with_name("b"), "--num 6 --nfe 5 --precision bf16")
+    whole = pngs(samples(out, "--num 6 --nfe 5 --sampler ddim"))
+    half = samples(out.with_name("b"), "--num 6 --nfe 5 --sampler ddim --precision bf16")
     assert np.abs(whole - pngs(half)).mean() < 2
     assert json.loads((half / "settings.json").read_text("utf-8"))["precision"] == "bf16"
 
@@ -95,7 +96,7 @@ def test_sampling_goes_on_where_it_stopped(out, capsys, tmp_path):
     samples(out, "--num 6 --nfe 3")
     assert "5 of 6 images exist already" in capsys.readouterr().out
     assert np.abs(pngs(out) - before).max() <= 1
-    shutil.copytree("runs/shapes-tiny-sa2", tmp_path / "elsewhere")
+    shutil.copytree("runs/sa2", tmp_path / "elsewhere")
     sample.main([str(tmp_path / "elsewhere"), "--num", "6", "--nfe", "3", "--out", str(out)])
     assert "6 of 6 images exist already" in capsys.readouterr().out
     assert (out / "000002.png").stat().st_mtime_ns == stamp
@@ -106,7 +107,7 @@ def test_other_settings_do_not_mix_with_old_pictures(out):
     samples(out, "--num 6 --nfe 3")
     before = {p: p.read_bytes() for p in out.iterdir()}
     for flags in ("--nfe 4", "--seed 1", "--precision bf16", "--weights raw"):
-        message = f"^--out {out} holds images made in another way"
+        message = f"^--out {out} holds images with other settings"
         refused(message, samples, out, "--num 6 --nfe 3 " + flags)
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 
@@ -130,24 +131,24 @@ def test_the_default_folder_is_named_after_what_differs(here):
     for steps in ("1", "2"):
         train.main([*TINY, "--warmup", "0", "--name", "grows", "--steps", steps])
         sample.main(["-n", "2", "--nfe", "2"])
-    for flags in ("--seed 3", "--sampler ddpm --variance large", "--weights raw --clip on"):
+    for flags in ("--seed 3", "--variance large", "--weights raw --clip on"):
         sample.main(["-n", "2", "--nfe", "2", *flags.split()])
-    expected = "ddim-2-step1 ddim-2-step2 ddim-2-step2-seed-3 ddpm-2-step2-variance-large "
-    expected += "ddim-2-step2-clip-on-weights-raw"
+    expected = "ddpm-2-step1 ddpm-2-step2 ddpm-2-step2-seed-3 ddpm-2-step2-variance-large "
+    expected += "ddpm-2-step2-clip-on-weights-raw"
     folders = (p for p in Path("runs/grows/generated").iterdir() if p.is_dir())
     assert {p.name for p in folders} == set(expected.split())
 
 
 def test_stochastic_samplers_are_clipped_by_default(out):
-    d = denoiser.load_run("shapes-tiny-sa2")
-    for flags in ("--sampler ddpm", "--eta 0.5", "--clip on"):
+    d = denoiser.load_run("sa2")
+    for flags in ("", "--sampler ddim --eta 0.5", "--sampler ddim --clip on"):
         assert parse("sample.py", flags).arguments(d)["clip"] == (-1, 1)
-    for flags in ("", "--sampler ddpm --clip off"):
+    for flags in ("--sampler ddim", "--clip off"):
         assert parse("sample.py", flags).arguments(d)["clip"] is None
 
 
 def test_load_run_gives_what_the_run_describes(out):
-    ema, raw = (denoiser.load_run("runs/shapes-tiny-sa2", weights) for weights in ("ema", "raw"))
+    ema, raw = (denoiser.load_run("runs/sa2", weights) for weights in ("ema", "raw"))
     assert ema.prediction == "v" and ema.schedule.name == "cosine" and ema.settings["sa_k"] == 2
     assert not ema.net.training and not any(p.requires_grad for p in ema.net.parameters())
     found = checkpoint.load_checkpoint(checkpoint.find_checkpoint())

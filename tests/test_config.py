@@ -7,13 +7,14 @@ from programs import parse
 
 def test_recipes_are_the_papers():
     config = parse("train.py", "--preset cifar10 --sa-k 2")
-    expected = dict(batch_size=128, lr=2e-4, ema=0.9999, grad_clip=1.0, flip=False, image_size=32)
+    expected = dict(batch_size=128, lr=2e-4, ema=0.9999, grad_clip=1 / 3072, flip=False)
+    expected |= dict(image_size=32, adam_eps=1e-8 / 3072)
     expected |= dict(schedule="linear", prediction="eps", loss_space="eps", images=1200 * 50_000)
     expected |= dict(sa_weight=1.0, dropout=0.1)
     assert {k: getattr(config, k) for k in expected} == expected
     assert config.settings()["unet"]["dropout"] == 0.1
     config = parse("train.py", "--preset ffhq256 --etsdm")
-    assert (config.batch_size, config.lr, config.grad_clip) == (96, 1e-4, 0)
+    assert (config.batch_size, config.lr, config.grad_clip, config.flip) == (96, 1e-4, 0, True)
     assert (config.etsdm_interval, config.etsdm_n) == (100, 5)
 
 
@@ -28,7 +29,8 @@ def test_the_command_line_wins_over_a_preset():
     [
         ("--preset cifar10 --schedule zero-terminal-snr", "v v uniform"),
         ("--schedule zero-terminal-snr --prediction eps", "eps eps uniform"),
-        ("--preset cifar10 --prediction x0", "x0 eps uniform"),
+        ("--preset cifar10 --prediction v", "v v uniform"),
+        ("--preset cifar10 --prediction v --loss-space eps", "v eps uniform"),
         ("--prediction x0", "x0 x0 uniform"),
         ("--preset cifar10 --schedule edm", "edm edm lognormal"),
         ("--schedule edm --train-times uniform", "edm edm uniform"),
@@ -59,6 +61,7 @@ def test_what_may_change_on_resume():
     """How fast, how long, how often and where; never what is learnt, except for the learning rate
     and clipping, which the message about failed steps advises to change."""
     assert parse("train.py", "").may_change() == set(
-        "data name init steps images lr muon_lr grad_clip microbatch recompute precision device "
-        "compile deterministic workers skip_bad_images sample_every save_every".split()
+        "data name init steps images lr adam_eps muon_lr grad_clip microbatch recompute precision "
+        "device compile deterministic workers skip_bad_images sample_every save_every "
+        "save_minutes".split()
     )

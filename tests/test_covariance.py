@@ -500,7 +500,7 @@ def test_errors_of_a_run_say_what_to_do(estimated, monkeypatch, tmp_path):
     refused(start, "python -m papers.covariance", error=FileNotFoundError)
     path.write_bytes((estimated / "runs/base/analytic.npz").read_bytes())
     covariance.variance_from_run(denoiser.replace(folder=tmp_path), "analytic", True)
-    refused("is of step 2, ema weights; the run is at 4000", "again", step=4000)
+    refused("belongs to step 2, ema weights, not to step 4000", "again", step=4000)
     refused("--weights raw", weights="raw")
     for broken in (path.read_bytes()[:200], b"", b"text"):
         path.write_bytes(broken)
@@ -512,5 +512,5 @@ def test_errors_of_a_run_say_what_to_do(estimated, monkeypatch, tmp_path):
     refused("python -m papers.heads npr runs/base", kind="npr", folder=run)
     settings = dict(denoiser.settings, head="npr", trunk="first")
     refused("has an npr head", "papers.heads sn first", kind="sn", folder=run, settings=settings)
-    refused("opened by load_run", kind="best")
-    refused("opened by load_run", folder=None)
+    refused("load_run must have opened", kind="best")
+    refused("load_run must have opened", folder=None)

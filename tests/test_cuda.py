@@ -1,21 +1,35 @@
 """What is different on a GPU, tested without one. Tests marked `cuda` need one."""
 
 import copy
+import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
+import threading
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import ENV
+from emulated import emulated, waits
 from torch.testing import assert_close
 
-from benchmarks import gpu_check
+from benchmarks import __main__ as benchmark
+from benchmarks import gpu_check, plain
 from benchmarks.__main__ import memory_of
 from config import RECIPES, Config
-from support import checkpoint, distributed, precision, programs
+from support import (
+    checkpoint,
+    distributed,
+    image_files,
+    memory,
+    precision,
+    programs,
+    rng,
+)
 from support.cli import parse_into
 
 CPU = torch.device("cpu")
@@ -30,6 +44,21 @@ def test_processes_that_share_a_gpu_use_gloo(processes, gpus, backend, monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert distributed.choose_backend(torch.device("cuda", 0)) == backend
     assert distributed.choose_backend(CPU) == "gloo"
+
+
+def test_nccls_watchdog_ends_a_process_that_waits_in_vain(monkeypatch):
+    """A process that waits for a GPU runs no Python: NCCL must know how long is too long."""
+    calls = []
+    for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "rendezvous", lambda *a, **b: iter([(dist.HashStore(),)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **b: calls.append((a, b)))
+    monkeypatch.setattr(dist, "new_group", lambda **b: calls.append(b))
+    with emulated("cuda"):
+        distributed.init(timeout=distributed.STEP_TIMEOUT)
+    (backend,), words = calls[0]
+    assert backend == "cpu:gloo,cuda:nccl" and words["timeout"] == timedelta(minutes=10)
+    assert calls[1] == dict(backend="gloo", timeout=distributed.LONG_TIMEOUT)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +148,201 @@ def test_moments_take_the_layout_of_their_weights(layouts):
     assert_close(other.weight, net.weight, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "words, world_size, suits",
+    [
+        ("--batch-size 64", 1, True),
+        ("--batch-size 128", 1, False),
+        ("--batch-size 128", 2, True),
+        ("--batch-size 64 --sa-k 2", 1, False),
+        ("--batch-size 32 --microbatch 16", 1, False),  # gradients of two passes add up
+        ("--batch-size 32 --microbatch 16", 2, True),
+        ("--batch-size 8 --image-size 256", 1, False),
+    ],
+)
+def test_cuda_graphs_are_for_small_steps_of_one_pass(words, world_size, suits, monkeypatch):
+    config = parse_into(Config, words.split())
+    assert precision.suits_graphs(config, world_size) is suits
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda net, **options: seen.append(options))
+    for device in (torch.device("cuda"), CPU):
+        precision.for_training(None, device, True, suits)
+    mode = dict(mode="reduce-overhead") if suits else {}
+    assert seen == [dict(dynamic=False, **mode), dict(dynamic=False)]
+
+
+# ------------------------------------------------------------------ what the GPU need not wait for
+
+
+def test_noise_is_drawn_ahead_by_a_thread_and_stays_the_same():
+    usual, ahead = (rng.SeededNoise([3, 4], ahead=flag) for flag in (False, True))
+    for _ in range(4):
+        assert_close(ahead((2, 1, 4)), usual((2, 1, 4)), rtol=0, atol=0)
+        assert ahead.next.result().shape == (2, 1, 4), "the next one is made before it is asked for"
+    assert usual.next is None
+    with emulated("cuda"):
+        noise = rng.SeededNoise([3, 4], "cuda")((2, 1, 4))
+        assert noise.device.type == "cuda"
+    assert_close(noise.held, rng.SeededNoise([3, 4])((2, 1, 4)), rtol=0, atol=0)
+
+
+def test_the_next_batch_is_made_before_it_is_asked_for():
+    made, second = [], threading.Event()
+
+    class Drawn:
+        streamed = False
+
+        def __getitem__(self, i):
+            made.append(threading.current_thread())
+            if i == 3:
+                second.set()
+            return torch.full((3, 2, 2), i, dtype=torch.uint8)
+
+    with emulated("cuda"):
+        stream = image_files.stream(Drawn(), iter([[0, 1], [2, 3], [4, 5]]), 0, 0, "cuda")
+        first = next(stream)
+        assert second.wait(10), "a thread makes the second batch meanwhile"
+        assert first[:, 0, 0, 0].tolist() == [0, 1]
+        assert next(stream)[:, 0, 0, 0].tolist() == [2, 3]
+        stream.close()
+    assert threading.current_thread() not in made
+
+
+def test_a_snapshot_does_not_change_with_the_training():
+    weight, buffer = torch.randn(3, 2), torch.ones(2)
+    state = dict(net=dict(w=weight), extra=[buffer, (1, buffer)], step=3)
+    with emulated("cuda"):
+        state["average"] = weight.to("cuda")
+        before = len(waits)
+        copied = checkpoint.snapshot(state)
+        assert len(waits) == before, "each copy is queued, and all are waited for at once"
+        state["average"].zero_()
+    kept = weight.clone()
+    weight.zero_(), buffer.zero_()
+    assert copied["average"].device == CPU and copied["step"] == 3
+    assert_close(copied["average"], copied["net"]["w"], rtol=0, atol=0)
+    assert_close(copied["net"]["w"], kept, rtol=0, atol=0)
+    assert copied["extra"][0].tolist() == copied["extra"][1][1].tolist() == [1, 1]
+
+
+# ------------------------------------------------------------------ precision
+
+
+def test_bf16_needs_units_for_it(monkeypatch):
+    """PyTorch also accepts bf16 on older GPUs, which emulate it slowly."""
+    cuda = torch.device("cuda", 0)
+    with emulated("cuda"):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+        assert precision.autocast_dtype("auto", cuda) == torch.bfloat16
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
+        )
+        assert precision.autocast_dtype("auto", cuda) is None
+        with pytest.raises(ValueError, match="^--precision bf16: this GPU has no units for it"):
+            precision.autocast_dtype("bf16", cuda)
+
+
+@pytest.mark.parametrize("program", ["sample", "metrics fid", "papers.superres enlarge"])
+def test_tf32_is_a_choice_for_sampling(program, monkeypatch, tmp_path):
+    class Enough(Exception):
+        pass
+
+    def init(tf32, *others, **more):
+        seen.append(tf32)
+        raise Enough
+
+    seen, (module, *words) = [], program.split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distributed, "init", init)
+    words += {"sample": ["run"], "metrics": ["run"]}.get(module, ["run", "shapes"])
+    for precise in ("tf32", "fp32", "bf16"):
+        with pytest.raises(Enough):
+            importlib.import_module(module).main([*words, "--precision", precise])
+    assert seen == [True, False, False]
+    assert precision.autocast_dtype("tf32", torch.device("cuda")) is None
+    with pytest.raises(ValueError, match="^--precision tf32 is for GPUs"):
+        precision.autocast_dtype("tf32", CPU)
+
+
+# ------------------------------------------------------------------ the benchmark
+
+
+def test_the_benchmark_gives_a_gpu_enough_work(monkeypatch):
+    """20 µs of work would measure how long a GPU takes to start."""
+    rows, images = benchmark.work_sizes(torch.device("cuda"))
+    assert 2 * rows**3 > 1e12 and 2 * images * 256**2 * 16**2 * 9 > 7e10  # > 0.1 ms on an H100
+    assert benchmark.usual_batch() == 16
+    monkeypatch.setattr(benchmark, "DEVICE", torch.device("cuda"))
+    assert benchmark.usual_batch() == 128
+
+
+def test_plain_float32_is_float32_on_a_gpu():
+    """cuDNN rounds convolutions to 10 bits unless it may not."""
+    torch.backends.cudnn.allow_tf32 = True
+    runpy.run_path(plain.__file__)
+    assert torch.backends.cudnn.allow_tf32 is False
+
+
 # ------------------------------------------------------------------ memory
+
+
+class Card(distributed.Distributed):
+    """The process of a GPU, for memory.notes."""
+
+    def __init__(self, world_size=1, rank=0):
+        super().__init__(rank, world_size, 0, torch.device("cuda", 0))
+
+
+def notes(words, card, monkeypatch, **process):
+    """memory.notes on a card of so many GB, if a step takes 2 GB and 1 more per map."""
+    config = parse_into(Config, [*words.split(), "--precision", "fp32"])
+    monkeypatch.setattr(memory, "step_bytes", lambda make, shape, n, *rest: (2 + n) * 1e9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, card * 1e9))
+    return memory.notes(None, config, Card(**process))
+
+
+@pytest.mark.parametrize(
+    "words, card, advice",
+    [
+        ("--batch-size 32", 34, None),
+        ("--batch-size 32", 33.5, "--microbatch 16 fits"),
+        ("--batch-size 32", 13, "--microbatch 11 fits"),  # 3 parts of 11, 11, 10
+        ("--batch-size 32 --microbatch 8", 10, None),
+        ("--batch-size 32 --microbatch 8", 9, "--microbatch 7 fits"),
+        ("--batch-size 32 --sa-k 2", 13, "--microbatch 5 fits"),
+        ("--batch-size 32", 2.5, "--recompute takes less"),
+        ("--batch-size 32 --recompute", 2.5, "a larger GPU is needed"),
+    ],
+)
+def test_a_step_that_does_not_fit_the_card_gives_a_note(words, card, advice, monkeypatch):
+    found = notes(words, card, monkeypatch)
+    assert len(found) == bool(advice)
+    if advice:
+        assert found[0].endswith(f"this GPU has {card:.0f}. If memory runs out: {advice}")
+
+
+def test_the_note_on_memory_counts_the_images_of_a_process(monkeypatch):
+    assert notes("--batch-size 32", 20, monkeypatch, world_size=2) == []
+    assert notes("--batch-size 64", 20, monkeypatch, world_size=2)[0].startswith("32 images")
+    assert notes("--batch-size 64", 20, monkeypatch, world_size=2, rank=1) == [], "one prints it"
+
+
+@pytest.mark.slow
+def test_train_prints_the_note_on_memory(monkeypatch, tmp_path, capsys):
+    """By the calculation itself, with the network that is trained."""
+    import train
+    from support.run import RunFolder
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(RunFolder, "save_preview", lambda *inputs: None)
+    words = "--image-size 16 --batch-size 4 --no-compile --precision fp32 --steps 1".split()
+    with emulated("cuda"):
+        for free, count in ((10**9, 0), (10**7, 1)):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+            train.main([*words, "--device", "cuda", "--name", f"with-{free}"])
+            out = capsys.readouterr().out
+            assert out.count("If memory runs out: --recompute takes less") == count
 
 
 # GB of weights and so on, GB per image: benchmarks/'s calculation for bf16 in eager mode
@@ -177,6 +400,10 @@ def test_the_gpu_check_rehearsed_on_a_cpu(tmp_path):
     assert set(gpu_check.PROGRAMS) <= set(found["programs gpu"])
     for side in ("plain fp32 tiny", "eager bf16 tiny", "sample tiny"):
         assert found[side]["images_s"] > 0 and 0 < found[side]["mfu"] < 1
+    graphs, calls = (found[f"{name} tiny"]["ms of a call"] for name in ("small steps", "sample"))
+    assert len(graphs) == 2 and len(calls) == 4, "two precisions, and noise by two ways"
+    pieces = found["pieces"]["ms"]
+    assert len(pieces) == 6 and all(v > 0 for v in (pieces | graphs | calls).values())
 
 
 @pytest.mark.cuda

@@ -9,6 +9,7 @@ import denoiser as D
 import etsdm
 import schedules
 from papers import alternatives
+from support.cli import parse_into
 
 LINEAR = schedules.make_schedule("linear")
 
@@ -90,6 +91,17 @@ def test_imported_checkpoints_count_from_zero():
         for t in (1000, torch.tensor([1]), 21, 40):
             denoiser.predict(torch.randn(1, 1), t)
     assert [c.item() for _, c in seen] == [999, 0, 20, 39] + [999, 0, 20, 20]
+
+
+def test_a_run_has_the_betas_that_were_asked_for():
+    """Latent diffusion's, with its quadratic schedule; runs without the setting have DDPM's."""
+    words = "--schedule quadratic --betas 0.0015 0.0195"
+    settings = parse_into(config.Config, words.split()).settings()
+    schedule = D.build_denoiser(settings).schedule
+    assert_close(1 - schedule.alpha_bar(1), f64(()).fill_(0.0015))
+    assert_close(1 - schedule.alpha_bar(1000) / schedule.alpha_bar(999), f64(()).fill_(0.0195))
+    del settings["betas"]
+    assert_close(1 - D.build_denoiser(settings).schedule.alpha_bar(1), f64(()).fill_(1e-4))
 
 
 def test_unknown_prediction():

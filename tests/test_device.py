@@ -229,10 +229,11 @@ def test_only_cuda_compiles_by_default_in_channels_last(monkeypatch):
         assert last == (compiled and kind == "cuda"), "eager, and on a CPU, it only costs"
 
 
-def test_a_step_waits_for_the_gpu_once(here):
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_step_waits_for_the_gpu_once(optimizer, here):
     """.tolist(), .item() and blocking copies to the CPU stop the program until the GPU is done."""
-    words = "--batch-size 4 --image-size 16 --flip --sa-k 2 --etsdm --precision fp32".split()
-    config = parse_into(Config, words)
+    words = "--batch-size 4 --image-size 16 --flip --sa-k 2 --etsdm --precision fp32 --optimizer"
+    config = parse_into(Config, [*words.split(), optimizer])
     images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
     with emulated("cuda"):
         objective = train.DiffusionObjective(config)

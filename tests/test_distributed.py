@@ -13,13 +13,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, ROOT, TINY, assert_same, torchrun
+from conftest import ENV, ROOT, SMALL, TINY, assert_same, torchrun
 from kills import read_pictures
 from programs import main_of
 from torch.testing import assert_close
 
 from support.checkpoint import load_checkpoint
 
+TINY = [*TINY, "--lr-decay", "none"]  # so that a run of 4 steps can go on to 10
 WORKER = ROOT / "tests" / "robustness" / "faulty_worker.py"
 TRAIN = ROOT / "train.py"
 pytestmark = pytest.mark.slow
@@ -144,7 +145,7 @@ def test_sigterm_to_torchrun_saves_and_resumes(tmp_path):
 def test_every_objective_under_two_processes(runs):
     """A plain run, a head (whose trunk is frozen), an autoencoder, its latents, super-resolution:
     the losses of one process, a Γ bit for bit, and pictures within one grey level."""
-    small, names = " --batch-size 4 --precision fp32 --steps 10 --name ", ["by"]
+    small, names = " ".join(["", *SMALL, "--steps 10 --name "]), ["by"]
     for name, program, words in (
         ("head", "papers.heads", "npr by1"),
         ("code", "papers.autoencoder train", "--image-size 16"),

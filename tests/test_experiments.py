@@ -25,11 +25,15 @@ from papers.plans import Experiment, Numbers, Row
 from support.cli import parse_into
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = (  # of the issue tracker, in the papers' order
-    "sa-table1 sa-table2 sa-table3 sa-table4 sa-figure1 sa-figure4 sa-samples etsdm-figure1 "
-    "etsdm-figure2 etsdm-figure3 etsdm-figure4 etsdm-table2 etsdm-table3 etsdm-figure5 etsdm-sr "
-    "etsdm-v etsdm-ldm etsdm-edm"
+NAMES = (
+    "sa-table1 sa-steps sa-table2 sa-table3 sa-table4 sa-figure1 sa-figure4 sa-samples "
+    "etsdm-table1 etsdm-figure1 etsdm-slope-continuous etsdm-slope-quadratic etsdm-slope-v "
+    "etsdm-slope-ddpm-r etsdm-slope-cosine-shift etsdm-slope-latents etsdm-figure2 etsdm-figure3 "
+    "etsdm-figure4 etsdm-table2 etsdm-table3 etsdm-figure5 etsdm-samples etsdm-sr etsdm-colour "
+    "etsdm-sr-pictures etsdm-v etsdm-ldm etsdm-edm"
 ).split()
+# What E-TSDM's paper measures by ancestral sampling, each of the 1,000 steps.
+FULL_LENGTH = "table1 table2 figure3 figure4 figure5 samples sr colour sr-pictures v".split()
 CONFIGS = {
     "train.py": Config,
     "sample.py": sample.SampleConfig,
@@ -45,6 +49,7 @@ CONFIGS = {
     "papers.latents": latents.LatentConfig,
     "papers.superres train": superres.SuperResConfig,
     "papers.superres enlarge": superres.EnlargeConfig,
+    "papers.superres colour": superres.ColourConfig,
 }
 
 
@@ -69,7 +74,7 @@ def planned(words, names=NAMES):
 def split(words):
     """The words of a command after `python` -> (program, its arguments)."""
     program, *rest = words[words[0] == "-m" :]
-    if rest[0] in ("train", "enlarge"):
+    if rest[0] in ("train", "enlarge", "colour"):
         program = f"{program} {rest.pop(0)}"
     return program, rest
 
@@ -93,8 +98,34 @@ def test_every_name_is_declared_in_every_budget(budget):
     assert sorted(found) == sorted(NAMES)
     for e in found.values():
         labels = [row.label for row in e.rows]
-        assert len(set(labels)) == len(labels) and set(e.paper) <= set(labels)
+        assert len(set(labels)) == len(labels)
+        assert set(e.paper) <= {(label, column) for label in labels for column in e.columns}
         assert e.title and e.claim and e.columns
+
+
+@pytest.mark.parametrize("budget", plans.BUDGETS)
+def test_claims_are_asked_of_their_own_sampler(budget):
+    """E-TSDM's are about DDPM in 1,000 calls with the variance β_t, which comes first; SA-DPM's
+    about its program's grid, without a clip unless the variance is estimated."""
+    found = experiments.declare(budget)
+    for name in FULL_LENGTH:
+        first, second = list(found[f"etsdm-{name}"].columns.values())[:2]
+        assert first == ("--sampler", "ddpm", "--variance", "large", "--nfe", "1000")
+        assert second == ("--sampler", "ddpm", "--variance", "small", "--nfe", "1000")
+        assert not any("--sampler" in row.sample_flags for row in found[f"etsdm-{name}"].rows)
+    for name in ("sa-table1", "sa-steps", "sa-table2", "sa-table3", "sa-table4"):
+        for row in found[name].rows:
+            assert row.sample_flags[row.sample_flags.index("--spacing") + 1] == "leading"
+            assert ("off" in row.sample_flags) != ("--variance" in row.sample_flags)
+
+
+def test_published_numbers_stand_at_their_sampler():
+    found = experiments.declare("paper")
+    assert found["etsdm-table2"].paper["linear, discrete, plain", "DDPM large, 1000"] == 9.50
+    assert found["etsdm-table3"].paper["plain", "DDIM, 50"] == 21.80
+    assert found["etsdm-table3"].paper["plain", "DDIM, 200"] == 23.16
+    text = pages.markdown_table(found["etsdm-sr"], "a", {("a", "plain", "DDPM large, 1000"): [20]})
+    assert "| plain | 20.0 [24.64] |" in text
 
 
 @pytest.mark.parametrize("budget", plans.BUDGETS)
@@ -114,7 +145,7 @@ def test_programs_accept_every_command(here, budget, monkeypatch):
                 trained[config.name] = config.settings()
             elif program == "papers.classifier":  # metrics.py looks whether it is there
                 config.out.touch()
-            elif not {"stats", "psnr", "illustration"} & {*words}:
+            elif not {"stats", "psnr", "colour", "illustration"} & {*words}:
                 assert {word.split("=")[-1] for word in words} & set(trained), words
     # Causes stand before their effects: jobs.chain_costs() relies on it.
     place = {name: i for i, name in enumerate(todo)}
@@ -177,6 +208,26 @@ def test_the_paper_budget_is_the_papers_recipe(here):
     assert c.ema == pytest.approx(0.5 ** (512 / 500_000), abs=1e-5) and c.grad_clip == 0
 
 
+def test_settings_that_were_wrong(here):
+    """LDM's schedule, v's own loss at every budget, and SA-DPM's sets at 64 pixels."""
+    for budget in plans.BUDGETS:
+        plan = planned(f"etsdm-ldm --budget {budget} --data shapes", ["etsdm-ldm"])[0]
+        plan = plan["etsdm-ldm"][0]
+        c = plan.config(plan.e.rows[0].run)
+        assert (c.schedule, c.betas, c.prediction) == ("quadratic", (0.0015, 0.0195), "eps")
+        plan = planned(f"etsdm-v --budget {budget} --data shapes", ["etsdm-v"])[0]["etsdm-v"][0]
+        assert plan.config(plan.e.rows[0].run).loss_space == "v"
+    for name, batch, images in (("ffhq64", 256, 105_000_000), ("afhq64", 128, 31_606_000)):
+        words = f"sa-table3 --budget paper --data {name}/ --preset {name}"
+        plan = planned(words, ["sa-table3"])[0]["sa-table3"][0]
+        c = plan.config(("--sa-k", "2"))
+        assert (c.preset, c.batch_size, c.images) == ("celeba64", batch, images)
+        assert name in plan.name(()) and c.grad_clip == pytest.approx(1 / (3 * 64 * 64))
+    _, todo = planned("sa-table3 --budget paper --data hq/ --preset celebahq256", ["sa-table3"])
+    scored = [words for job in todo.values() for words in job.commands if "fid" in words]
+    assert all(words[words.index("-n") + 1] == "10000" for words in scored)
+
+
 def test_other_sets_of_the_paper_have_their_own_network_and_weight(here):
     words = "sa-table3 --budget paper --data hq/ --preset celebahq256 --sa-weight 0.1"
     config = options(words)
@@ -203,13 +254,24 @@ def test_latents_have_the_images_of_their_autoencoder(here):
 
 
 @pytest.mark.slow
-def test_the_cpu_budget_is_about_half_an_hour(here, capsys):
+def test_the_cpu_budget_is_at_most_three_hours(here, capsys):
     """By the estimate that `list` prints, on two cores."""
     experiments.main(["list"])
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[0] for line in lines] == list(experiments.declare("cpu"))
-    assert all(0 <= float(line.split()[1]) <= 45 for line in lines)
+    assert all(0 <= float(line.split()[1]) <= 180 for line in lines)
     assert all(float(line.split()[3]) > 0 for line in lines if "figure1 " not in line)
+
+
+def test_some_rows_and_columns_only(here):
+    """The commands of a part are those of the whole."""
+    words = "etsdm-table2 --data shapes"
+    some = f"{words} --rows cosine, linear --columns 1000"
+    whole, part = (planned(w, ["etsdm-table2"]) for w in (words, some))
+    assert set(part[1]) < set(whole[1])
+    cells = part[0]["etsdm-table2"][0].cells
+    assert {column for _, column in cells} == set(experiments.FULL) and len(cells) == 16
+    assert cells.items() <= whole[0]["etsdm-table2"][0].cells.items()
 
 
 # ------------------------------------------------------------------ numbers
@@ -256,7 +318,7 @@ def test_format_values(values, text):
 
 SMALL = Experiment(
     "A title", "a claim", rows=(Row("one"), Row("two", ("--etsdm",))),
-    columns=experiments.named(experiments.DDPM, 5, 9), steps=6, paper={"two": "9.87"},
+    columns=experiments.named(experiments.DDPM, 5, 9), steps=6, paper={("two", "DDPM, 9"): 9.87},
 )  # fmt: skip
 
 
@@ -285,8 +347,8 @@ def test_a_page_of_what_there_is(small, capsys):
     text = Path("results/small.md").read_text(encoding="utf-8")
     assert text.startswith("# A title (FD in net.pt2, not FID)\n")
     assert "Measured with FD(net.pt2), on 12 samples." in text
-    assert "| one | 1.50 ± 0.71 | 1.50 ± 0.71 |  |" in text
-    assert "| two | 1.50 ± 0.71 |  | 9.87 |" in text
+    assert "| one | 1.50 ± 0.71 | 1.50 ± 0.71 |" in text and "Not run" not in text
+    assert "| two | 1.50 ± 0.71 |  [9.87] |" in text and "In brackets: the paper's" in text
     assert "`python -m papers.experiments small --seeds 2 --features net.pt2 --data shapes`" in text
     with open("results/small.csv", newline="") as f:
         rows = list(csv.DictReader(f))
@@ -295,7 +357,7 @@ def test_a_page_of_what_there_is(small, capsys):
     assert "1.50 ± 0.71" in capsys.readouterr().out
     args = options("small --features net.pt2 --out elsewhere/mine")
     pages.write_page("small", SMALL, made[:1], args)  # does not touch the page above
-    assert "| one | 1.00 | 1.00 |  |" in Path("elsewhere/mine/small.md").read_text(encoding="utf-8")
+    assert "| one | 1.00 | 1.00 |" in Path("elsewhere/mine/small.md").read_text(encoding="utf-8")
     assert Path("results/small.md").read_text(encoding="utf-8") == text
 
 
@@ -357,32 +419,61 @@ def test_grids_of_samples_lie_side_by_side(small):
     text = Path("results/small.md").read_text(encoding="utf-8")
     assert text.startswith("# A title (pictures)\n") and "| one |" not in text
     assert "seed" not in text.split("![")[0] and "Measured" not in text
-    made, args = numbered(e, "small --features net.pt2 --data a b --seeds 2", "mean grey")
-    pages.write_page("small", e, made, args)
-    assert "The figure shows a, seed 0." in Path("results/small.md").read_text(encoding="utf-8")
+
+
+def test_a_page_names_what_was_not_run(small, capsys):
+    """--page writes the page of what there is. Rows and columns without numbers are left out."""
+    with pytest.raises(ValueError, match="--page: .* has no number of small"):
+        experiments.main("small --features net.pt2 --page".split())
+    numbered(SMALL, "small --features net.pt2 --rows two --columns 9 --seeds 2")
+    experiments.main("small --features net.pt2 --page".split())
+    text = Path("results/small.md").read_text(encoding="utf-8")
+    assert "**Not run:** the rows “one”; the columns “DDPM, 5”." in text
+    assert "| two | 0.0000 [9.87] |" in text and "| one |" not in text
+    assert "One seed." in text and "| two |" in capsys.readouterr().out
+    rows = plans.read_csv("results/small.csv")
+    assert [(row["row"], row["column"]) for row in rows] == [("two", "DDPM, 9")]
+
+
+PAIR = experiments.pair("--lr", "2e-3", name="fast") + experiments.pair(name="slow")
 
 
 @pytest.mark.parametrize(
-    "more, panels",
+    "more, panels, lines",
     [
-        (dict(columns=experiments.calls(5, 9)), 1),  # curves over numbers
-        (dict(rows=tuple(Row(f"row {i}", ("--lr", f"{i}e-3")) for i in range(1, 8))), 1),  # dots
-        (dict(split=("one", "two")), 2),
+        (dict(columns=experiments.calls(5, 7, 9)), ["one", "two"], ["5", "7", "9"]),
+        ({}, ["DDPM, 5", "DDPM, 9"], ["one", "two"]),
+        (dict(rows=PAIR), ["DDPM, 5", "DDPM, 9"], ["fast", "slow"]),
     ],
 )
-def test_figures(small, more, panels, monkeypatch):
+def test_figures(small, more, panels, lines, monkeypatch):
+    """A panel for each column, or for each system if these are fewer. Every seed is a dot."""
     kept = []
     monkeypatch.setattr(pages.files, "save_figure", lambda path, figure, dpi: kept.append(figure))
     e = dataclasses.replace(SMALL, paper={}, **more)
-    made, args = numbered(e, "small --seeds 2 --features net.pt2")
+    made, args = numbered(e, "small --seeds 3 --features net.pt2")
     pages.write_page("small", e, made, args)
     (figure,) = kept
-    assert len(figure.axes) == panels
-    texts = [t.get_text() for axes in figure.axes for t in axes.get_legend().get_texts()]
-    texts += [t.get_text() for axes in figure.axes for t in axes.get_yticklabels()]
-    assert {row.label for row in e.rows} <= set(texts)
-    for axes in figure.axes:
-        assert "FD(net.pt2)" in (axes.get_xlabel(), axes.get_ylabel())
+    assert [axes.get_title() for axes in figure.axes] == panels
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == lines
+    dots = [len(line.get_xdata()) for line in figure.axes[1].lines if line.get_marker() != "None"]
+    rows = len(e.rows) if more.get("rows") else 3 if more else 2  # of the second panel
+    assert dots == [3] * rows
+    assert all(axes.get_xlabel() == "FD(net.pt2)" for axes in figure.axes)
+
+
+def test_plain_and_method_stand_in_one_line(small):
+    """They differ in their look, and a line joins their means."""
+    e = dataclasses.replace(SMALL, rows=PAIR)
+    found = {("a", row.label, "DDPM, 5"): [i, i + 1] for i, row in enumerate(PAIR)}
+    axes = pages.files.figure().subplots()
+    pages.plot_lines(axes, "a", found, pages.lines_of(e, found)["DDPM, 5"], ["plain", "E-TSDM"])
+    join, plain, method = axes.lines[:3]
+    assert list(join.get_xdata()) == [0.5, 1.5] and join.get_linestyle() == "-"
+    assert list(plain.get_xdata()) == [0, 1] and list(method.get_xdata()) == [1, 2]
+    assert {*plain.get_ydata()} == {*method.get_ydata()} == {2}
+    assert plain.get_markerfacecolor() == "none" and plain.get_marker() != method.get_marker()
+    assert {*axes.lines[3].get_ydata()} == {1}
 
 
 def test_a_page_of_a_program_shows_its_figure(small):
@@ -404,14 +495,8 @@ def test_a_page_of_a_program_shows_its_figure(small):
 )
 def test_a_few_per_cent_look_like_little(values, scale):
     axes = pages.files.figure().subplots()
-    e = dataclasses.replace(SMALL, columns=experiments.calls(5, 9))
-    found = {("a", e.rows[0].label, str(n)): [x] for n, x in zip((5, 9), values, strict=False)}
-    pages.plot_curves(axes, e, "a", found, e.rows[:1])
-    assert axes.get_yscale() == scale
-    if values and scale == "linear":
-        assert axes.get_ylim() == (0, pytest.approx(1.05 * max(values)))
-    axes = pages.files.figure().subplots()
-    pages.plot_dots(axes, e, "a", found, e.rows[:1])
+    axes.plot(values, [1] * len(values), "o")
+    pages.scale_axis(axes, SMALL)
     assert axes.get_xscale() == scale
     if values and scale == "linear":
         assert axes.get_xlim() == (0, pytest.approx(1.05 * max(values)))
@@ -420,8 +505,8 @@ def test_a_few_per_cent_look_like_little(values, scale):
 @pytest.mark.parametrize(
     "flags, columns, text",
     [
-        ((), experiments.calls(5), "Sampled with DDIM."),
-        (("--clip", "on"), experiments.calls(5), "Sampled with DDIM, x̂_0 clipped to [-1, 1]."),
+        ((), experiments.calls(5), "Sampled with DDPM."),
+        (("--clip", "on"), experiments.calls(5), "Sampled with DDPM, x̂_0 clipped to [-1, 1]."),
         (("--sampler", "heun"), experiments.calls(5), "Sampled with Heun."),
         ((), experiments.named(experiments.DDPM, 5) | experiments.named(experiments.DDIM, 5), ""),
     ],
@@ -604,25 +689,43 @@ def test_an_interrupted_experiment_goes_on_to_the_same_numbers(tmp_path):
 
 # ------------------------------------------------------------------ what is committed
 
+RESULTS = ROOT / "papers" / "results"
+
+
+def committed(path):
+    """The CSV of a page -> (its rows, {(data, row, column): values})."""
+    rows, found = plans.read_csv(path.with_suffix(".csv")), {}
+    for row in rows:
+        found.setdefault((row["data"], row["row"], row["column"]), []).append(float(row["value"]))
+    return rows, found
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_committed_pages_show_the_numbers_beside_them(name):
-    """The table of papers/results/NAME.md is that of NAME.csv in today's declaration; each number's
-    command names one of our programs; and README.md explains it."""
-    folder, e = ROOT / "papers" / "results", experiments.declare("cpu")[name]
-    page = (folder / f"{name}.md").read_text(encoding="utf-8")
-    with open(folder / f"{name}.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    found, cells = {}, {(row.label, column) for row in e.rows for column in e.columns}
-    for row in rows:
-        found.setdefault((row["data"], row["row"], row["column"]), []).append(float(row["value"]))
-        assert (ROOT / row["command"].split()[1]).exists()
-    sets = list(dict.fromkeys(row["data"] for row in rows))
-    seeds = {row["seed"] for row in rows}
-    assert {key[1:] for key in found} == cells and len(rows) == len(cells) * len(sets) * len(seeds)
+    """The table of papers/results/NAME.md is that of NAME.csv in today's declaration, and names
+    what was not run; each number's command names one of our programs; README.md explains the page,
+    or lists the experiment as not run."""
+    e, readme = experiments.declare("cpu")[name], (RESULTS / "README.md").read_text("utf-8")
+    if not (RESULTS / f"{name}.md").exists():
+        assert name in readme[readme.index("## Not run") :]
+        return
+    page = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    rows, found = committed(RESULTS / name)
+    cells = {(row.label, column) for row in e.rows for column in e.columns}
+    assert found and {key[1:] for key in found} <= cells
     assert page.startswith(f"# {e.title}") and e.claim in page
-    if e.score != "picture":
-        assert all(pages.markdown_table(e, data, found) in page for data in sets)
-    with Image.open(folder / f"{name}.png") as picture:
+    assert pages.describe_gaps(e, found) in page
+    for data in {row["data"] for row in rows} if e.score != "picture" else ():
+        assert pages.markdown_table(e, data, found) in page
+    with Image.open(RESULTS / f"{name}.png") as picture:
         assert min(picture.size) > 200
-    assert f"]({name}.md)" in (folder / "README.md").read_text(encoding="utf-8")
+    assert f"]({name}.md)" in readme
+
+
+@pytest.mark.parametrize("path", sorted((RESULTS / "earlier").glob("*.md")), ids=lambda p: p.stem)
+def test_earlier_pages_show_the_numbers_beside_them(path):
+    """Pages whose samplers were not those of the claims: kept, and not judged by."""
+    page, (rows, found) = path.read_text(encoding="utf-8"), committed(path)
+    if "mean grey" not in {row["metric"] for row in rows}:
+        assert all(f"| {pages.format_values(values)} |" in page for values in found.values())
+    assert f"](earlier/{path.name})" in (RESULTS / "README.md").read_text(encoding="utf-8")

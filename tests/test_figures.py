@@ -31,5 +31,5 @@ def test_errors_of_one_size_add_up_or_cancel(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["none/schedules.png", "schedules.jpg"])
 def test_other_files_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="^--out .* must be a .png in a folder that exists"):
+    with pytest.raises(ValueError, match="^--out .* must be a .png file in an existing folder"):
         figures.main(["schedules", "--out", str(tmp_path / name)])

@@ -183,7 +183,7 @@ def test_figure_4(runs, capsys):
         assert values["reducible_mean"] <= values["reducible_norm"]
     less = float(rows[18]["systematic"]) - float(rows[-1]["systematic"])
     assert float(rows[-1]["less"]) == pytest.approx(less) and float(rows[18]["less"]) == 0
-    assert f"base has {less:.3f} more" in out and not rows[17]["less"]
+    assert f"{less:.3f} less than base" in out and not rows[17]["less"]
     again = measured("base -n 8 --steps 20", "again")
     before = [r["norm"] for r in rows if r["run"] == "base"]
     assert [r["norm"] for r in again] == before, "seeded: the same run has the same gap"

@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("no_
 
 def test_a_run_starts_from_the_average_of_another(runs):
     """Two steps with a learning rate that changes nothing leave the weights as they were."""
-    train.main([*SMALL, "--init", "base", "--name", "new", "--lr", "1e-30", "--sa-k", "2"])
+    still = "--lr 1e-30 --sa-k 2".split()
+    train.main([*SMALL, "--init", "base", "--name", "new", *still])
     new, base = D.load_run("new"), D.load_run("base")
     assert new.step == 2 and new.settings["unet"] == base.settings["unet"]
     for key in ("schedule", "prediction", "etsdm", "dropout", "image_size"):
@@ -27,8 +28,7 @@ def test_a_run_starts_from_the_average_of_another(runs):
     x = torch.randn(2, *new.shape)
     assert_close(new.predict(x, 30)[1], base.predict(x, 30)[1], rtol=1e-5, atol=1e-5)
     shutil.rmtree("runs/base")  # it can be resumed without the other
-    more = ["--steps", "4", "--lr", "1e-30", "--sa-k", "2"]
-    train.main([*SMALL[:4], *more, "--init", "base", "--name", "new"])
+    train.main([*SMALL, "--steps", "4", *still, "--init", "base", "--name", "new"])
     assert D.load_run("new").step == 4
 
 
@@ -39,7 +39,7 @@ def test_a_run_that_has_weights_keeps_them(runs, capsys):
     for init, noted in (("base", False), ("other", True)):
         capsys.readouterr()
         steps = str(D.load_run("kept").step + 1)
-        train.main([*SMALL[:4], "--steps", steps, "--init", init, "--name", "kept"])
+        train.main([*SMALL, "--steps", steps, "--init", init, "--name", "kept"])
         assert ("--init other has no effect" in capsys.readouterr().out) == noted
 
 

@@ -290,5 +290,5 @@ def test_the_step_across_each_edge_is_measured(measure, dt):
 
 @pytest.mark.slow
 def test_a_dt_that_float32_loses_is_refused(measure):
-    refused("^--dt 1e-05 is lost in the rounding of t = .*--max-t", measure, "real -n 1 --dt 1e-5")
+    refused("^--dt 1e-05 is lost in rounding at t = .*--max-t", measure, "real -n 1 --dt 1e-5")
     measure("real -n 1 --dt 1e-5 --max-t 0.01")

@@ -328,7 +328,7 @@ def test_a_run_alone_is_compared_with_its_own_data(here, measure):
         ("mine", [3, 8, 8]),
         ("shapes", [3, 8, 8]),
     ]
-    assert "6 images by mine, ema weights, seed 0, ddim-2-step7" == alone["sides"][0]["what"]
+    assert "6 images by mine, ema weights, seed 0, ddpm-2-step7" == alone["sides"][0]["what"]
     assert measure("fid mine", words, "--weights raw")["value"] != alone["value"]
 
 
@@ -403,15 +403,15 @@ def test_statistics_that_do_not_compare(here, call, measure, small):
     np.savez("three.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez("bad.npz", mu=np.zeros(12), sigma=-np.eye(12))
     where = "maps.npz has statistics of maps.pt2", "this is means.pt2"
-    refused("fid maps.npz b --features means.pt2", *where, "do not compare")
-    refused("fid maps.npz means.npz", "maps.pt2", "means.pt2", "do not compare")
+    refused("fid maps.npz b --features means.pt2", *where, "cannot be compared")
+    refused("fid maps.npz means.npz", "maps.pt2", "means.pt2", "cannot be compared")
     for words in ("maps.npz b", "small.npz means.npz", "other.npz maps.npz"):
-        refused(f"fid {words}", "do not compare")
-    refused("fid other.npz b --features maps.pt2", "do not compare")
+        refused(f"fid {words}", "cannot be compared")
+    refused("fid other.npz b --features maps.pt2", "cannot be compared")
     refused("fid three.npz maps.npz", "three.npz and maps.npz: statistics of different sizes")
     refused("fid bad.npz maps.npz", "bad.npz and maps.npz: not a covariance")
     found = measure("fid means.npz b --features means.pt2")
-    assert "images of 8 and 12 pixels are compared" in found["warnings"]
+    assert "the images have different sizes: 8 and 12 pixels" in found["warnings"]
 
 
 def test_pickled_statistics_are_refused_with_the_way_out(here, measure):
@@ -421,7 +421,7 @@ def test_pickled_statistics_are_refused_with_the_way_out(here, measure):
     np.save("it's.npy", numbers)
     Path("edm2.pkl").write_bytes(pickle.dumps(dict(num_images=9, fid=numbers)))
     for source in ("it's.npy", "edm2.pkl"):
-        why = f"{source} is a pickle, and opening one can run a program"
+        why = f"{source} is a pickle, and a pickle can run code"
         python, *words = shlex.split(refused(f"fid {source} plain.npz", why).split("sigma:  ")[1])
         assert python == "python"
         subprocess.run([sys.executable, *words], check=True, cwd=here)
@@ -434,7 +434,7 @@ def test_where_statistics_may_go(here, call):
     np.savez("images.npz", photos(3))
     before = sha256("images.npz")
     for words, part in {
-        "a images.npz": "images.npz exists and holds no statistics",
+        "a images.npz": "images.npz exists but does not hold statistics",
         "a out": ".npz",
         "a out.npz.bak": ".npz",
         "a nowhere/out.npz": "no such folder",
@@ -466,10 +466,10 @@ def test_feature_files_that_are_something_else(here):
         "page.pt2": "web page",
         "noise.pt2": "first bytes",
         "empty.pt": "empty",
-        "weights.pt": "zip of something else",
+        "weights.pt": "another kind of zip",
         "cut.pt2": "cut short",
         "half.pt2": "cut short",
-        "runs/mine/checkpoint.pt": "zip of something else",
+        "runs/mine/checkpoint.pt": "another kind of zip",
     }.items():
         why = f"{name} is not a network saved by torch.export.save"
         refused(f"fid a b --features {name}", why, part)
@@ -480,8 +480,12 @@ def test_feature_files_that_are_something_else(here):
 @pytest.mark.parametrize(
     "net, how, words",
     [
-        (lambda x: (x, x), {}, "must give one tensor (N, features) for N images; for 9 it gave "),
-        (lambda x: x.mean(), {}, "for 9 it gave ()"),
+        (
+            lambda x: (x, x),
+            {},
+            "must return one tensor (N, features) for N images; for 9 it returned ",
+        ),
+        (lambda x: x.mean(), {}, "for 9 it returned ()"),
         (lambda x: x.mean((2, 3)) / 0, {}, "a and b: statistics with values that are not finite"),
         (means, dict(channels=1), "(exported for other images: --image-size, --channels?)"),
         (means, dict(size=16, dynamic="N"), "(exported for other images: "),
@@ -639,7 +643,7 @@ def test_psnr_of_equal_pairs(here, measure, call):
 
 # ------------------------------------------------------------------ the command line
 
-SHAPES = "images of different shapes do not compare"
+SHAPES = "images of different shapes cannot be compared"
 REFUSED = {  # `+` stands for --features means.pt2
     "fid nothing a +": "nothing is not a file, folder or data set (shapes cifar10): no run",
     "fid half a +": "half is not a file",
@@ -648,8 +652,8 @@ REFUSED = {  # `+` stands for --features means.pt2
     "fid shapes +": "shapes is not a run: name the images to compare it with",
     "fid moved +": "moved was trained on 'nowhere', which does not",
     "fid a b mine": "fid takes A or A B, not 3 names",
-    "fid mine a --image-size 9 +": "--image-size: leave it out, the run's images are 3x8x8",
-    "fid gray a --channels 3 +": "--channels: leave it out, the run's images are 1x8x8",
+    "fid mine a --image-size 9 +": "--image-size does not fit the run's images, 3x8x8",
+    "fid gray a --channels 3 +": "--channels does not fit the run's images, 1x8x8: leave it out",
     "fid a large.npy +": f"a and large.npy: {SHAPES} (3x8x8 and 3x12x12): give --image-size",
     "fid gray mine +": f"gray and mine: {SHAPES} (1x8x8 and 3x8x8)",
     "is mixed +": "mixed: the images are not squares of one size (8x8 12x12): give --image-size",
@@ -657,16 +661,16 @@ REFUSED = {  # `+` stands for --features means.pt2
     "is bad +": "1 of 9 images cannot be read: bad/001.png",
     "fid lone.npy a +": "lone.npy: a covariance needs at least 2 images, not 1",
     "psnr a nine": "a and nine: 004 and 004b are not a pair",
-    "psnr a b": "a and b: psnr compares pairs, and there are 9 images and 12",
-    "psnr mine a -n 9 --nfe 1": "mine is a run, whose images have no partners",
-    "psnr a mine -n 9 --nfe 1": "mine is a run, whose images have no partners",
+    "psnr a b": "a and b: psnr needs pairs, but these are 9 and 12 images",
+    "psnr mine a -n 9 --nfe 1": "mine is a run, whose images have no pairs",
+    "psnr a mine -n 9 --nfe 1": "mine is a run, whose images have no pairs",
     "psnr a": "psnr takes A B",
     "psnr s.npz a": "s.npz",
-    "is a --nfe 7 +": "--nfe is for sampling a run",
-    "is a --seed 1 +": "--seed is for sampling a run",
-    "is a --weights raw +": "--weights is for sampling a run",
-    "is a --sampler ddpm +": "--sampler is for sampling a run",
-    "fid a b -n 2 +": "--num is for a run or for shapes: sets on disk are used whole",
+    "is a --nfe 7 +": "--nfe is only for sampling a run",
+    "is a --seed 1 +": "--seed is only for sampling a run",
+    "is a --weights raw +": "--weights is only for sampling a run",
+    "is a --sampler ddpm +": "--sampler is only for sampling a run",
+    "fid a b -n 2 +": "--num is only for a run or shapes: other sets are used whole",
 }
 
 
@@ -800,26 +804,26 @@ def test_a_run_by_name_folder_and_checkpoint(tmp_path, monkeypatch):
     for source in ("mine", "runs/mine", "runs/mine/checkpoint.pt"):
         side = open_one(f"{source} -n 6 --nfe 2")
         assert side.n == 6 and side.shape == (3, 8, 8)
-        assert side.summary == "6 images by mine, ema weights, seed 0, ddim-2-step7"
+        assert side.summary == "6 images by mine, ema weights, seed 0, ddpm-2-step7"
     assert open_one("mine").n == 10_000
     words = "--sampler dpm-solver --order 2 --spacing logsnr --weights raw --seed 3 --clip on"
     side = open_one(f"mine {words}")
     for part in ("raw weights, seed 3, dpm-solver", "order-2", "spacing-logsnr", "clip-on"):
         assert part in side.summary
     make_run(tmp_path, "late", "--prediction eps --schedule zero-terminal-snr")  # has no x_0 at T
-    assert open_one("late").summary.endswith("ddim-50-step7, from t = 999")
+    assert open_one("late").summary.endswith("ddpm-50-step7, from t = 999")
     write_folder(tmp_path / "mine", photos(3))  # a folder of images comes before a run of its name
     assert isinstance(open_one("mine"), metrics.Stored) and open_one("mine").n == 3
     assert isinstance(open_one("runs/mine -n 1"), metrics.Generated)
 
 
 @pytest.mark.parametrize(
-    "words", ["--nfe 3", "--nfe 4 --sampler ddpm --weights raw", "--nfe 3 --eta 0.5 --clip off"]
+    "words", ["ddim --nfe 3", "ddpm --nfe 4 --weights raw", "ddim --nfe 3 --eta 0.5 --clip off"]
 )
 def test_images_of_a_run_are_those_of_sample(here, tmp_path, words):
-    sample.main(f"mine --num 5 --seed 11 --out {tmp_path} {words}".split())
+    sample.main(f"mine --num 5 --seed 11 --out {tmp_path} --sampler {words}".split())
     files = np.stack([np.asarray(Image.open(p)) for p in sorted(tmp_path.glob("0*.png"))])
-    side = open_one(f"mine -n 5 --seed 11 {words}")
+    side = open_one(f"mine -n 5 --seed 11 --sampler {words}")
     assert pictures(side).dtype == np.uint8 and pictures(side).shape == (5, 8, 8, 3)
     assert files.std() > 20 and not np.array_equal(files[0], files[1])
     for order in ([0, 1, 2, 3, 4], [3, 1]):  # alone, or in another order, they are the same

@@ -15,6 +15,7 @@ SIZE |= dict(attention_resolutions=(), head_channels=None)
 
 def config(**changes):
     usual = dict(optimizer="muon", lr=1e-3, muon_lr=0.02, beta2=0.99, lr_decay="none", warmup=0)
+    usual["adam_eps"] = 1e-8
     return SimpleNamespace(**{**usual, "images": 800, "batch_size": 8, **changes})
 
 

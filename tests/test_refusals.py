@@ -33,7 +33,8 @@ REFUSED = {
         --lr -1 | --lr must be above 0
         --lr inf | --lr must be above 0
         --lr nan | --lr must be above 0, not nan
-        --muon-lr 0.1 | --muon-lr has no effect without --optimizer muon
+        --muon-lr 0.1 --optimizer adam | --muon-lr has no effect without --optimizer muon
+        --betas 0.0015 0.0195 | --betas needs another --schedule
         --ema 1.5 | --ema must be at least 0 and below 1
         --dropout 1 | --dropout must be at least 0 and below 1
         --image-size 90000 | --image-size must be above 0 and below 8193
@@ -52,21 +53,21 @@ REFUSED = {
         --lipschitz-reg -1 | --lipschitz-reg must be 0 or more
         --lipschitz-reg inf | --lipschitz-reg must be 0 or more
         --train-times remap | --train-times remap needs --remap
-        --prediction edm --remap sqrt | --remap cannot go with edm
+        --prediction edm --remap sqrt | --remap does not work with edm
         --remap sqrt --etsdm | --remap and --etsdm are alternatives
         --sa-reuse | --sa-reuse needs --sa-k 2
         --sa-reuse --sa-k 2 --sa-weight 0 | --sa-reuse needs --sa-k 2
         --sa-reuse --sa-k 2 --lipschitz-reg 3 | --sa-reuse and --lipschitz-reg: choose one
         --schedule edm --prediction v | --prediction v cannot go with --schedule edm
         --image-size 30 | --image-size must be a multiple of""",
-    "papers.superres": "video | video: the programs are train and enlarge",
+    "papers.superres": "video | video: the programs are train, enlarge and colour",
     "papers.superres train": """
         --image-size 36 | --image-size must be a multiple
         --image-size 8 --factor 1 | --factor 1 must be at least 2 and divide the 8 pixels of --image
         --image-size 8 --factor 3 | --factor 3 must be at least 2 and divide the 8 pixels""",
     "papers.superres enlarge": """
         sr | IMAGES are missing
-        plain shapes | plain was not trained to enlarge
+        plain shapes | plain is not a super-resolution run
         sr nowhere | IMAGES: nowhere: no such file or folder
         sr broken | IMAGES: .*broken(?!.*--skip-bad-images)
         sr shapes --nfe 0 | --nfe must be from 1
@@ -96,7 +97,7 @@ REFUSED = {
     "papers.heads": """
         npr | KIND and RUN are both needed
         sn nowhere | no run nowhere
-        sn code | code is an autoencoder: a head serves a denoiser
+        sn code | code is an autoencoder: a head needs a denoiser
         sn base --batch-size 0 | --batch-size must be above 0
         sn base --sa-k 2 | unrecognized arguments
         sn base --etsdm | unrecognized arguments
@@ -112,11 +113,11 @@ REFUSED = {
         --batch-size 0 | --batch-size must be from 1
         --nfe 0 | --nfe must be from 1
         --seed -1 | --seed must be from 0
-        --eta 0.1 --sampler ddpm | --eta has no effect on ddpm
-        --order 2 | --order has no effect on ddim
-        --variance large | --variance has no effect on ddim
+        --eta 0.1 | --eta has no effect on ddpm
+        --order 2 | --order has no effect on ddpm
+        --sampler ddim --variance large | --variance has no effect on ddim
         --variance analytic --sampler heun | --variance has no effect on heun
-        --churn 3 | --churn has no effect on ddim
+        --churn 3 | --churn has no effect on ddpm
         --sampler heun --churn-min 1 | --churn-min has no effect without --churn""",
     "metrics.py": """
         fid a b -n 0 | --num must be from 1
@@ -132,7 +133,7 @@ REFUSED = {
         none | no run none
         -n 1 | --num must be at least 2
         --steps 1 | --steps must be at least 2
-        base -n 2 --steps 5000 | --steps 5000: base knows the 1000 whole t alone
+        base -n 2 --steps 5000 | --steps 5000: base has only 1000 discrete timesteps
         --batch-size 0 | --batch-size must be at least 1
         --seed -1 | --seed must be at least 0
         --eta nan | --eta must be between 0 and 1
@@ -159,12 +160,17 @@ REFUSED = {
         base --perturb --t 9.5 | --t must be a whole number: base is not
         --perturb --scales 0 -1 | --scales must be at least 0, not 0.0 -1.0
         base --out x.pdf | .*must be a \.png
-        base --out nowhere/x.png | .*in a folder that exists""",
+        base --out nowhere/x.png | .*in an existing folder""",
     "papers.covariance": """
+        none | no run none
         -n 0 | --num must be at least 1
         --batch-size 0 | --batch-size must be at least 1
         --seed -1 | --seed must be""",
     "papers.classifier": """
+        nowhere | .*nowhere.*: no such file
+        set --out x.pt | --out x.pt must be a .pt2
+        set --out none/x.pt2 | .*in an existing folder
+        shapes --image-size 0 | --image-size must be
         set --epochs 0 | --epochs must be at least 1
         set --seed 18446744073709551616 | --seed must be""",
     "papers.experiments": "none | there is no experiment none",

@@ -264,7 +264,7 @@ def test_grids_fall_strictly_from_T_to_the_end(name, continuous, spacing, points
     [
         ("unknown schedule 'lineer': choose from linear", partial(make_schedule, "lineer")),
         ("T must be", partial(make_schedule, "linear", T=0)),
-        ("betas must rise", partial(make_schedule, "linear", betas=(0.02, 1e-4))),
+        ("--betas must rise", partial(make_schedule, "linear", betas=(0.02, 1e-4))),
         ("at least one point", lambda: schedules.time_grid(make_schedule("linear"), 0)),
         ("unknown spacing", lambda: schedules.time_grid(make_schedule("linear"), 5, "karras")),
         ("times must satisfy", lambda: schedules.time_grid(make_schedule("linear"), 5, t_end=0)),

@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 
 import data
+import sample
+import train
 from papers import shapes_check
 
 
@@ -66,8 +68,20 @@ def test_the_program_counts(drawings, tmp_path, capsys):
     for i, image in enumerate(drawings[:20]):
         Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0))).save(tmp_path / f"{i}.png")
     shapes_check.main([str(tmp_path)])
-    assert capsys.readouterr().out.startswith("20 pictures: pure ")
+    assert capsys.readouterr().out.startswith("20 images: pure ")
     with pytest.raises(ValueError, match="^IMAGES"):
         shapes_check.main([])
     with pytest.raises(ValueError, match="^--num"):
         shapes_check.main([str(tmp_path), "-n", "0"])
+
+
+@pytest.mark.slow
+def test_the_first_run_looks_right(tmp_path, monkeypatch, capsys):
+    """What a newcomer sees: the README's two commands, with more samples. 94 % here."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--sa-k", "2"])
+    sample.main(["-n", "512", "--out", "samples"])
+    capsys.readouterr()
+    shapes_check.main(["samples"])
+    good = float(capsys.readouterr().out.split("good ")[1].rstrip("%\n"))
+    assert good >= 90

@@ -92,6 +92,25 @@ def test_from_training_to_psnr(runs, capsys):
     assert before == {p: p.read_bytes() for p in Path(".").glob("large*/*.png")}
 
 
+def test_colour_bias(here, capsys):
+    """The mean over images and channels of how far each mean colour moved, without its sign."""
+    rng = np.random.default_rng(0)
+    for name in ("out", "out-original"):
+        Path(name).mkdir()
+    for i, shift in enumerate([(3, -2, 0), (-1, 0, 6)]):
+        image = rng.integers(20, 200, (8, 8, 3))
+        noise = rng.permutation(np.arange(64) % 2 * 2 - 1).reshape(8, 8, 1)  # mean 0
+        Image.fromarray(image.astype(np.uint8)).save(f"out-original/{i}.png")
+        Image.fromarray((image + noise + shift).astype(np.uint8)).save(f"out/{i}.png")
+    superres.main(["colour", "out", "out-original"])
+    assert f"colour bias {12 / 6:.3f} of 255 levels | 2 pairs" in capsys.readouterr().out
+    superres.main(["colour", "out", "out-original", "--json"])
+    assert json.loads(capsys.readouterr().out) == {"metric": "colour bias", "value": 2.0}
+    Path("out/1.png").unlink()
+    refused("^RESULTS out: it must hold PNGs", superres.main, ["colour", "out", "out-original"])
+    refused("^RESULTS ORIGINALS: give two folders, not 1", superres.main, ["colour", "out"])
+
+
 def test_small_images_are_enlarged_as_they_are(here, capsys):
     superres.main(["train", *SMALL, "--image-size", "16", "--name", "sr", "--channels", "1"])
     gray = shapes(2, 4, 1)
@@ -109,7 +128,7 @@ def test_small_images_are_enlarged_as_they_are(here, capsys):
     assert (picture("other/000000.png") != first).any()
     # other contents under the same name: pictures of two kinds do not mix
     Image.fromarray(255 - gray[1, 0].numpy()).save("small/1.png")
-    refused("^--out two holds images made in another way", enlarge, "sr small", "two")
+    refused("^--out two holds images with other settings", enlarge, "sr small", "two")
 
 
 def test_which_images_can_be_enlarged(runs, capsys):

@@ -100,6 +100,7 @@ def test_one_process_needs_no_torchrun(monkeypatch, capsys):
         assert (dist.rank, dist.world_size, dist.is_main) == (0, 1, True)
         assert dist.all_reduce(torch.tensor(1.5)).item() == 1.5
         assert dist.any("x") is True and dist.any("") is False
+        assert dist.any("", 1, None) == [False, True, False]
         assert dist.broadcast("x") == "x" and dist.gather("y") == ["y"]
         dist.barrier()
         dist.print0("hello")
@@ -220,7 +221,9 @@ def test_a_signal_before_the_first_step_ends_in_one_line(capsys):
         kill_me("SIGTERM")
         raise AssertionError("the signal did not come")
     assert stop.requested == "SIGTERM"
-    assert capsys.readouterr().out.startswith("stopped by SIGTERM before the first step. The same")
+    assert capsys.readouterr().out.startswith(
+        "stopped by SIGTERM before the first step. Run the same"
+    )
 
 
 def test_lost_output_ends_no_program():

@@ -105,7 +105,7 @@ def test_a_plain_run_computes_nothing_it_does_not_use(place, monkeypatch):
 
 SLOW = pytest.mark.slow
 RESUMED = [  # program, flags, the run that it starts from
-    ("train.py", "--image-size 8 --sa-k 3 --etsdm --dropout 0.2 --flip", ""),
+    ("train.py", "--image-size 8 --sa-k 3 --etsdm --dropout 0.2 --flip --optimizer muon", ""),
     pytest.param("train.py", "--image-size 8 --sa-k 2", "", marks=SLOW),
     pytest.param(
         "train.py", "--image-size 8 --continuous --prediction eps --precision bf16", "", marks=SLOW
@@ -116,7 +116,7 @@ RESUMED = [  # program, flags, the run that it starts from
     ("papers.autoencoder train", "--image-size 16", ""),
     ("papers.latents", "code --etsdm --sa-k 2", "code"),
     ("papers.heads", "npr base --head-size simple", "base"),
-    pytest.param("papers.heads", "sn base --head-size block", "base", marks=SLOW),
+    pytest.param("papers.heads", "sn base --head-size block --optimizer muon", "base", marks=SLOW),
 ]
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,12 +143,23 @@ def test_a_finished_run_prints_how_to_continue(capsys, no_grids):
     assert small("--images", "16", name="renamed")["step"] == 4
 
 
+def test_a_run_that_goes_on_prints_where_its_decay_stands(capsys, no_grids):
+    """The learning rate was 0 at the end; with more images it is high again."""
+    words = "--lr 0.01 --warmup 0 --lr-decay linear --steps".split()
+    small(*words, "2")
+    assert "learning rate" not in capsys.readouterr().out
+    group = small(*words, "8")["optimizer"]["param_groups"][0]
+    note = "note: the learning rate continues at 0.0075, 75% of --lr: its decay ends at step 8 now"
+    assert note in capsys.readouterr().out
+    assert group["lr"] == pytest.approx(0.01 / 8)  # of the last step, 7
+
+
 @pytest.mark.slow
 def test_other_settings_are_another_run(no_grids):
     small("--steps", "2")
     message = "^--name: .*other settings .sa_k was 1 and is now 2"
     refused(message, small, "--steps", "2", "--sa-k", "2")
-    message = "ema was 0.995 and is now 0.5.*another --name"
+    message = "ema was 0.99 and is now 0.5.*another --name"
     refused(message, small, "--steps", "2", "--ema", "0.5")
     # What the message about non-finite losses advises must be possible.
     assert small("--steps", "3", "--lr", "1e-4", "--grad-clip", "0.5")["step"] == 3
@@ -245,6 +257,10 @@ def test_the_learning_rate_warms_up():
     assert_close(torch.tensor(rates), 0.01 * torch.tensor([0.25, 0.5, 0.75, 1, 1, 1]))
 
 
+def floats(net):
+    return [v for v in net.state_dict().values() if v.is_floating_point()]
+
+
 def test_ema_warms_up_and_decays():
     """d = min(decay, (1 + n)/(10 + n)): the first step by hand, then a long plain loop. Buffers are
     averaged, too."""
@@ -256,13 +272,26 @@ def test_ema_warms_up_and_decays():
         with torch.no_grad():
             net.weight.add_(torch.randn(3))
         net.running_mean.copy_(net.weight.detach() - 1)  # it begins at 0, the weight at 1
-        train.update_ema(ema, net, 0.9, n)
+        train.update_ema(floats(ema), floats(net), 0.9, n)
         d = min(0.9, (1 + n) / (10 + n))
         expected = d * expected + (1 - d) * net.weight.detach()
         if n == 0:
             assert_close(ema.weight, 0.1 * start + 0.9 * net.weight, rtol=1e-6, atol=1e-6)
     assert_close(ema.weight, expected, rtol=1e-5, atol=1e-5)
     assert_close(ema.running_mean, expected - 1, rtol=1e-5, atol=1e-5)
+
+
+def test_the_average_has_every_floating_point_number_of_the_network():
+    """Buffers too; and the lists stay those of the network when a checkpoint is loaded."""
+    config, _ = new_state()
+    net = torch.nn.BatchNorm1d(2)
+    state = train.TrainState(SimpleNamespace(net=net), config)
+    assert len(state.averages) == len(state.values) == 4  # two weights, a mean, a variance
+    net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()})
+    train.update_ema(state.averages, state.values, 0.5, 10**6)
+    assert_close(state.ema.running_mean, torch.full((2,), 0.5))
+    assert_close(state.ema.weight.data, torch.full((2,), 1.5))
+    assert state.ema.num_batches_tracked == 0, "a count is no average"
 
 
 NO_PAPERS = """
@@ -277,7 +306,7 @@ assert not loaded, loaded
 @pytest.mark.slow
 def test_training_and_sampling_import_nothing_of_papers(here):
     """After `torchrun train.py --sa-k 2` and `python sample.py`."""
-    words = [*TINY, "--sa-k", "2", "--steps", "2"]
+    words = [*TINY, "--sa-k", "2", "--steps", "2", "--name", "sa2"]
     run_program("-c", NO_PAPERS.format(program="train"), *words, cwd=here)
     run_program("-c", NO_PAPERS.format(program="sample"), "-n", "2", "--nfe", "2", cwd=here)
-    assert saved("shapes-tiny-sa2")["step"] == 2
+    assert saved("sa2")["step"] == 2

@@ -2,6 +2,7 @@
 
     python tests/robustness/kills.py --kills 40     # minutes; test_kills.py is the short form
     python tests/robustness/kills.py --kills 200 --seed 7
+    python tests/robustness/kills.py --threads      # a thread writes checkpoints, as on a GPU
 
 Faults: SIGKILL, SIGTERM and SIGINT from outside at random times; from inside, the process kills
 itself in the middle of writing a file, before the flush, before the rename and after it; and a disk
@@ -44,6 +45,7 @@ from PIL import Image  # noqa: E402
 from support import checkpoint, files, programs  # noqa: E402
 
 TINY = "--image-size 8 --batch-size 4 --precision fp32 --sample-every 1000".split()
+TINY += "--optimizer adam --lr 0.002 --lr-decay none".split()
 INSIDE = ("half", "flush", "rename", "renamed", "full", "full for good", "term while saving")
 OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT")
 
@@ -98,6 +100,8 @@ def victim(program, kind, nth, pattern, words):
     sys.argv = [f"{program}.py", *words]
     module = importlib.import_module(program)
     arm(kind, nth, pattern)
+    if os.environ.get("SAVE_BY_THREAD"):
+        importlib.import_module("support.run").in_thread = lambda device: True
     if program == "train":
         programs.ignore_write_errors()  # as its last lines do
     programs.run_main(module.main)
@@ -109,21 +113,26 @@ def victim(program, kind, nth, pattern, words):
 class Run:
     """One command, started again and again in one folder, with a fault each time."""
 
-    def __init__(self, folder, program, words, pattern, dice):
+    def __init__(self, folder, program, words, pattern, dice, threads=False):
         self.folder, self.program, self.words = Path(folder), program, list(map(str, words))
         self.pattern, self.dice, self.faults = pattern, dice, collections.Counter()
-        self.slowest = 0.0
+        self.slowest, self.threads = 0.0, threads
 
     def start(self, kind=None, nth=1):
         """The process; with a fault of INSIDE in it, or none."""
         command = [str(ROOT / f"{self.program}.py")]
-        if kind:
-            command = [__file__, "--victim", self.program, kind, str(nth), self.pattern, "--"]
+        if kind or self.threads:
+            fault = [kind or "none", str(nth)]
+            command = [__file__, "--victim", self.program, *fault, self.pattern, "--"]
         log = open(self.folder / "output.txt", "w")  # on the full disk, too
         return subprocess.Popen(
             [sys.executable, *command, *self.words],
             cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"},
+            env={
+                **os.environ,
+                **{"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"},
+                **({"SAVE_BY_THREAD": "1"} if self.threads else {}),
+            },
             stdout=log,
             stderr=log,
             # a job in the background has SIGINT ignored, and its children inherit that
@@ -207,13 +216,15 @@ class Run:
         self.finish()
 
 
-def kill_training(folder, kills, seed, steps=None):
-    """-> (faults by kind, seconds that the slowest SIGTERM took, steps)."""
+def kill_training(folder, kills, seed, steps=None, threads=False):
+    """-> (faults by kind, seconds that the slowest SIGTERM took, steps). threads: a thread writes
+    the checkpoints of the run that is killed."""
     steps = steps or 20 * kills + 40
     dice = random.Random(seed)
     words = [*TINY, "--steps", steps, "--save-every", 3, "--sa-k", 2]
     Run(folder, "train", [*words, "--name", "whole"], "checkpoint", dice).finish()
-    run = Run(folder, "train", [*words, "--name", "killed"], r"^checkpoint\.pt$", dice)
+    words += ["--name", "killed"]
+    run = Run(folder, "train", words, r"^checkpoint\.pt$", dice, threads)
     whole, path = (Path(folder) / "runs" / n / "checkpoint.pt" for n in ("whole", "killed"))
     seen = []
 
@@ -312,9 +323,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=40, help="of the training (default: 40)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", action="store_true", help="threads write checkpoints")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        faults, slowest, steps = kill_training(folder, args.kills, args.seed)
+        faults, slowest, steps = kill_training(folder, args.kills, args.seed, None, args.threads)
         print(f"training, {steps} steps: {faults.total()} faults survived, {dict(faults)}")
         print(f"  weights bit for bit; the slowest SIGTERM took {slowest:.1f} s")
         faults = kill_sampling(folder, max(args.kills // 4, 2), args.seed)

@@ -617,7 +617,7 @@ def test_binary_batches_of_another_length(tmp_path):
     for batch in batches:
         batch.write_bytes(bytes(3073 * 2))
     batches[2].write_bytes(bytes(3073 * 2 - 1))
-    refused(tmp_path, r"data_batch_3\.bin is not made of records", size=32)
+    refused(tmp_path, r"data_batch_3\.bin has other records", size=32)
     batches[2].write_bytes(bytes(3073))
     assert len(load(tmp_path, size=32)) == 9
     (tmp_path / "data_batch_3").write_bytes(FINE)

@@ -57,6 +57,12 @@ def photos(n):
         Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(f"images/{i:02}.png")
 
 
+@pytest.fixture(params=[False, True], ids=["at once", "by a thread"])
+def writer(request, monkeypatch):
+    """Checkpoints are written at once, as on a CPU, or by a thread, as on a GPU."""
+    monkeypatch.setattr(run_folder, "in_thread", lambda device: request.param)
+
+
 def spoil(monkeypatch, change, calls=None):
     """Replace L_simple by change(L_simple) in these calls of the loss (1, 2, ...; None: all)."""
     real, seen = losses.sa_loss, []
@@ -103,6 +109,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_run_stops_if_no_step_is_finite(precision, monkeypatch, no_grids):
     words = ["--save-every", "2", "--precision", precision, "--steps"]
+    monkeypatch.setattr(run_folder, "in_thread", lambda device: precision == "bf16")
     small(*words, "4")
     good = PATH.read_bytes()
     spoil(monkeypatch, FAULTS["overflow"])
@@ -156,7 +163,7 @@ def test_torch_on_a_full_disk_is_an_oserror(here):
 
 
 @pytest.mark.parametrize("until", [3, 10**9])
-def test_a_full_disk_ends_a_run_only_if_it_stays_full(until, monkeypatch, capsys, no_grids):
+def test_a_full_disk_ends_a_run_only_if_it_stays_full(until, writer, monkeypatch, capsys, no_grids):
     """From the second check of its room (the first is at the start) to this one."""
     small("--steps", "2")
     calls = []
@@ -177,6 +184,63 @@ def test_a_full_disk_ends_a_run_only_if_it_stays_full(until, monkeypatch, capsys
         last = "^runs/small/checkpoint.pt: step 10 could not be saved.*last checkpoint is of step "
         assert isinstance(refused(last + "2,.*Make room", small, *words), OSError)
         assert checkpoint.load_checkpoint(PATH)["step"] == 2
+
+
+def test_training_goes_on_while_a_thread_writes(monkeypatch, no_grids):
+    """The file holds the step at which it was saved, not the one at which it was written."""
+    monkeypatch.setattr(run_folder, "in_thread", lambda device: True)
+    save, log, later, seen = checkpoint.save_checkpoint, run_folder.RunFolder.log, [], []
+
+    def slow(path, content):
+        until = time.time() + 30
+        while content["step"] == 2 and not later and time.time() < until:
+            time.sleep(0.01)
+        save(path, content)
+        seen.append(checkpoint.load_checkpoint(path))
+
+    def count(self, step, *others):
+        later.extend([step] * (step == 4))
+        log(self, step, *others)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
+    monkeypatch.setattr(run_folder.RunFolder, "log", count)
+    small("--steps", "5", "--save-every", "2")
+    assert later and [saved["step"] for saved in seen] == [2, 4, 5]
+    monkeypatch.undo()
+    monkeypatch.setattr(run_folder.RunFolder, "save_preview", lambda *inputs: None)
+    train.main([*TINY, "--name", "two", "--steps", "2"])
+    two = checkpoint.load_checkpoint("runs/two/checkpoint.pt")
+    for part in ("net", "ema", "optimizer"):
+        assert_close(seen[0][part], two[part], rtol=0, atol=0)
+
+
+def test_a_failing_run_waits_for_the_thread_and_keeps_its_lock(monkeypatch, no_grids):
+    monkeypatch.setattr(run_folder, "in_thread", lambda device: True)
+    save, held = checkpoint.save_checkpoint, []
+
+    def slow(path, content):
+        time.sleep(0.5)
+        with distributed.Distributed(0, 1, 0, torch.device("cpu")) as other:
+            with pytest.raises(ValueError, match="another process is writing to it"):
+                other.lock(path.parent, 0)
+        held.append(content["step"])
+        save(path, content)
+
+    def broken(value):
+        raise OSError("broken")
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
+    spoil(monkeypatch, broken, {4})
+    with pytest.raises(OSError, match="broken"):
+        small("--steps", "9", "--save-every", "3")
+    assert held == [3] and checkpoint.load_checkpoint(PATH)["step"] == 3
+
+
+@pytest.mark.parametrize("minutes, count", [("1e-9", 3), ("0", 1), ("60", 1)])
+def test_a_checkpoint_is_also_written_after_so_many_minutes(minutes, count, capsys, no_grids):
+    small("--steps", "3", "--save-every", "99", "--save-minutes", minutes)
+    text = capsys.readouterr()
+    assert (text.out + text.err).count(": saved ") == count
 
 
 def test_the_start_checks_that_two_checkpoints_fit(monkeypatch, no_grids):
@@ -325,7 +389,7 @@ def test_a_signal_breaks_off_the_wait_for_images_and_the_run_is_saved(
     train.main([*TINY, "--name", "small", "--data", "images", "--steps", "50"])
     sender.join()
     assert time.time() - began < 25
-    where = f"at step {before} of 50, saved in" if before else "before the first step. The same"
+    where = f"at step {before} of 50, saved in" if before else "before the first step. Run the same"
     assert f"stopped by SIGTERM {where}" in capsys.readouterr().out
     assert PATH.exists() == bool(before)
     assert not before or checkpoint.load_checkpoint(PATH)["step"] == before
@@ -456,7 +520,7 @@ def test_pictures_of_a_run_made_anew_are_not_mixed_with_those_of_the_old(run):
     found = checkpoint.load_checkpoint(run)
     found["ema"]["out_conv.bias"] += 0.3
     checkpoint.save_checkpoint(run, found)
-    refused("^--out o holds images made in another way", sample.main, words)
+    refused("^--out o holds images with other settings", sample.main, words)
     assert Path("o/000000.png").read_bytes() == old
 
 

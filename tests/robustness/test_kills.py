@@ -23,6 +23,13 @@ def test_training_survives_every_fault_bit_for_bit(killed):
     assert slowest < 30, "clusters kill after 30 seconds"
 
 
+def test_training_survives_while_a_thread_writes_checkpoints(tmp_path):
+    """As on a GPU."""
+    count = len(kills.OUTSIDE) + len(kills.INSIDE)
+    faults, slowest, _ = kills.kill_training(tmp_path, count, seed=4, threads=True)
+    assert faults.total() == count and slowest < 30
+
+
 @pytest.mark.parametrize("seed", [2, 3])
 def test_sampling_continues(killed, seed, tmp_path):
     (tmp_path / "runs").symlink_to(killed[0] / "runs")
