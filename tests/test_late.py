@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import itertools
 import re
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def test_late_runs_of_the_ideal_network_have_no_excess():
     assert abs(excess[0] - 2) < 3 * late.standard_error(excess) < 0.08
     for a, b in zip(late.band_powers(y), late.band_powers(X0), strict=True):
         ratio = late.jackknife(lambda i, a=a, b=b: a[i].sum() / b[i].sum(), len(X0))
-        assert abs(ratio[0] - 1) < 3 * late.standard_error(ratio) < 0.06
+        assert abs(ratio[0] - 1) < 3 * late.standard_error(ratio) < 0.1
 
 
 def test_late_runs_show_a_fault_near_zero_in_its_band():
@@ -201,7 +202,7 @@ def test_program(trained, tmp_path, monkeypatch, capsys):
     # parts of one timestep: f(t) = t, and the same weights give the same numbers
     assert {float(r["change"]) for r in rows if r["run"] == "c"} == {0.0}
     changes = {(r["measure"], r["low"]): float(r["change"]) for r in rows if r["run"] == "b"}
-    assert changes["loss", "5.0"] != 0 == changes["loss", "100.0"] == changes["best", "0"]
+    assert changes["loss", "5.0"] != 0 != changes["best", "0"] and changes["loss", "100.0"] == 0
 
 
 @pytest.mark.parametrize(
@@ -224,3 +225,70 @@ def test_wrong_input_is_one_line_and_status_2(words, message, trained, monkeypat
         programs.run_main(lambda: late.main(words.split()))
     text = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and "error: " in text and re.search(message, text), text
+
+
+# ------------------------------------------------------------------ small networks, trained here
+
+D, WIDTH, SEEDS, SHARED = 16, 64, 4, (None, 5)  # SHARED: n of E-TSDM on [0, 100), None: plain
+POINTS = toy.Mixture(
+    [1.0] * 8, torch.randn(8, D, dtype=torch.float64, generator=rng.generator(11)) / 2, [0.05] * 8
+)
+
+
+def noisy(n, low, high, generator):
+    """-> (x_t, t, α, σ, ε) of n points, t from low to high - 1."""
+    x0, t = POINTS.sample(n, generator), torch.randint(low, high, (n,), generator=generator)
+    alpha, sigma = LINEAR.alpha_sigma(t)
+    eps = torch.randn(x0.shape, dtype=torch.float64, generator=generator)
+    return alpha[:, None] * x0 + sigma[:, None] * eps, t, alpha, sigma, eps
+
+
+def answers(weights, x, t, slower):
+    """All networks at once, ε̂ (len(SHARED) SEEDS, n, D): multilayer perceptrons of x and of the
+    time input's sinusoids as in unet.py, whose frequencies are divided by `slower`."""
+    c = [t if n is None else etsdm.share_timesteps(t, 100, n) for n in SHARED]
+    angle = torch.stack(c).float()[..., None] * 10000 ** (-torch.arange(16) / 16.0) / slower
+    h = torch.cat([x.float().expand(len(c), *x.shape), angle.cos(), angle.sin()], -1)
+    h = h.repeat_interleave(SEEDS, 0)
+    for i in range(0, len(weights), 2):
+        h = torch.baddbmm(weights[i + 1], h, weights[i])
+        h = torch.nn.functional.silu(h) if i < len(weights) - 2 else h
+    return h
+
+
+def train_perceptrons(steps, slower):
+    """-> averaged weights. All networks see the same points, t and noises."""
+    generator, weights = torch.Generator().manual_seed(0), []
+    sizes = [D + 32, WIDTH, WIDTH, D]
+    for a, b in itertools.pairwise(sizes):
+        w = torch.randn(SEEDS, a, b, generator=generator) / a**0.5 * (0.1 if b == D else 1)
+        weights += [w.repeat(len(SHARED), 1, 1), torch.zeros(len(SHARED) * SEEDS, 1, b)]
+    weights = [w.requires_grad_() for w in weights]
+    averages, adam = [w.detach().clone() for w in weights], torch.optim.Adam(weights, lr=2e-3)
+    for i in range(1, steps + 1):
+        x, t, _, _, eps = noisy(128, 1, 1001, rng.generator(5, i))
+        loss = (answers(weights, x, t, slower) - eps.float()).square().mean((1, 2)).sum()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        for average, w in zip(averages, weights, strict=True):
+            average.lerp_(w.detach(), 1 - min(0.995, i / (i + 10)))
+    return averages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slower", [1, 50])
+def test_what_sharing_changes_in_a_small_network(slower):
+    """E‖ε̂ − ε*‖² of E-TSDM against plain networks, ε* exact: below t = 5 a few percent less with
+    the sinusoids of unet.py, nothing with slower ones, which hold the slope in t down anyway."""
+    weights, change = train_perceptrons(1000, slower), {}
+    for low, high in ((1, 5), (5, 20), (20, 100), (100, 1001)):
+        x, t, alpha, sigma, _ = noisy(1024, low, high, rng.generator(99, low))
+        error = answers(weights, x, t, slower) - POINTS.posterior(x, alpha, sigma)[1].float()
+        plain, shared = error.square().mean((1, 2)).reshape(len(SHARED), SEEDS)
+        ratio = 100 * (shared / plain - 1)
+        change[low] = ratio.mean().item()
+        print(f"\nfrequencies / {slower}, t = {low} to {high - 1}: plain {plain.mean():.4f}, "
+              f"E-TSDM {change[low]:+.1f} % (std {ratio.std():.1f})", end="")  # fmt: skip
+    assert -5 < change[1] < -1 if slower == 1 else abs(change[1]) < 1
+    assert abs(change[5]) < 1 and abs(change[20]) < 1 and abs(change[100]) < 3
