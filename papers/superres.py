@@ -265,6 +265,9 @@ class ColourConfig:
     usage: ClassVar[str] = "python -m papers.superres colour RESULTS ORIGINALS [--json]"
     description: ClassVar[str] = ("Measure the difference of mean colours between enlarged images "
                                   "and originals, the bias in E-TSDM's section 5.5.")
+    examples: ClassVar[str] = """\
+  python -m papers.superres enlarge RUN photos/ --out large/
+  python -m papers.superres colour large/ large-original/"""
 
     def check(self):
         if len(self.images) != 2:

@@ -122,7 +122,7 @@ def test_sets_without_labels(tmp_path):
         content = pickle.dumps({b"data": pixels(2, 3072, seed=i)})
         (tmp_path / "cifar" / f"data_batch_{i}").write_bytes(content)
     assert len(data.load(tmp_path / "cifar", 32, 3)) == 10
-    refuse("10 images with 0 labels", tmp_path / "cifar")
+    refuse("10 images, 0 labels and 0 classes do not fit", tmp_path / "cifar")
     assert len(readers.read_labels(tmp_path / "cifar")) == 0
 
 

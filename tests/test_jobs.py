@@ -144,7 +144,7 @@ ENDS = {  # a program's code: the error
         r"x failed \(killed by SIGKILL; is there enough memory"
     ),
     # train.py, stopped by a signal from elsewhere, exits with 0
-    "": "x ended early: run the same command to go on",
+    "": "x ended early: run the same command to continue",
 }
 
 

@@ -583,7 +583,7 @@ def test_without_weights_and_without_network(here, tmp_path, monkeypatch):
     (here / "page.pth").write_text("<html>")
     refused("fid a b --inception page.pth", "web page")
     refused("fid a b --inception none.pth", "no such file")
-    refused("fid a b --inception page.pth --features means.pt2", "not both")
+    refused("fid a b --inception page.pth --features means.pt2", "--features replaces Inception")
 
 
 # ------------------------------------------------------------------ pairs

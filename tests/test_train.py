@@ -283,7 +283,7 @@ def test_ema_warms_up_and_decays():
 
 def test_the_average_has_every_floating_point_number_of_the_network():
     """Buffers too; and the lists stay those of the network when a checkpoint is loaded."""
-    config, _ = new_state()
+    config, _ = new_state("")
     net = torch.nn.BatchNorm1d(2)
     state = train.TrainState(SimpleNamespace(net=net), config)
     assert len(state.averages) == len(state.values) == 4  # two weights, a mean, a variance

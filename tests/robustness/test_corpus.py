@@ -482,7 +482,7 @@ def test_npz_archives(tmp_path):
     refused(path, "CRC", size=8)
     array, notes = ("x.npy", described((3, 8, 8), SOME.tobytes())), ("notes.txt", b"no array")
     refused(zipped(path, array, array), "same name", size=8)
-    refused(zipped(path, notes), "of none", size=8)
+    refused(zipped(path, notes), "from none", size=8)
     zipped(path, notes, array)
     np.save(tmp_path / "f.npy", np.asfortranarray(SOME))  # columns first: NumPy puts it right
     for name in ("x.npz", "f.npy"):

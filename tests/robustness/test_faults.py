@@ -389,7 +389,7 @@ def test_a_signal_breaks_off_the_wait_for_images_and_the_run_is_saved(
     train.main([*TINY, "--name", "small", "--data", "images", "--steps", "50"])
     sender.join()
     assert time.time() - began < 25
-    where = f"at step {before} of 50, saved in" if before else "before the first step. Run the same"
+    where = f"at step {before} of 50, saved in" if before else "before the first step. The same"
     assert f"stopped by SIGTERM {where}" in capsys.readouterr().out
     assert PATH.exists() == bool(before)
     assert not before or checkpoint.load_checkpoint(PATH)["step"] == before
