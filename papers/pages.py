@@ -85,7 +85,8 @@ def describe_gaps(e, found):
             "columns": [c for c in e.columns if c not in columns]}
     text = "; ".join(f"the {kind} {', '.join(f'“{label}”' for label in labels)}"
                      for kind, labels in gaps.items() if labels)
-    return f"**Not run:** {text}." if text else ""
+    command = "The command below without `--rows` and `--columns` measures them."
+    return f"**Not run:** {text}. {command}" if text else ""
 
 
 # ------------------------------------------------------------------ the figure

@@ -428,7 +428,7 @@ def test_a_page_names_what_was_not_run(small, capsys):
     numbered(SMALL, "small --features net.pt2 --rows two --columns 9 --seeds 2")
     experiments.main("small --features net.pt2 --page".split())
     text = Path("results/small.md").read_text(encoding="utf-8")
-    assert "**Not run:** the rows “one”; the columns “DDPM, 5”." in text
+    assert "**Not run:** the rows “one”; the columns “DDPM, 5”. The command below" in text
     assert "| two | 0.0000 [9.87] |" in text and "| one |" not in text
     assert "One seed." in text and "| two |" in capsys.readouterr().out
     rows = plans.read_csv("results/small.csv")
