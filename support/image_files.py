@@ -484,7 +484,7 @@ def in_threads(work, items, threads, ahead):
 def stream(dataset, batches, threads, ahead, device="cpu"):
     """Yield the images of each batch (a list of indices): uint8 (b, C, H, W). Threads decode files
     up to `ahead` images in advance. For a GPU, a set in memory moves to it if it fits; otherwise a
-    thread makes and pins the next batch while the GPU works."""
+    thread makes and pins the next batch meanwhile. `batches` never ends: `yield from` is final."""
     if isinstance(dataset, Array):
         images = devices.keep_near(dataset.images, device)
         if images.is_cuda:
