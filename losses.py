@@ -4,39 +4,39 @@ r"""Training losses: DDPM's, SA-DPM's for any k, EDM's.
     L_simple = E‖r_0‖²,   L_SA = E‖(1/k) Σ_{i<k} r_i‖²,   r_i = ε_i − ε_θ(x_{t−i}, t − i)
 
 Why a second term: the error at the end of a sampling run is a weighted *sum* of the errors of its
-steps, Σ_t w_t with w_t = τ_t e_t and weights τ_t that follow from the schedule (theorem 1, gap.py).
-L_simple makes every error small, but neighbours may still add up. Theorem 2 bounds the sum by
-windows of k neighbours, more tightly than by the single w_t:
+steps: Σ_t w_t for t = 2..T, with w_t = τ_t e_t, e_t the error of ε_θ, and τ_t a weight that follows
+from the schedule (theorem 1, gap.py). L_simple makes each error small, but neighbours may still add
+up. Theorem 2 bounds the sum by windows of k neighbours, more tightly than by single w_t:
 
     ‖Σ_t w_t‖² <= (N/k²) Σ_s ‖w_s + … + w_{s−k+1}‖² <= N Σ_t ‖w_t‖²,   N = T + k − 2 windows
 
-L_SA follows this idea, but it is not that bound: it has no τ_t, independent noises, x_t made from
-x_0 instead of x_t of a run, and windows cut at the lower end (tutorial.ipynb, chapter 4).
+L_SA follows this idea, but it is not that bound: it has no τ_t, its noises are independent, its x_t
+come from x_0 and not from a run, and it cuts windows at the lower end (tutorial.ipynb, chapter 4).
 
 The ideal network ε* does not minimise L_SA. The paper does not mention this. The k noises are
 independent, but x_0 is the same. So the error from x_0 adds up over the k steps, and the error from
-the noises averages out: the first counts k times as much. On Gaussian data, the network that
-minimises L is the ideal network for data of a larger variance: by (1 + weight)/(1 + weight/k), 4/3
-for k = 2 and weight 1 (tests/test_theory.py). Samples of trained runs also have a larger variance,
-by nearly this factor. DDIM in few steps gives too small a variance, so it gains from this
-(docs/lab-notebook.md).
+the noises averages out: in L_SA, the first counts k times as much as the second. On Gaussian data,
+the network that minimises L is the ideal network for data whose variance is larger by the factor
+(1 + weight)/(1 + weight/k): 4/3 for k = 2 and weight 1 (tests/test_theory.py). The variance of
+samples of trained runs is also larger, by nearly this factor. DDIM in few steps gives too small a
+variance, so it gains from this (docs/lab-notebook.md).
 
 Two choices that the paper leaves open:
 
-  * x_{t−i} has an independent noise ε_i: the image at k noise levels, not along a trajectory.
+  * Each x_{t−i} has its own noise ε_i: k noisy copies of an image, not k points of a trajectory.
 
   * Both losses are residuals of ε for every prediction type, because the theory is about ε.
     With v-prediction, L_simple in ε is α² times the loss in v. If α = 0 (t = T of
     zero-terminal-snr), the network learns nothing at that t. So L_simple can be measured in another
     space (`space`, train.py --loss-space). L_SA stays in ε.
 
-Not here: the mean over a batch, precision, processes (train.py); the losses of second heads
-(papers/heads.py), DDPM-r and SA-reuse (papers/alternatives.py).
+Not here: the mean over a batch, precision, processes (train.py); losses of networks with a second
+output (papers/heads.py); the variants DDPM-r and SA-reuse (papers/alternatives.py).
 
     python train.py --sa-k 2 --sa-weight 1.0
 
-B images, k consecutive steps; x0 in [-1, 1]; t (B,) in (0, T]; noises (k, B, ...); a loss is (B,),
-the mean over C, H, W.
+B images, k consecutive steps; x0 in [-1, 1]; t (B,) in (0, T], may stay on the CPU; noises (k, B,
+...); a loss is (B,), the mean over C, H, W.
 """
 
 import torch
@@ -80,7 +80,7 @@ def consecutive_times(t: Tensor, k: int) -> tuple[Tensor, Tensor]:
     time is then t, and valid is False."""
     times = t - torch.arange(k, device=t.device)[:, None]
     valid = times >= 1
-    valid[0] = True  # a continuous t may be below 1: it counts, but no step precedes it
+    valid[0] = True  # a continuous t may be below 1: then only t itself counts
     return torch.where(valid, times, t), valid
 
 
@@ -96,7 +96,7 @@ def residual_in(space: str, denoiser: Denoiser, eps: Tensor, x0: Tensor, t: Tens
     alpha, sigma = denoiser.schedule.alpha_sigma(t)
     if space == "v":  # v = α ε − σ x_0; the residuals obey the same formula
         return expand(alpha, x0) * eps - expand(sigma, x0) * x0
-    if space == "edm":  # the residual of F: the factor's square is EDM's weight, (σ² + d²)/(σ d)²
+    if space == "edm":  # F's residual; factor² is EDM's weight, (s² + d²)/(s d)² with s = σ/α
         return expand(denoiser.marginal_std(t) / (sigma * denoiser.data_std), x0) * x0
     raise ValueError(f"unknown loss space {space!r}: choose from {' '.join(LOSS_SPACES)}")
 

@@ -4,7 +4,7 @@ r"""Samplers: from noise x_T back to an image x_0, in `nfe` network calls.
     ddim          the same with an adjustable share eta of fresh noise              DDIM, eq. 12
     dpm-solver    the probability-flow ODE, its linear part solved exactly: singlestep order 1, 2, 3
     dpm-solver++  the same for x_0 instead of ε; multistep order 2 (2M) reuses the previous call
-    heun          the same ODE for x/α over σ/α, one correction per step; churn      EDM, alg. 1, 2
+    heun          the same ODE for x/α over σ/α, corrected each step; added noise    EDM, alg. 1, 2
 
 All use one identity. Given (x_0, ε) at time t, the step to another time without fresh noise is
 
@@ -14,12 +14,12 @@ DDPM and DDIM replace a part of ε by fresh noise. The DPM solvers read this ste
 
     d(x/α)/dλ = −exp(−λ) ε(x, λ),   λ = log(α/σ)                           the probability-flow ODE
 
-for constant ε. A Taylor expansion of ε in λ adds integrals of exp(−λ) times powers of λ: the
-factors (exp(h) − 1) and ((exp(h) − 1)/h − 1) below, of differences of ε between points of the step.
+for constant ε. Higher orders use differences of ε between points of the step: a Taylor series in λ.
+Its integrals of exp(−λ) times powers of λ are the factors (exp(h) − 1), ((exp(h) − 1)/h − 1) below.
 
-Every sampler makes exactly nfe network calls. Heun takes two per step and may leave one unused; it
-then warns. Samplers use only denoiser.predict(x, t) -> (x_0, ε) and the schedule, so each works
-with every schedule, prediction and time input. Not here: image files; estimated variances.
+Samplers make nfe network calls. Only heun, with two per step, may leave one unused, and then warns.
+Samplers use only denoiser.predict(x, t) -> (x_0, ε) and the schedule, so each works with every
+schedule, prediction, time input. Not here: image files (support/), estimated variances (papers/).
 
     x = samplers.sample(denoiser, torch.randn(16, 3, 32, 32), "dpm-solver", 20, "logsnr")
 
@@ -60,7 +60,7 @@ def sample(denoiser, x: Tensor, sampler: str = "ddim", nfe: int = 50,
     eta              ddim: share of DDPM's fresh noise, from 0 (none) to 1 (DDPM)
     order            dpm-solver: 1, 2 or 3 (dpm-solver++ is always 2M)
     t_start, t_end   first and last time of the grid; t_start None: T
-    denoise_to_zero  the last call predicts x_0 at t_end; False: it is part of the step to t_end
+    denoise_to_zero  the last call predicts x_0 at t_end; False: it makes the step to t_end
     clip             (low, high): clamp x̂_0 and compute ε again from it; None never clips
     noise            noise(shape) -> Gaussian like x; None draws from torch's global generator
     variance         of the fresh noise: "small" = η² β̃ (as None), "large" = β (ddpm only), or a
@@ -104,7 +104,7 @@ def predict(denoiser, x, t, clip):
 
 
 def ddim(denoiser, x, times, eta, variance, clip, noise):
-    r"""DDIM eq. 12: x_next = α_next x_0 + √(σ_next² − η² β̃) ε + std z; η = 1 is DDPM."""
+    r"""DDIM eq. 12: x_next = α_next x_0 + √(σ_next² − η² β̃) ε + √var z; η = 1 is DDPM."""
     schedule = denoiser.schedule
     for t, t_next in pairwise(times):
         x0, eps = predict(denoiser, x, t, clip)
@@ -145,8 +145,8 @@ def dpm_solver(denoiser, x, times, orders, clip):
 
 def dpm_solver_2m(denoiser, x, times, clip):
     """DPM-Solver++ 2M (Lu et al. 2023, algorithm 2): the previous step gives the slope of x_0. The
-    first step has no slope and is order 1. The last step of fewer than 10 is also order 1: such a
-    long extrapolation does more harm than good."""
+    first step has no slope and is order 1. With fewer than 10 steps, the last is also order 1: so
+    long an extrapolation does more harm than good."""
     schedule, steps = denoiser.schedule, len(times) - 1
     x0_before, h_before = None, 0.0
     for i, (t, t_next) in enumerate(pairwise(times)):
@@ -180,8 +180,8 @@ def heun(denoiser, x, times, clip, noise, s_churn, s_min, s_max, s_noise):
 
 def add_churn(schedule, x, t, gamma, s_min, s_max, s_noise, noise):
     """Raise σ/α to σ̂ = σ/α (1 + γ): x/α ← x/α + √(σ̂² − (σ/α)²) s_noise z -> (x, t̂). σ̂ cannot
-    exceed the schedule's maximum, so at t = T only edm adds noise. z is drawn only if it is used.
-    EDM's program draws it at every step: equal seeds give other images there."""
+    exceed the schedule's maximum. Only edm has none, and adds noise at t = T. z is drawn only if it
+    is used. EDM's program draws it at every step, so equal seeds give other images there."""
     alpha, sigma = schedule.alpha_sigma(t)
     t_hat = schedule.t_of_lam(schedule.lam(t) - math.log1p(gamma)).item()
     alpha_hat, sigma_hat = schedule.alpha_sigma(t_hat)
@@ -195,7 +195,7 @@ def grid_for_nfe(schedule: Schedule, sampler: str, nfe: int, spacing: str | Tens
                  t_end: float = 1.0, t_start: float | None = None,
                  denoise_to_zero: bool = True) -> tuple[Tensor, int]:
     """(times, calls): the longest time grid that nfe network calls allow, and the calls it uses.
-    spacing: also a function (points, t_start, t_end) -> times, or the times (calls is then nfe)."""
+    spacing: a name, a function (points, t_start, t_end) -> times, or times (calls is then nfe)."""
     def grid(points):
         if callable(spacing):
             return spacing(points, schedule.T if t_start is None else t_start, t_end)
@@ -230,8 +230,8 @@ def singlestep_plan(schedule, times, order, equal=False) -> tuple[Tensor, list[i
     """(times, orders) for dpm_solver(): an update of order o spans o steps and costs o calls.
 
     As many updates of full order as fit, then the rest: 10 steps are 3 + 3 + 3 + 1. Inner points
-    are grid points; with `equal`, updates and their parts are equally long in λ instead. An update
-    in which λ stands still (ᾱ = 0, clipped log SNR) becomes steps of order 1.
+    are grid points. With `equal`, times are new: updates, and parts of one, are equally long in λ.
+    An update in which λ stands still (ᾱ = 0, clipped log SNR) becomes steps of order 1.
     """
     no_signal = int((schedule.lam(times)[:-1] == -math.inf).sum())
     full, rest = divmod(len(times) - 1 - no_signal, order)
@@ -275,10 +275,10 @@ def initial_time(denoiser) -> int:
 
 @dataclass
 class SamplerConfig:
-    """The flags of sample.py and metrics.py that choose a sampler."""
+    """The flags of sample.py and metrics.py that choose a sampler. (sample() defaults to ddim.)"""
 
-    sampler: str = flag("ddpm", "ddpm replaces noise that a briefly trained network leaves; ddim "
-                        "keeps it, and suits few calls", choices=SAMPLERS, group="sampling")
+    sampler: str = flag("ddpm", "ddpm removes noise that a briefly trained network leaves; ddim "
+                        "does not, but suits few calls", choices=SAMPLERS, group="sampling")
     nfe: int = flag(50, "network calls per image; heun: 2N - 1 for N steps")
     spacing: str = flag("uniform", "times of the calls; remap: uniform in f(t) of a --remap run",
                         choices=(*SPACINGS, "remap"))
@@ -299,7 +299,7 @@ class SamplerConfig:
     compile: bool = flag(False, "torch.compile the networks: takes a minute at the start")
     deterministic: bool = flag(False, "repeat results bit for bit on GPUs too, but more slowly")
     weights: str = flag("ema", "averaged (ema) or last (raw) weights", choices=("ema", "raw"))
-    given: ClassVar[frozenset] = frozenset()  # the typed flags: support.cli sets it
+    given: ClassVar[frozenset] = frozenset()  # flags on the command line: support.cli sets it
 
     def check(self) -> None:
         """ValueError that begins with the flag: out of range, or without effect."""
@@ -332,7 +332,7 @@ class SamplerConfig:
                             t_start=initial_time(denoiser))
 
     def arguments(self, denoiser) -> dict:
-        """The arguments of sample(). ValueError: flags that do not fit this run."""
+        """The arguments of sample(). It makes the grid again. ValueError: flags that do not fit."""
         (times, nfe), variance = self.grid(denoiser), self.variance
         # Fresh noise at every step also moves x̂_0 out of the data's range: without the clip, the
         # colours of all images can drift. EDM's churn settings were tuned without a clip.

@@ -9,8 +9,8 @@ The file reads from top to bottom: DiffusionObjective is what a step minimises, 
 step, train() repeats it, main() sets everything up. The same command again resumes a run.
 
 Every random number of step n is a function of (seed, n). Every process draws them for the whole
-global batch and keeps its own rows. So a resumed run, and a run on another number of processes,
-uses the same numbers (except for dropout), and there is no random state to save.
+global batch and keeps its own rows. So a resumed run uses the same numbers, also on another number
+of processes (except for dropout there), and there is no random state to save.
 
 Not here: the losses (losses.py), flags and presets (config.py), checkpoints, logs and processes
 (support/), other objectives (papers/), optimizers (support/optimizers.py).
@@ -45,7 +45,7 @@ MAX_NONFINITE_STEPS = 25  # in a row; then the run ends
 class DiffusionObjective:
     """What a step minimises: L = L_simple + sa_weight · L_SA over k consecutive timesteps.
 
-    papers/ has other objectives of the same form: the loop needs no more than these members.
+    papers/ has other objectives: the loop uses only these members. extra_state is saved with a run.
     """
 
     loss_names, warnings = ("simple", "sa"), ()
@@ -63,8 +63,8 @@ class DiffusionObjective:
             self.quantile = lambda u: losses.lognormal_times(u, schedule, *self.t_range)
 
     def draw(self, n, generator, device_generator):
-        """The random numbers of n images: {t (n,), noises (n, k, C, H, W)}. Times are drawn on the
-        CPU, the same on all hardware, and stay there; noises are made on the device."""
+        """The random numbers of n images, one row each: {t (n,), noises (n, k, C, H, W)}. Times are
+        drawn on the CPU, the same on all hardware, and stay there; noises come from the device."""
         t = losses.draw_timesteps(n, self.denoiser.schedule, *self.t_range, generator,
                                   self.quantile)
         noises = torch.randn(self.k, n, *self.denoiser.shape, generator=device_generator,
@@ -81,8 +81,8 @@ class DiffusionObjective:
         return simple + self.config.sa_weight * sa, dict(simple=simple, sa=sa)
 
     def preview(self, net, images, **arguments):
-        """DDIM samples in 25 calls, always from the same noise -> (uint8 (n, C, H, W), images per
-        group). images uint8 (n, C, H, W): the input of conditional models."""
+        """DDIM samples in 25 calls, always from the same noise -> (uint8 (n, C, H, W), how many
+        neighbours belong together). images uint8 (n, C, H, W): input of conditional models."""
         denoiser = self.denoiser.replace(net=net).encode(data.to_float(images))[1]
         arguments = dict(nfe=25, t_start=samplers.initial_time(denoiser)) | arguments
         x0 = samplers.sample_from_seeds(denoiser, range(len(images)), images.device, **arguments)
@@ -134,8 +134,8 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
     torch.manual_seed(rng.hash_ints(config.seed, state.step, dist.rank))  # dropout
 
     # 2. Forward and backward, `microbatch` images at a time; gradients add up in .grad. Each part
-    # counts by its share of b, and DDP averages over processes that have b images each: the
-    # gradient is that of the mean over the global batch.
+    # is weighted by its share of b. DDP averages over processes, which have b images each. So the
+    # gradient is that of the mean loss of the global batch.
     state.optimizer.zero_grad(set_to_none=True)
     parts = math.ceil(b / (config.microbatch or b))
     micro, means = math.ceil(b / parts), 0.0  # at most two sizes: torch.compile makes code for each
@@ -155,8 +155,8 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
     values = torch.cat([means, norm[None].to(means)]).cpu().double()  # the one wait for a GPU
     means, norm = (dist.all_reduce(values[:-1]) / dist.world_size).tolist(), values[-1].item()
 
-    # 3. Update, or skip the step if a number is not finite (the same on all processes: losses and
-    # gradients are averages). A loss can overflow even if its gradient does not: that is linear.
+    # 3. Update, or skip the step if a number is not finite: all processes see the same averages. A
+    # loss, which is a square, can overflow even if its gradient, which is linear, does not.
     if all(map(math.isfinite, (*means, norm))):
         set_learning_rate(state.optimizer, config, state.step)  # warm-up and decay
         state.optimizer.step()
@@ -169,9 +169,9 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
 
 @torch.no_grad()
 def update_ema(averages: list, values: list, decay, updates):
-    """average ← d average + (1 − d) value,  d = min(decay, (1 + n)/(10 + n)) after n updates:
-    without this warm-up, which neither paper has, decay 0.9999 leaves 90 % of the random start
-    after a thousand steps."""
+    """average ← d average + (1 − d) value,  d = min(decay, (1 + n)/(10 + n)) after n updates.
+    Neither paper has this warm-up of d. Without it, after a thousand steps at decay 0.9999, 90 % of
+    the average is still the random start."""
     torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + updates) / (10 + updates)))
 
 
@@ -192,7 +192,7 @@ def train(state, batches, dataset, config, run, dist, stop):
     stop.gently = True  # from here on there is something to save
     nonfinite = 0
     while state.step < total_steps:
-        # A signal breaks off the wait for images. All processes stop at the same step.
+        # None: a signal came. Then all processes stop at this step.
         images = stop.unless_requested(next, batches)
         ended, late = dist.any(images is None, run.is_late(config.save_minutes))
         if ended:
@@ -244,7 +244,7 @@ def main(argv=None, make_objective=DiffusionObjective, config_class=Config):
         for line in (*config.warnings(dataset, dist.world_size), *objective.warnings,
                      *run.changes(saved, dataset, config), *memory.notes(state.net, config, dist)):
             dist.print0(f"note: {line}")
-        # The stream of images begins where the last run stopped: resuming needs only the step.
+        # The endless stream of images begins where the checkpoint stopped: only the step is needed.
         batches = data.batches(dataset, config.batch_size, state.step * config.batch_size,
                                config.seed, dist.rank, dist.world_size, config.workers, dist.device)
         del saved  # gigabytes, for large networks

@@ -484,15 +484,17 @@ def in_threads(work, items, threads, ahead):
 def stream(dataset, batches, threads, ahead, device="cpu"):
     """Yield the images of each batch (a list of indices): uint8 (b, C, H, W). Threads decode files
     up to `ahead` images in advance. For a GPU, a set in memory moves to it if it fits; otherwise a
-    thread makes and pins the next batch while the GPU works."""
+    thread makes and pins the next batch meanwhile. `batches` is an iterator without an end."""
     if isinstance(dataset, Array):
         images = devices.keep_near(dataset.images, device)
         if images.is_cuda:
             yield from (devices.pick(images, indices) for indices in batches)
+            return
     made = stacked(dataset, batches, threads, ahead)
     if torch.device(device).type != "cuda":
         yield from made
-    yield from in_threads(lambda _: next(made).pin_memory(), itertools.count(), 1, 1)
+    else:
+        yield from in_threads(lambda _: next(made).pin_memory(), itertools.count(), 1, 1)
 
 
 def stacked(dataset, batches, threads, ahead):

@@ -117,10 +117,11 @@ def for_training(net, device, flag, graphs=False):
 
 def suits_graphs(config, world_size):
     """True if a step is so small that a GPU waits for the program, and has a single pass: a graph's
-    next pass writes over the gradients of the last, which must not add up in place."""
-    b = config.batch_size // world_size
+    next pass writes over the gradients of the last, which must not add up in place. One process
+    only: graphs under DDP were never tried."""
+    b = config.batch_size
     small = b * config.sa_k * config.image_size**2 <= GRAPH_PIXELS
-    return small and (config.microbatch or b) >= b
+    return world_size == 1 and small and (config.microbatch or b) >= b
 
 
 def layout_for_compile(net, device):
