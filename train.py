@@ -176,7 +176,7 @@ def update_ema(averages: list, values: list, decay, updates):
 
 
 # ------------------------------------------------------------------ the loop
-def train(state, dataset, config, run, dist, stop):
+def train(state, batches, dataset, config, run, dist, stop):
     """Train until the network has seen config.images images, or a signal asks to stop."""
     total_steps = config.images // config.batch_size
     amp_dtype = precision.autocast_dtype(config.precision, dist.device)
@@ -188,9 +188,6 @@ def train(state, dataset, config, run, dist, stop):
         model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     state.net.train()
 
-    # The stream of images begins where the last run stopped: resuming needs only the step.
-    batches = data.batches(dataset, config.batch_size, state.step * config.batch_size, config.seed,
-                           dist.rank, dist.world_size, config.workers, dist.device)
     run.start_log(state.step, total_steps, config.batch_size, state.objective.loss_names)
     stop.gently = True  # from here on there is something to save
     nonfinite = 0
@@ -247,9 +244,12 @@ def main(argv=None, make_objective=DiffusionObjective, config_class=Config):
         for line in (*config.warnings(dataset, dist.world_size), *objective.warnings,
                      *run.changes(saved, dataset, config), *memory.notes(state.net, config, dist)):
             dist.print0(f"note: {line}")
+        # The stream of images begins where the last run stopped: resuming needs only the step.
+        batches = data.batches(dataset, config.batch_size, state.step * config.batch_size,
+                               config.seed, dist.rank, dist.world_size, config.workers, dist.device)
         del saved  # gigabytes, for large networks
         run.create(config.settings(), state.state_dict(), state.optimizer, dataset)
-        train(state, dataset, config, run, dist, stop)
+        train(state, batches, dataset, config, run, dist, stop)
         run.print_end(state.step, state.skipped, config.next_command())
 
 

@@ -200,6 +200,7 @@ def test_other_images_are_a_note_and_another_shape_is_refused(capsys, no_grids):
         refused(message, small, "--data", "photos", "--steps", "4", *flags)
     words = ["--data", "photos", "--batch-size", "9"]
     refused("^--batch-size 9 is more than the 6 images", small, *words, name="other")
+    assert not os.path.exists("runs/other")
 
 
 def test_a_run_of_the_first_version_opens_for_sampling_and_is_not_resumed():
