@@ -134,7 +134,7 @@ def test_it_shows_what_it_says(names):
         assert abs(slope + (0.0 if name.endswith("mns") else 0.5)) < 0.03
     assert max(names["steepest"].values()) < 4
     assert abs(names["rate"] + 1) < 0.1 and abs(names["worst_rate"] + 0.5) < 0.1
-    slope = names["learnt_K"]
+    slope = names["learned_K"]
     assert names["largest"] == 0 and slope["t"][0] < 0.2 * slope["exact"][0]
     assert slope["exact"][39:].max() < 0.2 * slope["exact"][0]
     assert names["least"] > names["floor"] + 0.01
@@ -142,14 +142,17 @@ def test_it_shows_what_it_says(names):
     variances = names["variances"]
     assert all(abs(v - 0.25) < 0.02 for v in variances["Analytic-DPM"])
     assert variances["DDPM, small (β̃)"][2] < 0.15 < 0.3 < variances["DDPM, large (β)"][2]
-    np.testing.assert_allclose(names["learnt"], names["known"], atol=0.12)
+    np.testing.assert_allclose(names["learned"], names["known"], atol=0.15)
     order = ["the data, drawn again", "NPR-DPM", "Analytic-DPM", "DDPM, small"]
     assert sorted(names["distance"], key=names["distance"].get) == order
     # 7: pictures that are near to the data, and of all kinds; what each paper's method changes
     quality, pixels = names["quality"], names["pixel_variance"]
     for name in names["networks"]:
-        assert quality["other drawings"] < quality[name, "ddpm", 50] < quality["plain noise"] / 5
-    assert all(pixels["SA-2", "ddpm", n] > pixels["usual", "ddpm", n] for n in (5, 10))
-    assert names["K"]["E-TSDM"][names["inside"]].max() == 0 < names["K"]["usual"].min()
+        assert quality["other drawings"] < quality[name, 50] < quality["plain noise"] / 5
+    assert all(pixels["SA-2", n] > pixels["usual", n] for n in names["calls"])
+    assert all(pixels["usual", n] < names["others"].var(0).mean() for n in names["calls"])
+    slope, usual = names["K"]["E-TSDM"], names["K"]["usual"]
+    assert slope[names["inside"]].max() == 0 < usual.min()
+    assert all(slope[t - 1] > usual.max() for t in (19, 39, 59, 79, 99))
     assert names["accuracy"] > 0.9
-    assert np.count_nonzero(names["counts"]) >= 14
+    assert names["counts"].min() > 0 and names["counts"][0].sum() < 48 - 6
