@@ -568,7 +568,7 @@ def test_bf16_features_are_near_and_say_what_they_are(here, measure, call, weigh
     found = measure("fid fewer.npy half.npz --inception random.pth")
     assert any("bf16 on one side only" in w for w in found["warnings"])
     for words in ("psnr few.npy few.npy", "fid half.npz half.npz"):
-        refused(f"{words} --precision bf16", "there is none")
+        refused(f"{words} --precision bf16", "--precision is only for")
 
 
 def test_without_weights_and_without_network(here, tmp_path, monkeypatch):
