@@ -336,8 +336,8 @@ def steps(args):
 
 
 # Adam, because Muon enlarges rounding; a constant rate, because a run is resumed with more steps.
-SIZE = ("--image-size 16 --batch-size 16 --sample-every 99 --save-every 10 --optimizer adam --lr 2e-3 "
-        "--lr-decay none").split()
+SIZE = ("--image-size 16 --batch-size 16 --sample-every 99 --save-every 10 --optimizer adam "
+        "--lr 2e-3 --lr-decay none").split()
 
 
 def trains(args):
