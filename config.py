@@ -26,17 +26,17 @@ from support.run import check_run_name, run_name, settings_of
 PREDICTIONS = LOSS_SPACES = ("eps", "v", "x0", "edm")
 TIME_DISTRIBUTIONS = ("uniform", "lognormal")
 INHERITED = ("image_size", "channels", "schedule", "continuous", "betas", "prediction", "dropout",
-             "etsdm", "etsdm_interval", "etsdm_n")  # by --init, unless a flag says otherwise
+             "etsdm", "etsdm_interval", "etsdm_n")  # by --init; flags change all but the first two
 
 # How each preset is trained: SA-DPM's configuration files (epochs as images), E-TSDM's table A1,
 # which gives no length: 48 M is ours. SA-DPM's loss is a sum over C·H·W numbers and ours is their
-# mean, so its clip of 1 and Adam's ε of 1e-8 become that many times smaller: the clip always acts.
+# mean. So we divide its clip of 1 and Adam's ε of 1e-8 by C·H·W. All gradients exceed this clip.
 PAPER = dict(schedule="linear", prediction="eps", lr=2e-4, beta2=0.999, ema=0.9999, grad_clip=1.0,
              sample_every=5000, save_every=1000, optimizer="adam", lr_decay="none")
 LARGE = dict(PAPER, lr=1e-4, grad_clip=0.0, flip=True)  # flips are DDPM's, which E-TSDM follows
 SUM = {n: dict(grad_clip=1 / n, adam_eps=1e-8 / n) for n in (3072, 12288)}
 RECIPES = {
-    # Ours, for two minutes on a CPU, in which eps on linear gives fog, and Adam grainy shapes.
+    # Ours, for two minutes on a CPU. In this time, eps on linear gives fog, Adam grainy shapes.
     "tiny": dict(PAPER, batch_size=32, images=22_400, schedule="cosine", prediction="v",
                  optimizer="muon", lr=1e-2, lr_decay="linear", beta2=0.99, ema=0.99, warmup=20,
                  sample_every=350, save_every=200),
@@ -51,7 +51,7 @@ RECIPES = {
 }
 
 
-by_preset = functools.partial(flag, shown="the preset's")  # RECIPES has its default
+by_preset = functools.partial(flag, shown="the preset's")  # which is in RECIPES or unet.PRESETS
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Config:
                      ".npy, .npz[:KEY], MNIST-like IDX, CIFAR-10 archive", group="images")
     image_size: int | None = by_preset(None, "side in pixels; images are resized and cropped",
                                        above=0, below=8193)
-    channels: int = flag(3, "3 RGB, 1 true gray", choices=(1, 3))
+    channels: int = flag(3, "3: RGB; 1: one gray channel", choices=(1, 3))
     flip: bool = by_preset(False, "random horizontal flips")
     skip_bad_images: bool = flag(False, "continue without files that cannot be read", resume=True)
     workers: int = flag(2, "threads that decode images not kept in memory", resume=True, low=0)
@@ -68,11 +68,11 @@ class Config:
     preset: str = flag("tiny", "network and recipe", choices=tuple(unet.PRESETS), group="model")
     init: str = flag("", "start a new run from the network and averaged weights of this one",
                      metavar="RUN", resume=True)
-    base: dict | None = None  # its settings
+    base: dict | None = None  # the settings of the --init run
     schedule: str = by_preset("linear", "noise schedule: " + ", ".join(schedules.SCHEDULES),
                               choices=schedules.SCHEDULES, metavar="NAME")
     continuous: bool = flag(False, "real-valued t, schedule in closed form")
-    betas: tuple[float, float] | None = flag(None, "first and last", nargs=2, shown="1e-4 0.02")
+    betas: tuple[float, float] | None = flag(None, "beta_1, beta_T", nargs=2, shown="1e-4 0.02")
     prediction: str = by_preset("eps", "what the network predicts", choices=PREDICTIONS)
     etsdm: bool = flag(False, "E-TSDM: share the time input near t = 0")
     etsdm_interval: float = flag(100.0, "... below this t")
@@ -91,12 +91,12 @@ class Config:
 
     batch_size: int = by_preset(32, "global: over all processes", group="training", above=0)
     microbatch: int | None = flag(None, "images per forward pass of a process; gradients add up",
-                                  resume=True, low=1, shown="the preset's over --sa-k, or all")
+                                  resume=True, low=1, shown="the preset's / --sa-k, or all")
     recompute: bool = flag(False, "activation checkpointing: a fraction of the memory, a third "
                            "more time, the same gradients", resume=True)
     images: int = by_preset(41_600, "train until this many were seen", resume=True, above=0)
     steps: int = flag(0, "the same as --images STEPS x BATCH_SIZE", resume=True)
-    optimizer: str = by_preset("adam", "adam, as the papers; muon: orthogonalised momentum for "
+    optimizer: str = by_preset("adam", "adam, as in both papers; muon: orthogonalised momentum for "
                                "weight matrices, Adam for the rest", choices=("adam", "muon"))
     lr: float = by_preset(2e-4, "learning rate of Adam", resume=True, above=0)
     muon_lr: float = flag(0.02, "muon: learning rate of matrices", resume=True, above=0)
@@ -130,7 +130,7 @@ class Config:
       the built-in shapes: a tiny network, a few minutes on two CPU cores; then: python sample.py
   torchrun train.py --sa-k 2 --etsdm --data photos/ --image-size 64 --preset celeba64
       your own pictures (a folder or zip, searched recursively), both papers' methods together
-  torchrun --nproc_per_node 8 train.py --preset cifar10 --data cifar10 --sa-k 2 --steps 400000
+  torchrun --nproc_per_node 8 train.py --preset cifar10 --data cifar10 --sa-k 2
       the SA paper's CIFAR-10 model on 8 GPUs; --batch-size stays the global batch
 
 Super-resolution, latent diffusion, variance heads and the alternatives to E-TSDM are programs of
@@ -138,7 +138,7 @@ papers/."""
 
     @classmethod
     def recipe(cls, given):
-        """The defaults that follow from the typed flags `given`: the preset's, and others'."""
+        """Defaults that depend on the flags `given`: --preset, --init, --schedule and others."""
         base = settings_of(given["init"], "init") if given.get("init") else {}
         if any(base.get(k) for k in ("autoencoder", "factor", "latent", "remap", "head")):
             raise ValueError(f"--init {given['init']} is not a model of train.py, or imported")
@@ -147,7 +147,7 @@ papers/."""
         values.update(image_size=net["image_size"], dropout=net.get("dropout", 0.0), preset=preset)
         values.update({k: base[k] for k in INHERITED if k in base}, base=base or None)
         schedule = given.get("schedule", values["schedule"])
-        if schedule in ("edm", "zero-terminal-snr") and not base:  # eps has no x_0 at T there
+        if schedule in ("edm", "zero-terminal-snr") and not base:  # eps does not suit them
             values["prediction"] = "edm" if schedule == "edm" else "v"
         values["loss_space"] = given.get("prediction", values["prediction"])
         values["train_times"] = "lognormal" if schedule == "edm" else "uniform"
@@ -206,7 +206,7 @@ papers/."""
         return {**own, **{k: base[k] for k in ("T", "imported") if k in base}}
 
     def may_change(self):
-        """Names of settings that may differ when a run is resumed. Images have a digest instead."""
+        """Names of settings that may differ when a run resumes. A digest identifies the images."""
         names = {f.name for f in fields(self) if f.metadata.get("resume")}
         return names | {"data", "name", "steps"}
 
@@ -215,7 +215,7 @@ papers/."""
         recipe = RECIPES[self.preset]
         usual_times = "lognormal" if self.schedule == "edm" else "uniform"
         parts = [self.preset] + [f"from-{run_name(self.init)}"] * bool(self.init)
-        parts += dict.fromkeys(  # edm is both
+        parts += dict.fromkeys(  # once, if both are edm
             getattr(self, k) for k in ("schedule", "prediction") if getattr(self, k) != recipe[k])
         parts += ["continuous"] * self.continuous + [f"sa{self.sa_k}"] * (self.sa_k > 1)
         parts += ["etsdm"] * self.etsdm + [self.optimizer] * (self.optimizer != recipe["optimizer"])
@@ -248,6 +248,6 @@ papers/."""
             (self.warmup >= steps,
              f"--warmup: the learning rate rises over {self.warmup} steps, the run has {steps}"),
             ("workers" in self.given and not dataset.streamed,
-             "--workers has no effect: the images are in memory, or drawn"),
+             "--workers has no effect: the images are in memory or generated"),
             (self.skip_bad_images and not getattr(dataset, "paths", None),
              "--skip-bad-images has no effect: the images are not files")) if unusual]

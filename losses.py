@@ -6,16 +6,16 @@ r"""Training losses: DDPM's, SA-DPM's for any k, EDM's.
 Why a second term: the error at the end of a sampling run is a weighted *sum* of the errors of its
 steps: Σ_t w_t for t = 2..T, with w_t = τ_t e_t, e_t the error of ε_θ, and τ_t a weight that follows
 from the schedule (theorem 1, gap.py). L_simple makes each error small, but neighbours may still add
-up. Theorem 2 bounds the sum by windows of k neighbours, more tightly than by single w_t:
+up. Theorem 2 bounds the sum by windows of k neighbours, and this is tighter than N Σ_t ‖w_t‖²:
 
     ‖Σ_t w_t‖² <= (N/k²) Σ_s ‖w_s + … + w_{s−k+1}‖² <= N Σ_t ‖w_t‖²,   N = T + k − 2 windows
 
 L_SA follows this idea, but it is not that bound: it has no τ_t, its noises are independent, its x_t
-come from x_0 and not from a run, and it cuts windows at the lower end (tutorial.ipynb, chapter 4).
+come from x_0 and not from sampling, and it cuts windows at the low end (tutorial.ipynb, chapter 4).
 
 The ideal network ε* does not minimise L_SA. The paper does not mention this. The k noises are
-independent, but x_0 is the same. So the error from x_0 adds up over the k steps, and the error from
-the noises averages out: in L_SA, the first counts k times as much as the second. On Gaussian data,
+independent, but x_0 is the same. So the part of r_i from x_0 adds up over the k steps, and its part
+from ε_i averages out: in L_SA, the first counts k times as much as the second. On Gaussian data,
 the network that minimises L is the ideal network for data whose variance is larger by the factor
 (1 + weight)/(1 + weight/k): 4/3 for k = 2 and weight 1 (tests/test_theory.py). The variance of
 samples of trained runs is also larger, by nearly this factor. DDIM in few steps gives too small a
@@ -25,10 +25,10 @@ Two choices that the paper leaves open:
 
   * Each x_{t−i} has its own noise ε_i: k noisy copies of an image, not k points of a trajectory.
 
-  * Both losses are residuals of ε for every prediction type, because the theory is about ε.
-    With v-prediction, L_simple in ε is α² times the loss in v. If α = 0 (t = T of
-    zero-terminal-snr), the network learns nothing at that t. So L_simple can be measured in another
-    space (`space`, train.py --loss-space). L_SA stays in ε.
+  * L_SA is a residual of ε for every prediction type, because the theory is about ε. L_simple in ε
+    is α² times the loss in v for v-prediction: if α = 0 (t = T of zero-terminal-snr), the network
+    learns nothing at that t. So train.py measures L_simple in the space of the prediction, unless
+    --loss-space (here `space`) names another.
 
 Not here: the mean over a batch, precision, processes (train.py); losses of networks with a second
 output (papers/heads.py); the variants DDPM-r and SA-reuse (papers/alternatives.py).
@@ -96,7 +96,7 @@ def residual_in(space: str, denoiser: Denoiser, eps: Tensor, x0: Tensor, t: Tens
     alpha, sigma = denoiser.schedule.alpha_sigma(t)
     if space == "v":  # v = α ε − σ x_0; the residuals obey the same formula
         return expand(alpha, x0) * eps - expand(sigma, x0) * x0
-    if space == "edm":  # F's residual; factor² is EDM's weight, (s² + d²)/(s d)² with s = σ/α
+    if space == "edm":  # EDM's F; factor² = (s² + d²)/(s d)²: EDM's weight, s = σ/α, d = data_std
         return expand(denoiser.marginal_std(t) / (sigma * denoiser.data_std), x0) * x0
     raise ValueError(f"unknown loss space {space!r}: choose from {' '.join(LOSS_SPACES)}")
 
@@ -117,7 +117,7 @@ def lognormal_times(u: Tensor, schedule: Schedule, low: float, high: float) -> T
 
 def draw_timesteps(n: int, schedule: Schedule, low: float, high: float, generator=None,
                    quantile=None) -> Tensor:
-    """Draw n times in low..high, uniform or by `quantile` (u in [0, 1] -> t). They are antithetic:
+    """Draw n values of t in low..high, uniform or by `quantile` (u in [0, 1] -> t), antithetic:
     u and 1 − u (t and low + high − t) form a pair, so that noise levels vary less between batches.
     Integers (int64) on a discrete schedule, else float64."""
     half = (n + 1) // 2

@@ -42,8 +42,8 @@ class SampleConfig(samplers.SamplerConfig):  # --sampler, --nfe, --spacing, --et
     num: int = flag(64, "number of images; under torchrun write -n", short="-n")
     batch_size: int = flag(64, "images at a time, per process")
     seed: int = flag(0, "image i is a function of (seed, i)")
-    out: Path | None = flag(None, "folder to write to", shown="generated/SAMPLER-NFE-STEP in the "
-                            "run, and other flags")
+    out: Path | None = flag(None, "folder to write to", shown="generated/SAMPLER-NFE-STEP-FLAGS "
+                            "in the run's folder")
     npz: bool = flag(False, "also pack the images into one .npz, arr_0 (N, H, W, C)")
 
     prog: ClassVar[str] = "sample.py"
@@ -57,7 +57,7 @@ class SampleConfig(samplers.SamplerConfig):  # --sampler, --nfe, --spacing, --et
   python sample.py shapes-tiny-sa2 --sampler dpm-solver --order 3 --nfe 20 --spacing logsnr
       the fast solver of E-TSDM's table 3
   python sample.py cifar10-cifar10-sa2 --precision bf16 --compile -n 10000
-      fast: the compilation takes a minute or two, once; pictures move by part of a grey level
+      fast: the compilation takes a minute or two, once; pixels change by part of a grey level
   torchrun --nproc_per_node 8 sample.py cifar10-cifar10-sa2 -n 50000 --npz --batch-size 500
       the images of an FID, on 8 GPUs
   python -m papers.covariance shapes-tiny-sa2 && python sample.py --variance analytic
@@ -112,14 +112,14 @@ def sampling_record(config, denoiser, arguments: dict) -> dict:
     record = dict(step=denoiser.step, weights=denoiser.weights, weights_hash=denoiser.hash,
                   seed=config.seed, precision=config.precision,
                   **{**arguments, "variance": config.variance})
-    if digest := getattr(arguments["variance"], "digest", None):  # it differs for a new Γ
+    if digest := getattr(arguments["variance"], "digest", None):  # of papers/covariance.py's Γ
         record["variance_digest"] = digest
     return record
 
 
 def main(argv=None):
     config = parse_into(SampleConfig, argv)
-    tf32 = config.precision == "tf32"  # else a picture must not depend on how its batch is rounded
+    tf32 = config.precision == "tf32"  # else full float32: a picture does not depend on its batch
     with distributed.init(tf32, config.deterministic, device=config.device) as dist:
         denoiser, arguments = open_and_print(config, dist)
         if denoiser.settings.get("factor"):

@@ -9,8 +9,8 @@ The file reads from top to bottom: DiffusionObjective is what a step minimises, 
 step, train() repeats it, main() sets everything up. The same command again resumes a run.
 
 Every random number of step n is a function of (seed, n). Every process draws them for the whole
-global batch and keeps its own rows. So a resumed run uses the same numbers, also on another number
-of processes (except for dropout there), and there is no random state to save.
+global batch and keeps its own rows. So a resumed run uses the same numbers, and no random state is
+saved. With another number of processes, only dropout uses other numbers.
 
 Not here: the losses (losses.py), flags and presets (config.py), checkpoints, logs and processes
 (support/), other objectives (papers/), optimizers (support/optimizers.py).
@@ -45,7 +45,7 @@ MAX_NONFINITE_STEPS = 25  # in a row; then the run ends
 class DiffusionObjective:
     """What a step minimises: L = L_simple + sa_weight · L_SA over k consecutive timesteps.
 
-    papers/ has other objectives: the loop uses only these members. extra_state is saved with a run.
+    The loop uses only the members of this class; papers/ has others. Checkpoints hold extra_state.
     """
 
     loss_names, warnings = ("simple", "sa"), ()
@@ -82,7 +82,7 @@ class DiffusionObjective:
 
     def preview(self, net, images, **arguments):
         """DDIM samples in 25 calls, always from the same noise -> (uint8 (n, C, H, W), how many
-        neighbours belong together). images uint8 (n, C, H, W): input of conditional models."""
+        consecutive images form a group). images uint8 (n, C, H, W): input of conditional models."""
         denoiser = self.denoiser.replace(net=net).encode(data.to_float(images))[1]
         arguments = dict(nfe=25, t_start=samplers.initial_time(denoiser)) | arguments
         x0 = samplers.sample_from_seeds(denoiser, range(len(images)), images.device, **arguments)
@@ -102,7 +102,7 @@ class TrainState:
         self.step = self.skipped = 0
 
     def state_dict(self):
-        """Of the bare network: DDP and torch.compile put a prefix before each name."""
+        """The weights of the bare network: DDP and torch.compile put a prefix before each name."""
         return dict(net=self.net.state_dict(), ema=self.ema.state_dict(), step=self.step,
                     optimizer=self.optimizer.state_dict(), skipped=self.skipped,
                     extra=self.objective.extra_state)
