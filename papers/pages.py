@@ -190,7 +190,7 @@ def draw_figure(path, e, plans, found):
         plot_samples(figure, e, first_seed, found)
     else:
         panels = lines_of(e, found)
-        high = 1.7 + 0.22 * max(map(len, panels.values()))
+        high = 1.9 + 0.22 * max(map(len, panels.values()))
         figure = files.figure(figsize=(1.6 + 2.6 * len(panels), high * len(first_seed)),
                               layout="constrained")
         plot_table(figure, e, plans, found)

@@ -259,7 +259,7 @@ def write_grid(folder, inputs, num):
 class ColourConfig:
     images: tuple[str, ...] = flag((), "the folder of enlarged images, and that of the originals",
                                    positional="RESULTS ORIGINALS", nargs="+")
-    json: bool = flag(False, "print one JSON object instead of text")
+    json: bool = flag(False, "print one JSON object (default: a line of text)")
 
     prog: ClassVar[str] = "papers.superres colour"
     usage: ClassVar[str] = "python -m papers.superres colour RESULTS ORIGINALS [--json]"

@@ -36,7 +36,7 @@ def orthogonalize(matrices, steps=5):
     if tall := X.shape[1] > X.shape[2]:
         X = X.mT  # the smaller XXᵀ
     for _ in range(steps):
-        A = X @ X.mT
+        A = X @ X.mT  # then X ← a X + (b A + c A²) X, each sum of products in one call
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if tall else X
 
@@ -62,13 +62,14 @@ class Muon(torch.optim.Adam):
             if not self.state[p]:  # Adam's load_state_dict() asks for a step
                 self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
             self.state[p]["step"] += 1
+            # M ← μ M + G; the update is G + μ M, Nesterov's look ahead
             average = self.state[p]["exp_avg"].mul_(matrices["momentum"]).add_(p.grad)
-            update = p.grad.add(average, alpha=matrices["momentum"])  # Nesterov
+            update = p.grad.add(average, alpha=matrices["momentum"])
             shapes[len(p), p[0].numel()].append((p, update))
             p.grad = None  # so that Adam leaves it alone
         for (rows, columns), pairs in shapes.items():
             X = orthogonalize(torch.stack([u.reshape(rows, columns) for _, u in pairs]))
-            for (p, _), u in zip(pairs, X, strict=True):
+            for (p, _), u in zip(pairs, X, strict=True):  # W ← W − lr √max(1, rows/columns) U
                 p.sub_(u.reshape(p.shape), alpha=matrices["lr"] * max(1, rows / columns) ** 0.5)
         super().step()
 
@@ -79,9 +80,8 @@ def make_optimizer(net, config):
     betas = (0.9, config.beta2)
     if config.optimizer == "adam":
         return torch.optim.Adam(named.values(), config.lr, betas, config.adam_eps, fused=True)
-    hidden = {k for k, p in named.items() if p.dim() > 1 and not k.startswith(EDGES)}
-    return Muon([named[k] for k in named if k in hidden],
-                [named[k] for k in named if k not in hidden],
+    hidden = {k: p for k, p in named.items() if p.dim() > 1 and not k.startswith(EDGES)}
+    return Muon(hidden.values(), [p for k, p in named.items() if k not in hidden],
                 config.muon_lr, adam_lr=config.lr, betas=betas, eps=config.adam_eps)
 
 

@@ -166,8 +166,8 @@ def test_help_teaches(program, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     parser = make_parser(PROGRAMS[program])
     text = parser.format_help()
-    assert "default" in text or program == "papers.superres colour"  # which has one switch
-    assert program in text and PROGRAMS[program].description[:20] in text
+    assert "default" in text and program in text
+    assert PROGRAMS[program].description[:20] in text
     assert "examples" in text or program == "papers.figures"  # which has one flag
     assert all(action.help for action in parser._actions)
     assert all(len(line) <= 110 for line in text.splitlines())

@@ -718,7 +718,7 @@ def test_committed_pages_show_the_numbers_beside_them(name):
     for data in {row["data"] for row in rows} if e.score != "picture" else ():
         assert pages.markdown_table(e, data, found) in page
     with Image.open(RESULTS / f"{name}.png") as picture:
-        assert min(picture.size) > 150
+        assert min(picture.size) > 200
     assert f"]({name}.md)" in readme
 
 

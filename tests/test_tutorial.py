@@ -149,8 +149,7 @@ def test_it_shows_what_it_says(names):
     quality, pixels = names["quality"], names["pixel_variance"]
     for name in names["networks"]:
         assert quality["other drawings"] < quality[name, 50] < quality["plain noise"] / 5
-    # On average: trainings on another machine round in another way, and single numbers move.
-    assert sum(pixels["SA-2", n] - pixels["usual", n] for n in names["calls"]) > 0
+    assert all(pixels["SA-2", n] > pixels["usual", n] for n in names["calls"])
     assert all(pixels["usual", n] < names["others"].var(0).mean() for n in names["calls"])
     slope, usual = names["K"]["E-TSDM"], names["K"]["usual"]
     assert slope[names["inside"]].max() == 0 < usual.min()
