@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import conftest
@@ -114,8 +115,10 @@ LARGE = pytest.param(300, 200, 2048, marks=pytest.mark.slow)
 )
 def test_covariances_without_full_rank(n, m, width):
     x, y = random(n, width), random(m, width, seed=1) * 2 + 0.1
+    start = time.time()
     found = metrics.frechet_distance(*moments_of(x), *moments_of(y))
-    assert isinstance(found, float) and found == close(distance_of_few(x, y), rel=1e-9)
+    assert isinstance(found, float) and time.time() - start < 120
+    assert found == close(distance_of_few(x, y), rel=1e-9)
 
 
 def test_distance_is_symmetric_and_never_negative():
