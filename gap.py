@@ -135,7 +135,7 @@ def ideal_of_images(images, schedule):
     return ideal
 
 
-def measure_run(config, name, denoiser, x0):
+def measure_gap(config, name, denoiser, x0):
     """Measure one run -> rows of the CSV (dicts, one per t), bootstrap values of the last t."""
     noise = samplers.SeededNoise([rng.image_seed(config.seed, i) for i in range(len(x0))],
                                  x0.device)
@@ -261,7 +261,7 @@ def main(argv=None):
         if not dist.is_main:  # one process measures
             return
         for name, denoiser, x0 in lipschitz.open_runs(config, dist.device):
-            runs[name], boots[name] = measure_run(config, name, denoiser, x0)
+            runs[name], boots[name] = measure_gap(config, name, denoiser, x0)
             s = denoiser.settings
             kind = f"{s['schedule']}{', continuous' * s['continuous']}, {s['image_size']} pixels"
             weights[kind] = gap_weights(denoiser.schedule)

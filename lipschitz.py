@@ -126,7 +126,7 @@ class LipschitzConfig(measure.MeasureConfig):
         super().check()
 
 
-def measure_run(config, name, denoiser, x0):
+def measure_slope(config, name, denoiser, x0):
     """Measure a run and print a line -> rows of the table, edges of the run's sub-intervals."""
     s, dt, how = denoiser.settings, config.dt, (config.seed, config.batch_size, name)
     time = "t" if config.perturb else "dt"
@@ -180,7 +180,7 @@ def main(argv=None):
     with distributed.init(tf32=False, device=config.device) as dist:
         if dist.is_main:  # only one process measures
             opened = open_runs(config, dist.device)
-            write_curves(config, {name: measure_run(config, name, *run) for name, *run in opened})
+            write_curves(config, {name: measure_slope(config, name, *run) for name, *run in opened})
 
 
 if __name__ == "__main__":

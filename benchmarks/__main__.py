@@ -191,7 +191,7 @@ def flops(preset, batch):
     return counter.get_total_flops()
 
 
-def training(report, config):
+def training_step(report, config):
     """A training step: network, loss, gradients, Adam, average."""
     preset, B = config.preset or "cifar10", config.batch_size or usual_batch()
     sides = {"plain, float32": plain_side("training", preset, B)}
@@ -403,7 +403,7 @@ def bf16_quality(report, config):
 
 # ------------------------------------------------------------------ the program
 
-PARTS = {"train": training, "sa": sequence_aware, "sample": sampling, "fid": measuring,
+PARTS = {"train": training_step, "sa": sequence_aware, "sample": sampling, "fid": measuring,
          "memory": memory, "grow": growing, "precision": bf16_quality}
 USED_BY = dict(preset=("train", "sa", "sample", "memory"),
                batch_size=("train", "sa", "sample", "grow"),

@@ -478,7 +478,7 @@ def programs(args):
             Path("fid.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def compare(args):
+def compare_devices(args):
     """Pictures within a grey level; curves within 2 %, exact zeros in the same places."""
     import numpy as np
     from PIL import Image
@@ -656,8 +656,8 @@ def pieces(args):
 
 
 WORKERS = {"env": env, "nets": nets, "steps": steps, "trains": trains, "nccl": nccl,
-           "compare": compare, "ceilings": ceilings, "pieces": pieces, "programs cpu": programs,
-           "programs gpu": programs}
+           "compare": compare_devices, "ceilings": ceilings, "pieces": pieces,
+           "programs cpu": programs, "programs gpu": programs}
 
 
 if __name__ == "__main__":

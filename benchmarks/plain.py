@@ -50,7 +50,7 @@ def attention(self, x):
     return x + self.proj(h.reshape(B, C, H, W))
 
 
-def network(preset, kind="ours"):
+def build_network(preset, kind="ours"):
     """The network, written plainly: ours, or that of diffusers for cifar10."""
     unet.Attention.forward, unet.lay_out = attention, lambda h: h
     if kind == "ours":
@@ -66,7 +66,7 @@ def network(preset, kind="ours"):
 
 def training(preset, batch, k=1, kind="ours"):
     """work(): one step as a short program has it; for k > 1, k passes, as SA-DPM's authors."""
-    net = network(preset, kind).train()
+    net = build_network(preset, kind).train()
     ema = copy.deepcopy(net)
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-4, foreach=False)
     alpha_bar = schedules.make_schedule("linear").alpha_bar(torch.arange(1001)).float().to(DEVICE)
@@ -114,7 +114,7 @@ def inputs(preset, B):
 
 def one_call(preset, B):
     """work(): one call of the network."""
-    net, (x, c) = network(preset).eval(), inputs(preset, B)
+    net, (x, c) = build_network(preset).eval(), inputs(preset, B)
     return torch.no_grad()(lambda: net(x, c))
 
 

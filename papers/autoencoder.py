@@ -80,7 +80,7 @@ class Autoencoder(nn.Module):
         self.latent_shape = (latent_channels, image_size >> halvings, image_size >> halvings)
 
         def res(c_in, c_out):
-            return ResBlock(c_in, c_out, norm_groups)
+            return Block(c_in, c_out, norm_groups)
 
         def middle(w):  # attention on the smallest map, where it costs least
             return [res(w, w), Attention(w, None, norm_groups), res(w, w)]
@@ -165,7 +165,7 @@ def moments(net, images_iterable):
 
 # ---- layers
 
-class ResBlock(nn.Module):
+class Block(nn.Module):
     """skip(x) + conv2(SiLU(norm2(h))),   h = conv1(SiLU(norm1(x))): unet.py's, without time."""
 
     def __init__(self, c_in, c_out, norm_groups):

@@ -99,7 +99,7 @@ def standard_error(values):
     return np.sqrt((len(values) - 2) * values[1:].var())
 
 
-def measure_run(config, name, denoiser, x0, net):
+def measure_late(config, name, denoiser, x0, net):
     """Measure one run -> {(measure, low, high): jackknife values}."""
     low, high = time_range(denoiser.schedule, denoiser.prediction)
     edges = [low, *(t for t in config.edges if low < t < high), high]
@@ -127,7 +127,7 @@ def measure_run(config, name, denoiser, x0, net):
 
 
 def make_rows(runs):
-    """{run: result of measure_run()} -> rows of the table. change: from the first run, in percent.
+    """{run: result of measure_late()} -> rows of the table. change: from the first run, in percent.
     Its standard error is that of paired values, since all runs share images and noises."""
     rows, first = [], next(iter(runs.values()))
     for name, found in runs.items():
@@ -204,7 +204,7 @@ def main(argv=None):
             images = images if runs else x0
             if not torch.equal(x0, images):
                 raise ValueError(f"{name} has other images than {next(iter(runs))}: give --data")
-            runs[name] = measure_run(config, name, denoiser, x0, net)
+            runs[name] = measure_late(config, name, denoiser, x0, net)
     rows = make_rows(runs)
     for row in rows:
         text = "{run:24s} {measure:5s} {low:6g} to {high:4g}: {value:.4g} ± {se:.2g}"

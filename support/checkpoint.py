@@ -32,7 +32,7 @@ ENTRIES = dict(settings=dict, net=dict, ema=dict, optimizer=dict, step=int, skip
 def save_checkpoint(path, checkpoint):
     """A dict of tensors and plain values -> file. OSError: it could not be written, and the file
     is as it was."""
-    check_space(Path(path).parent, size_of(checkpoint))
+    check_space(Path(path).parent, count_bytes(checkpoint))
     with atomic_write(path) as temporary, open(temporary, "wb") as f:
         try:
             torch.save({"format": FORMATS[-1], **checkpoint}, f)
@@ -63,12 +63,12 @@ def to_json(settings):
     return json.dumps(settings, indent=1) + "\n"
 
 
-def size_of(value):
+def count_bytes(value):
     """Bytes of all tensors in nested dicts and lists."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     parts = value.values() if isinstance(value, dict) else value
-    return sum(map(size_of, parts)) if isinstance(value, dict | list | tuple) else 0
+    return sum(map(count_bytes, parts)) if isinstance(value, dict | list | tuple) else 0
 
 
 def read_tensors(path):

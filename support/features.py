@@ -62,7 +62,7 @@ def open_network(config, dist):
     FeatureNetwork."""
     path = config.features
     if path is None:
-        net, digest = dist.main_first(lambda: inception.load(config.inception, dist.device))
+        net, digest = dist.main_first(lambda: inception.open_net(config.inception, dist.device))
         net = precision.for_inference(net.fold(), dist.device, config.precision, config.compile)
         return FeatureNetwork(net, INCEPTION, digest, "bilinear to 299x299 without antialiasing",
                               config.precision)

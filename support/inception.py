@@ -151,8 +151,8 @@ class Inception(nn.Module):
     r"""forward(images uint8 (N, 3, H, W)) -> (pool3 (N, 2048), logits without bias (N, 1008)).
 
     All computation, from the division by 255 on, is in the dtype of the weights: in float64 after
-    net.double(). A new network has random weights; load() reads the real ones. It is in eval mode
-    and without gradients.
+    net.double(). A new network has random weights; open_net() reads the real ones. It is in
+    eval mode and without gradients.
     """
 
     def __init__(self):
@@ -213,7 +213,7 @@ def preprocess(images, dtype=torch.float32):
 
 # ------------------------------------------------------------------ the weights
 
-def load(path=None, device="cpu"):
+def open_net(path=None, device="cpu"):
     """Load the network with its weights -> (net, SHA-256 of the file in hex).
 
     path None: the file in the cache folder, which is downloaded (96 MB) if necessary and must have

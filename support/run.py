@@ -138,11 +138,11 @@ class RunFolder:
         self.metadata = dict(settings=settings, processes=self.dist.world_size,
                              dataset=len(dataset), digest=dataset.digest)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        self.dist.on_main(self.make_folder, settings, state, checkpoint.size_of(trained))
+        self.dist.on_main(self.make_folder, settings, state, checkpoint.count_bytes(trained))
 
     def make_folder(self, settings, state, trained_size):
         # The next checkpoint is written next to the last: there must be room for both.
-        size, copies = checkpoint.size_of(state), 1 if self.path.exists() else 2
+        size, copies = checkpoint.count_bytes(state), 1 if self.path.exists() else 2
         if not state["step"]:  # Adam's two moments of what is trained come with the first step
             size += 2 * trained_size
         files.check_space(self.folder, size * copies)

@@ -83,7 +83,7 @@ def test_shapes(size, channels, mult, latent, shape, blocks):
     assert mean.shape == logvar.shape == (2, *shape)
     assert net.decode(mean).shape == net(images, noise)[0].shape == images.shape
     for half in (net.encoder, net.decoder):
-        count = sum(isinstance(m, autoencoder.ResBlock) for m in half.modules())
+        count = sum(isinstance(m, autoencoder.Block) for m in half.modules())
         assert count == blocks * len(mult) + 2
     assert autoencoder.Autoencoder(32).latent_shape == (4, 8, 8)  # a quarter per side
 

@@ -22,7 +22,7 @@ from support.cli import parse_into
 
 @pytest.fixture
 def plainly():
-    """plain.network changes unet for its process: here, for a test."""
+    """plain.build_network changes unet for its process: here, for a test."""
     before = unet.Attention.forward, unet.lay_out
     yield
     unet.Attention.forward, unet.lay_out = before
@@ -35,7 +35,7 @@ def test_the_plain_network_is_ours(plainly):
         p.data.normal_(0, 0.1)
     x, c = torch.randn(2, 3, 32, 32), torch.tensor([3.0, 700.0])
     expected = ours(x, c)
-    net = plain.network("tiny").eval()
+    net = plain.build_network("tiny").eval()
     net.load_state_dict(ours.state_dict())
     assert_close(net(x, c), expected, rtol=1e-4, atol=1e-4)
 

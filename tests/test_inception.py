@@ -201,7 +201,7 @@ def test_the_published_hash_is_the_one_in_the_file_name():
 
 def test_load_a_given_file(weights, cache):
     path, sha256 = weights
-    net, reported = inception.load(path)
+    net, reported = inception.open_net(path)
     assert reported == sha256 != inception.SHA256
     assert not cache.parent.exists()
     state, expected = net.state_dict(), lively().state_dict()
@@ -218,7 +218,7 @@ def test_load_the_format_of_before_2020(weights, cache, tmp_path):
     state = {key: value.contiguous() for key, value in lively().state_dict().items()}
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert (tmp_path / "old.pth").read_bytes()[:2] != b"PK"
-    net, _ = inception.load(str(tmp_path / "old.pth"))
+    net, _ = inception.open_net(str(tmp_path / "old.pth"))
     assert torch.equal(net.fc.weight, lively().fc.weight)
 
 
@@ -226,17 +226,17 @@ def test_download_once_then_the_cache(weights, cache, monkeypatch):
     path, sha256 = weights
     monkeypatch.setattr(inception, "URL", path.as_uri())
     monkeypatch.setattr(inception, "SHA256", sha256)
-    net, reported = inception.load()
+    net, reported = inception.open_net()
     assert reported == sha256 and torch.equal(net.fc.weight, lively().fc.weight)
     assert [p.name for p in cache.parent.iterdir()] == [inception.NAME]
     monkeypatch.setattr(inception, "URL", "http://127.0.0.1:9/gone")
-    assert inception.load()[1] == sha256
+    assert inception.open_net()[1] == sha256
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "file:///none/such.pth"])
 def test_no_network(cache, monkeypatch, url):
     monkeypatch.setattr(inception, "URL", url)
-    message = str(refused(None, inception.load))
+    message = str(refused(None, inception.open_net))
     assert f"cannot download {url} (" in message and inception.SHA256 in message
     assert str(cache) in message and "--inception" in message and "--data" not in message
     assert "()" not in message and "None" not in message  # it says why
@@ -249,10 +249,10 @@ def test_weights_of_another_hash(weights, cache, monkeypatch, tmp_path):
     page = put(tmp_path / "page", b"<html>Please log in</html>")
     monkeypatch.setattr(inception, "URL", page.as_uri())
     digest = hashlib.sha256(page.read_bytes()).hexdigest()
-    refused(f"its SHA-256 is {digest}", inception.load)
+    refused(f"its SHA-256 is {digest}", inception.open_net)
     assert not any(cache.parent.iterdir())
     cache.symlink_to(weights[0])
-    message = str(refused("delete it", inception.load))
+    message = str(refused("delete it", inception.open_net))
     assert str(cache) in message and weights[1] in message and inception.SHA256 in message
     assert cache.exists()  # it is the user's to delete
 
@@ -309,7 +309,7 @@ FOREIGN = {
 def test_a_given_file_that_is_something_else(words, weights, cache, monkeypatch, tmp_path):
     fall_back(cache, weights, monkeypatch)
     wrong = put(tmp_path / "wrong.pth", FOREIGN[words]())
-    message = str(refused(None, inception.load, wrong))
+    message = str(refused(None, inception.open_net, wrong))
     assert str(wrong) in message and words in message
     assert "ported from TensorFlow" in message and "mseitzer/pytorch-fid" in message
 
@@ -319,7 +319,7 @@ def test_a_given_path_that_is_no_file(path, weights, cache, tmp_path, monkeypatc
     fall_back(cache, weights, monkeypatch)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError):
-        inception.load(path)
+        inception.open_net(path)
 
 
 @pytest.mark.slow

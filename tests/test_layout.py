@@ -181,6 +181,17 @@ def used_elsewhere():
     return found
 
 
+def test_a_name_means_one_thing():
+    """Each program has its main(). extend() is how a system of papers/ adds to a denoiser."""
+    found = {}
+    for path in FILES:
+        for node in tree_of(path).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.setdefault(node.name, []).append(label(path))
+    twice = {name: where for name, where in found.items() if len(where) > 1}
+    assert set(twice) == {"main", "extend"}, twice
+
+
 def test_functions_of_the_top_level_that_others_use_have_type_hints():
     """Of what they return or of what they take. The small helpers of a file need none."""
     used, bare = used_elsewhere(), []

@@ -260,7 +260,7 @@ def here(workplace, monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """A small network in Inception's place, as if it were the published file."""
-    monkeypatch.setattr(inception, "load", metrics_worker.load)
+    monkeypatch.setattr(inception, "open_net", metrics_worker.load)
     monkeypatch.setattr(inception, "SHA256", "5" * 64)
 
 
@@ -541,7 +541,7 @@ def weights(workplace):
     torch.save(inception.Inception().state_dict(), workplace / "random.pth")
     np.save(workplace / "few.npy", photos(3))
     np.save(workplace / "fewer.npy", photos(2, seed=1))
-    net = inception.load(workplace / "random.pth")[0]
+    net = inception.open_net(workplace / "random.pth")[0]
     return [net(nchw(x))[0].double().numpy() for x in (photos(3), photos(2, seed=1))]
 
 
