@@ -435,6 +435,19 @@ def test_a_page_names_what_was_not_run(small, capsys):
     assert [(row["row"], row["column"]) for row in rows] == [("two", "DDPM, 9")]
 
 
+def test_sampling_in_bf16_is_part_of_the_command(small):
+    """So numbers of two precisions are never mixed, and the page names its own."""
+    words = "small --features net.pt2 --precision bf16 --rows two --columns 9"
+    numbered(SMALL, words)
+    commands = list(plans.read_csv("results/numbers.csv"))
+    assert all("--precision bf16 --compile" in row["command"] for row in commands) and commands
+    with pytest.raises(ValueError, match="--page: .* has no number of small"):
+        experiments.main(words.replace("--precision bf16", "--page").split())
+    experiments.main(f"{words} --page".split())
+    text = Path("results/small.md").read_text(encoding="utf-8")
+    assert "sampled in bf16" in text and "--precision bf16" in text
+
+
 PAIR = experiments.pair("--lr", "2e-3", name="fast") + experiments.pair(name="slow")
 
 
