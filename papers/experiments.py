@@ -341,6 +341,7 @@ class ExperimentsConfig:
     data: tuple[str, ...] = flag((), "images, as train.py takes them; several sets are done in "
                                  "turn", nargs="+", shown="shapes; gpu and paper: cifar10")
     channels: int = flag(3, "1: true gray", choices=(1, 3))
+    image_size: int | None = flag(None, "cpu: side of the images in pixels", above=0, shown="16")
     preset: str | None = flag(None, "paper: the network and its recipe", shown="cifar10 for SA-DPM "
                               "and EDM, else ffhq256",
                               choices=(*(p for p in unet.PRESETS if p != "tiny"), *SETS))
@@ -395,6 +396,9 @@ results/numbers.csv keeps each number next to its command."""
             raise ValueError("--features replaces Inception: give it or --inception, not both")
         if self.test and self.name not in ("etsdm-sr", "all"):
             raise ValueError("--test names the images of etsdm-sr: leave it out")
+        if self.image_size and self.budget != "cpu":
+            raise ValueError("--image-size goes with --budget cpu: the other budgets have the "
+                             "sizes of their presets")
         if not paper and (self.preset or self.sa_weight is not None):
             raise ValueError("--preset and --sa-weight go with --budget paper: the other budgets "
                              "have one network, and weight 1")

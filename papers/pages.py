@@ -241,6 +241,7 @@ def describe_numbers(e, plans, config, sets, found):
                   + (f"{config.test}, shrunk and enlarged." if config.test else
                      "the training set, shrunk and enlarged.")]
     lines += [] if e.program else [describe_sampler(e)]
+    lines += [f"Images of {config.image_size}×{config.image_size}."] * bool(config.image_size)
     lines += ["The networks sampled in bf16."] * (config.precision == "bf16" and not e.program)
     if e.program and plans[0].runs and len(plans) > 1:
         lines += [f"The figure shows {data_name(sets[0])}, seed 0."]
@@ -303,7 +304,7 @@ def page_command(name, config):
     words += ["--precision", "bf16"] * (config.precision == "bf16")
     for flag in ("rows", "columns"):
         words += [f"--{flag}", *getattr(config, flag)] * bool(getattr(config, flag))
-    for flag in ("preset", "sa_weight", "test", "features", "inception"):
+    for flag in ("image_size", "preset", "sa_weight", "test", "features", "inception"):
         given = getattr(config, flag)
         if given and (flag != "test" or name == "etsdm-sr"):
             words += [f"--{flag.replace('_', '-')}", str(given)]

@@ -126,7 +126,8 @@ class Plan:
         self.runs = []  # jobs that train its runs
         b = self.budget = BUDGETS[options.budget]
         self.gray = ("--channels", "1") if options.channels == 1 else ()
-        self.data_name = data_name(data) + "-gray" * bool(self.gray)
+        side = ("--image-size", str(options.image_size)) if options.image_size else ()
+        self.data_name = "-".join([data_name(data), *["gray"] * bool(self.gray), *side[1:]])
         paper = options.budget == "paper"
         self.recipe = options.preset or e.preset if paper else "cifar10"
         if options.budget == "cpu":
@@ -136,7 +137,7 @@ class Plan:
         if paper and self.preset == "celebahq256":  # SA-DPM's authors score so many
             self.num_images = 10_000
         self.model = b.get("model", ("--preset", self.preset))
-        self.image = ("--data", data, *self.gray, *b.get("image", ()))
+        self.image = ("--data", data, *self.gray, *(side or b.get("image", ())))
         self.length = (*b.get("length", ()), *length)
         self.batch_size = b["batch_size"]
         if unet.PRESETS[self.preset]["image_size"] == 256:  # fits into 80 GB

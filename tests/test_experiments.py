@@ -188,6 +188,18 @@ def test_experiments_share_their_runs(here):
     assert len(both) - len(one) == 4
 
 
+def test_another_image_size_has_runs_and_statistics_of_its_own(here):
+    (here / "a.pt2").touch()
+    usual, large = (
+        planned(f"etsdm-figure4 --data a/ --features a.pt2 {more}", ["etsdm-figure4"])[1]
+        for more in ("", "--image-size 32")
+    )
+    assert len(usual) == len(large) and not set(usual) & set(large)
+    parsed = [parse_command(job.commands[0])[1] for job in large.values() if is_training(job)]
+    assert [c.image_size for c in parsed] == [32, 32]
+    assert any("stats" in job.commands[0] and "32" in job.commands[0] for job in large.values())
+
+
 def test_the_paper_budget_is_the_papers_recipe(here):
     plan = planned("sa-table1 --budget paper --data cifar10")[0]["sa-table1"][0]
     c = plan.config(("--sa-k", "2"))
@@ -541,6 +553,7 @@ def test_pages_name_the_sampler(flags, columns, text):
         ("small --data a/train b/train", "each set needs a different one"),
         ("small --data d.npz:a d.npz:b", "each set needs a different one"),
         ("small --features none.pt2", "no such file"),
+        ("small --budget gpu --image-size 32", "--image-size goes with --budget cpu"),
         ("small --preset cifar10", "go with --budget paper"),
         ("small --sa-weight 0.5", "go with --budget paper"),
         ("small --budget paper --data a/ --sa-weight 0", "must be above 0"),
