@@ -59,6 +59,9 @@ FULL = {LARGE: ("--sampler", "ddpm", "--variance", "large", "--nfe", "1000"),
 # estimated variances need a clip (papers/covariance.py).
 SA_GRID, SA_PLAIN = ("--spacing", "leading"), ("--spacing", "leading", "--clip", "off")
 LDM = ("--schedule", "quadratic", "--betas", "0.0015", "0.0195")
+V = ("--prediction", "v")
+REGULARIZED = ("papers.alternatives", "--lipschitz-reg", "30")
+ASKS = dict(preset="ffhq256", axis="sampler, network calls")  # of most E-TSDM experiments
 
 
 def calls(*numbers):
@@ -82,7 +85,9 @@ def pair(*run, name="", flags=()):
 def declare(budget, weight=None):
     """{name: Experiment}. The cpu budget leaves out the longest columns. weight: SA's λ; None:
     train.py's default."""
-    return {**sa_experiments(budget, weight), **etsdm_experiments(budget)}
+    return {**sa_experiments(budget, weight), **etsdm_slopes(budget == "paper"),
+            **etsdm_tables(budget == "paper"), **etsdm_choices(budget == "paper"),
+            **etsdm_tasks(budget)}
 
 
 def sa_experiments(budget, weight):
@@ -163,23 +168,23 @@ def sa_experiments(budget, weight):
     return found
 
 
-def etsdm_experiments(budget):
-    """Of E-TSDM: every experiment asks its claim's own sampler, DDPM in 1,000 calls, first."""
-    small, paper = budget == "cpu", budget == "paper"
-    other, v = "papers.alternatives", ("--prediction", "v")
-    plain = pair()
+def full(paper, *numbers):
+    """Columns: DDPM in 1,000 calls; below the paper budget also what table 3 asks."""
+    return FULL | ({} if paper else named(DDIM, *numbers))
 
-    def full(*numbers):
-        """Columns: DDPM in 1,000 calls; below the paper budget also what table 3 asks."""
-        return FULL | ({} if paper else named(DDIM, *numbers))
-    asks = dict(preset="ffhq256", axis="sampler, network calls")
+
+def latent_run(paper):
+    """A run on latents, with the autoencoder that it starts from."""
+    code = ("papers.autoencoder", "train", "--image-size", "256" if paper else "32")
+    if paper:  # LDM-4: 64×64×3 latents of a wider autoencoder. The length is ours
+        code = (*code, "--width", "128", "--latent-channels", "3", "--batch-size", "16",
+                "--images", "4000000", "--lr", "1e-4")
+    return ("papers.latents", code, *LDM)
+
+
+def etsdm_slopes(paper):
+    """Of E-TSDM: the network's slope in t, and how far its prediction moves."""
     found = {}
-    found["etsdm-table1"] = Experiment(
-        "FFHQ, to be compared with other methods", **asks, columns=FULL,
-        claim="E-TSDM's large network reaches the state of the art of diffusion models on FFHQ at "
-              "256×256. We do not have the table's numbers",
-        rows=plain + (Row("E-TSDM, large", (*ETSDM, "--preset", "ffhq256-large"),
-                          system="E-TSDM"),) * paper)
     slope = dict(
         preset="ffhq256", program=("lipschitz.py", "-n", "64"),
         figure="K(t, t + 1) is how far the network's output moves if its time input is that of "
@@ -191,75 +196,89 @@ def etsdm_experiments(budget):
                      [r["mean"] for r in rows if r["t"] < 100])),
                  "K(500)": lambda rows: next(r["mean"] for r in rows if r["t"] == 500)})
     found["etsdm-figure1"] = Experiment(
-        "The network's slope in t", rows=plain, **slope,
+        "The network's slope in t", rows=pair(), **slope,
         claim="K(t, t + 1) explodes near t = 0; under E-TSDM it is small there, and at the "
               "boundaries of parts comparable to the baseline's")
-    code = ("papers.autoencoder", "train", "--image-size", "256" if paper else "32")
-    if paper:  # LDM-4: 64×64×3 latents of a wider autoencoder. The length is ours
-        code = (*code, "--width", "128", "--latent-channels", "3", "--batch-size", "16",
-                "--images", "4000000", "--lr", "1e-4")
-    latents = ("papers.latents", code, *LDM)
-    regularized = (other, "--lipschitz-reg", "30")
     for name, rows, claim in (
             ("continuous", pair("--continuous"), "figure A1: the same in continuous time"),
             ("quadratic", pair("--schedule", "quadratic"),
              "figure A2f: the same with the quadratic schedule"),
-            ("v", pair(*v), "figure A5: the same for v-prediction"),
-            ("ddpm-r", (*plain, Row("DDPM-r", regularized)), "figure A7: the penalty lowers K"),
+            ("v", pair(*V), "figure A5: the same for v-prediction"),
+            ("ddpm-r", (*pair(), Row("DDPM-r", REGULARIZED)), "figure A7: the penalty lowers K"),
             ("cosine-shift", pair("--schedule", "cosine-shift"), "figure A7: K is large near t = 0 "
              "for cosine-shift too. (In our form of it dα/dt(0) = 0, and theorem 3.1 predicts no "
              "singularity)"),
-            ("latents", pair(*latents), "figure A10: the same for latent diffusion")):
+            ("latents", pair(*latent_run(paper)), "figure A10: the same for latent diffusion")):
         found[f"etsdm-slope-{name}"] = Experiment(
             f"The network's slope in t: {name}", rows=rows, claim=claim, **slope)
     found["etsdm-figure2"] = Experiment(
         "How far the predicted x_0 moves when x_t, t = 100, is perturbed",
         claim="E-TSDM's prediction moves less", preset="ffhq256",
-        rows=plain, program=("lipschitz.py", "--perturb", "-n", "256"),
+        rows=pair(), program=("lipschitz.py", "--perturb", "-n", "256"),
         figure="L2 norm over an image, pixels in [-1, 1]: mean of 256 images, and the middle 80 % "
                "of them.",
         columns={f"noise of std {x:g}": lambda rows, x=x: next(
             r["mean"] for r in rows if r["scale"] == x) for x in (0.05, 0.1, 0.2, 0.3)})
+    return found
+
+
+def etsdm_tables(paper):
+    """Of E-TSDM: schedules, alternatives, data sets. Each is asked of its claim's own sampler, DDPM
+    in 1,000 calls, first."""
+    found = {}
+    found["etsdm-table1"] = Experiment(
+        "FFHQ, to be compared with other methods", **ASKS, columns=FULL,
+        claim="E-TSDM's large network reaches the state of the art of diffusion models on FFHQ at "
+              "256×256. We do not have the table's numbers",
+        rows=pair() + (Row("E-TSDM, large", (*ETSDM, "--preset", "ffhq256-large"),
+                          system="E-TSDM"),) * paper)
     modified = {"linear": 8.67, "quadratic": 17.48, "cosine": 26.84}
     by_schedule = {"linear": (9.50, 9.53), "quadratic": (13.79, 14.26), "cosine": (27.17, 25.65),
                    "cosine-shift": (14.51, 12.80), "zero-terminal-snr": (11.66, 10.89)}
     schedule = {name: ("--schedule", name) if name != "linear" else () for name in by_schedule}
     found["etsdm-figure3"] = Experiment(
-        "E-TSDM and its alternatives", **asks, columns=full(20, 50), num_images=10_000,
+        "E-TSDM and its alternatives", **ASKS, columns=full(paper, 20, 50), num_images=10_000,
         claim="E-TSDM does better than DDPM-r, Modified-NS and remaps of time (FID-10k, FFHQ; "
               "remaps have 9.43, 9.33, 83.71, 468.90 and others, whose strategies we cannot tell "
               "apart)",
-        rows=(*plain, Row("DDPM-r, 30", regularized),
-              Row("DDPM-r, 300", (other, "--lipschitz-reg", "300")),
+        rows=(*pair(), Row("DDPM-r, 30", REGULARIZED),
+              Row("DDPM-r, 300", ("papers.alternatives", "--lipschitz-reg", "300")),
               *(Row(f"{name}, {label}", run, system=f"{name}: Modified-NS")
                 for name in modified for label, run in (
                     *((("plain", schedule[name]),) if name != "linear" else ()),
                     ("Modified-NS", ("--schedule", f"{name}-mns")))),
               *(Row(f"{name}: trained in {'f(t)' if train else 't'}, sampled in "
-                    f"{'f(t)' if use else 't'}", (other, "--remap", name, *train), use)
+                    f"{'f(t)' if use else 't'}",
+                    ("papers.alternatives", "--remap", name, *train), use)
                 for name in REMAPS for train in ((), ("--train-times", "remap"))
                 for use in ((), ("--spacing", "remap")))),
         paper={("plain", LARGE): 9.50, ("DDPM-r, 30", LARGE): 9.18,
                ("quadratic, plain", LARGE): 13.79, ("cosine, plain", LARGE): 27.17,
                **{(f"{name}, Modified-NS", LARGE): x for name, x in modified.items()}})
     found["etsdm-figure4"] = Experiment(
-        "Data sets", **asks, rows=plain, columns=full(10, 20, 50),
+        "Data sets", **ASKS, rows=pair(), columns=full(paper, 10, 20, 50),
         claim="E-TSDM is better on FFHQ, CelebA-HQ, AFHQ-Cat, AFHQ-Wild, LSUN-Church, LSUN-Cat")
     # At t = T of zero-terminal-SNR nothing is left of x_0, and ε does not determine it. The paper
     # predicts ε all the same. Small networks need v there.
-    schedule["zero-terminal-snr"] += ("--prediction", "eps") if paper else v
+    schedule["zero-terminal-snr"] += ("--prediction", "eps") if paper else V
     kinds = {"discrete": (), "continuous": ("--continuous",)}
     found["etsdm-table2"] = Experiment(
         "Noise schedules" + ("" if paper else "; zero-terminal-snr predicts v, the others ε"),
         claim="E-TSDM improves every schedule, discrete and continuous (FID-10k, FFHQ)",
-        **asks, num_images=10_000, columns=full(20, 50),
+        **ASKS, num_images=10_000, columns=full(paper, 20, 50),
         rows=sum((pair(*schedule[name], *kinds[kind], name=f"{name}, {kind}")
                   for name, kind in product(by_schedule, kinds)), ()),
         paper={(f"{name}, {kind}, plain", LARGE): by_schedule[name][i]
                for name in by_schedule for i, kind in enumerate(kinds)})
+    return found
+
+
+def etsdm_choices(paper):
+    """Of E-TSDM: fast samplers, the shared interval and its parts, samples."""
+    found = {}
     fast = {**named(SOLVER[1], 20, 50), **named(SOLVER[0], 20, 50), **named(DDIM, 50, 200)}
     found["etsdm-table3"] = Experiment(
-        "Fast samplers", **asks, rows=plain, columns=fast,
+        "Fast samplers", **ASKS, rows=pair(), columns=fast,
         figure="DPM-Solver is singlestep, uniform in log SNR, and spends one of its calls on x_0 "
                "at t = 1.",
         claim="E-TSDM lowers the FID of DDIM and DPM-Solver by over 33 %, more for a higher order; "
@@ -268,7 +287,7 @@ def etsdm_experiments(budget):
             fast, (21.91, 24.48, 22.21, 24.80, 21.80, 23.16), strict=True)})
     shares = [(100, n) for n in (1, 2, 5, 10, 20, 50, 100)] + [(20 * n, n) for n in (1, 3, 10, 20)]
     found["etsdm-figure5"] = Experiment(
-        "How far sharing reaches, and in how many parts", **asks, columns=full(20, 50),
+        "How far sharing reaches, and in how many parts", **ASKS, columns=full(paper, 20, 50),
         claim="an interval of 100 in 5 parts is a good choice, and so is what lies around it; FID "
               "worsens for a large interval, and significantly for many parts",
         figure="[0, 100) in 100 parts shares nothing.",
@@ -276,14 +295,20 @@ def etsdm_experiments(budget):
                                  else (*ETSDM, "--etsdm-interval", str(t), "--etsdm-n", str(n)))
                              for t, n in shares)))
     found["etsdm-samples"] = Experiment(
-        "Samples of both networks, from the same noise", **asks, rows=plain, columns=FULL,
+        "Samples of both networks, from the same noise", **ASKS, rows=pair(), columns=FULL,
         score="picture", figure="16 samples each; the CSV has their mean grey level, 0 to 255.",
         claim="figures A13 to A17 show samples of E-TSDM on five data sets")
+    return found
+
+
+def etsdm_tasks(budget):
+    """Of E-TSDM: super-resolution, v, latents, EDM."""
+    small, paper, found = budget == "cpu", budget == "paper", {}
     # In minutes a network of ε on the linear schedule learns too little: cosine and v instead.
-    easy = ("--schedule", "cosine", *v) if small else ()
+    easy = ("--schedule", "cosine", *V) if small else ()
     large = ("papers.superres", "train", "--factor", "4", "--image-size", "256" if paper else "32",
              *easy)
-    enlarged = dict(asks, rows=pair(*large), columns=full(1, 5, 20))
+    enlarged = dict(ASKS, rows=pair(*large), columns=full(paper, 1, 5, 20))
     bicubic = Row("bicubic", large, part="-bicubic")
     found["etsdm-sr"] = Experiment(
         "Super-resolution", **enlarged | dict(rows=pair(*large) + (bicubic,)), score="psnr",
@@ -300,12 +325,12 @@ def etsdm_experiments(budget):
         claim="figure A12 shows enlarged images of both networks",
         figure="In groups of three: bicubic, result, original.")
     found["etsdm-v"] = Experiment(
-        "v-prediction", **asks, num_images=10_000, rows=pair(*v), columns=full(10, 20, 50),
+        "v-prediction", **ASKS, num_images=10_000, rows=pair(*V), columns=full(paper, 10, 20, 50),
         claim="v-prediction has the same singularity, and E-TSDM helps it too (table A2 prints "
               "FID-10k of 10.85 and 18.40; of which networks, we cannot tell)")
     found["etsdm-ldm"] = Experiment(
         "Latent diffusion, LDM's quadratic schedule", preset="ffhq256",
-        rows=pair(*latents), axis="sampler, network calls",
+        rows=pair(*latent_run(paper)), axis="sampler, network calls",
         columns=named(DDIM, 200) if paper else named(DDIM, 20, 50, 200),
         claim="FID-50k 4.98 → 4.61 (LDM-4, FFHQ)",
         figure="The autoencoder has a KL penalty and no discriminator, not LDM's VQ. E-TSDM has 5 "
