@@ -129,6 +129,17 @@ def depths(files):
     files["int16.tif"] = gray_tiff(levels, 2), NAMED
     files["int8.tif"] = gray_tiff(GRAY, 2), NAMED
     files["12-bit.tif"] = gray_tiff(np.zeros((16, 24), np.uint8), bits=12), NAMED
+    more = [(320, 3, (np.arange(768) % 256).tolist())]
+    files["palette-8-bit.tif"] = (
+        tiff(GRAY[..., None], 3, more=more),
+        Expect("named", word="palette"),
+    )
+    lies = tiff(PICTURE, tile=True)  # libtiff would ask for 1 GiB, and fill it
+    for number in (322, 323):
+        tag, large = (struct.pack("<HHII", number, 4, 1, side) for side in (16, 2**14))
+        assert tag in lies
+        lies = lies.replace(tag, large)
+    files["huge-tiles.tif"] = lies, Expect("named", word="tiles far larger")
     files["16-white-at-zero.tif"] = gray_tiff(levels, white=0), NAMED
 
     alpha = np.where(X < 8, 0, 255).astype(np.uint8)

@@ -222,10 +222,10 @@ class Run:
         self.finish()
 
 
-def kill_training(folder, kills, seed, steps=None, threads=False):
+def kill_training(folder, kills, seed, threads=False):
     """-> (faults by kind, seconds that the slowest SIGTERM took, steps). threads: a thread writes
     the checkpoints of the run that is killed."""
-    steps, dice = steps or 20 * kills + 40, random.Random(seed)
+    steps, dice = 20 * kills + 40, random.Random(seed)
     words = [*conftest.TINY, "--steps", steps, "--save-every", 3, "--sa-k", 2, "--name"]
     names = "whole", "killed-by-thread" if threads else "killed"
     whole, path = (Path(folder) / "runs" / name / "checkpoint.pt" for name in names)
@@ -327,7 +327,7 @@ def main():
     parser.add_argument("--threads", action="store_true", help="threads write checkpoints")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        faults, slowest, steps = kill_training(folder, args.kills, args.seed, None, args.threads)
+        faults, slowest, steps = kill_training(folder, args.kills, args.seed, args.threads)
         print(f"training, {steps} steps: {faults.total()} faults survived, {dict(faults)}")
         print(f"  weights bit for bit; the slowest SIGTERM took {slowest:.1f} s")
         faults = kill_sampling(folder, max(args.kills // 4, 2), args.seed)
