@@ -41,10 +41,10 @@ def steps_of(folder):
         return 0
 
 
-def soak(folder, minutes, every=5.0, steps=10**9):
+def soak(folder, minutes, every=5.0, steps=10**9, words=()):
     """Train in `folder` for so long, or so many steps -> rows (seconds, steps, processor seconds,
     bytes, files)."""
-    command = [sys.executable, str(ROOT / "train.py"), *TRAIN]
+    command = [sys.executable, str(ROOT / "train.py"), *TRAIN, *words]
     environment, no = {**os.environ, "GOMP_SPINCOUNT": "10000"}, subprocess.DEVNULL
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=no, stderr=no)
     run, rows = Path(folder) / "runs" / "soak", []

@@ -537,7 +537,8 @@ def test_memory_and_files_stay_flat(tmp_path):
     """soak.py for a minute or less; the whole hour is in docs/lab-notebook.md."""
     import soak
 
-    found = soak.report(soak.soak(tmp_path, minutes=9, every=0.5, steps=400))
+    words = "--image-size 8 --batch-size 4".split()
+    found = soak.report(soak.soak(tmp_path, minutes=9, every=0.2, steps=400, words=words))
     assert found["checkpoints"] >= 20
     assert found["memory"] < 1.05
     assert len(set(found["files"])) == 1
