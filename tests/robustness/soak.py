@@ -41,9 +41,10 @@ def steps_of(folder):
         return 0
 
 
-def soak(folder, minutes, every=5.0):
-    """Train in `folder` for so long -> rows (seconds, steps, processor seconds, bytes, files)."""
-    command = [sys.executable, str(ROOT / "train.py"), *TRAIN]
+def soak(folder, minutes, every=5.0, steps=10**9, words=()):
+    """Train in `folder` for so long, or so many steps -> rows (seconds, steps, processor seconds,
+    bytes, files)."""
+    command = [sys.executable, str(ROOT / "train.py"), *TRAIN, *words]
     environment, no = {**os.environ, "GOMP_SPINCOUNT": "10000"}, subprocess.DEVNULL
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=no, stderr=no)
     run, rows = Path(folder) / "runs" / "soak", []
@@ -51,8 +52,10 @@ def soak(folder, minutes, every=5.0):
         while not (run / "checkpoint.pt").exists() and process.poll() is None:
             time.sleep(0.2)
         began = time.time()
-        while time.time() - began < 60 * minutes and process.poll() is None:
-            rows.append((time.time() - began, steps_of(run), *look(process.pid)))
+        while (now := time.time() - began) < 60 * minutes and process.poll() is None:
+            rows.append((now, steps_of(run), *look(process.pid)))
+            if rows[-1][1] - rows[0][1] >= steps:
+                break
             time.sleep(every)
         died = process.poll()
     finally:
