@@ -132,16 +132,19 @@ def test_ddim_reference_numbers_on_given_grids(grid, expected):
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_exactly_nfe_calls_and_finite(kwargs, spacing):
     """Every NFE from 1 to 25; schedules with and without signal at T; from T down to t_end. About T
-    and beyond it, too: between T - 1 and T a zero-terminal table has no signal, and steps there
-    have no length, but are still calls."""
+    and beyond it, too. A zero-terminal table has no signal between T - 1 and T, and the clipped log
+    SNR of cosine-shift stands still at t = 1 and 2: such steps have no length, but are calls."""
     cosine = schedules.make_schedule("cosine", continuous=True)
     short = schedules.make_schedule("zero-terminal-snr", T=40)
-    for schedule, prediction in ((LINEAR, "eps"), (ZERO, "v"), (cosine, "x0"), (short, "v")):
+    flat = schedules.make_schedule("cosine-shift", T=100, image_size=1)
+    assert flat.lam(1) == flat.lam(2)
+    kinds = ((LINEAR, "eps"), (ZERO, "v"), (cosine, "x0"), (short, "v"), (flat, "eps"))
+    for schedule, prediction in kinds:
         every = [*range(1, 14), 21, 50]
         if schedule is LINEAR:
             every += range(14, 26)
-        if schedule is short:
-            every = [39, 40, 41, 43]
+        if schedule in (short, flat):
+            every = [schedule.T + more for more in (-1, 0, 1, 3)]
         for nfe, final in [(n, True) for n in every] + [(n, False) for n in (1, 2, 3, 5, 10, 50)]:
             denoiser, calls = counted(bounded(schedule, prediction))
             x = samplers.sample(
