@@ -1,4 +1,4 @@
-"""papers/covariance.py: reference numbers, exact answers on Gaussian data and on the toy mixture,
+"""papers/covariance.py: exact answers on Gaussian data and on the toy mixture,
 Γ, second heads, the program."""
 
 import copy
@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
+from test_samplers import toy_denoiser
+from test_theory import mixture_cdf
 from torch.testing import assert_close
 
 import data
@@ -26,13 +29,6 @@ from support import rng
 
 LINEAR = schedules.make_schedule("linear")
 EVERY = [(name, continuous) for name in schedules.SCHEDULES for continuous in (False, True)]
-# s, t, sigma2 of DDPM, of DDIM; x_0 ~ N(0, 0.25), exact Γ
-TABLE = """\
-1 112 0.09160883289 0.08688042455
-445 556 0.6276283064 0.006854664723
-889 1000 0.8795933283 3.582564485e-5
-1 21 0.006053274001 0.004697106563
-1 2 1.198768103e-4 2.331015069e-5"""
 f64 = functools.partial(torch.tensor, dtype=torch.float64)
 
 
@@ -75,17 +71,6 @@ def two_heads(mixture, schedule, kind, prediction="eps"):
 
 
 # ------------------------------------------------------------------ the variance of a step
-
-
-@pytest.mark.parametrize("row", TABLE.splitlines())
-def test_reference_numbers(row):
-    s, t, *expected = map(float, row.split())
-    var_eps = var_eps_of_gaussian(LINEAR, t)
-    for eta, number in zip((1.0, 0.0), expected, strict=True):
-        got = covariance.reverse_variance(LINEAR, t, s, var_eps, eta)
-        assert got.dtype == torch.float64 and got.shape == ()
-        assert_close(got.item(), number, rtol=1e-9, atol=0)
-    assert covariance.reverse_variance(LINEAR, t, s, 0) == LINEAR.step_variances(t, s)[1]
 
 
 @pytest.mark.parametrize("name, continuous", EVERY)
@@ -231,29 +216,16 @@ def test_gamma_of_a_gaussian():
     n, d, ts = 2000, 8, [1, 20, 200, 500, 900, 1000]
     for prediction in ("eps", "v", "edm"):
         schedule, std = LINEAR, 0.5
-        net = toy.oracle(toy.one_gaussian((d,)), schedule, prediction) if prediction != "edm" else 0
         if prediction == "edm":  # a std that is not EDM's own: there is something left to say
             schedule, std = schedules.make_schedule("edm"), 0.8
-            net = edm_oracle(schedule, std**2)
-        x0 = toy.one_gaussian((d,), std).sample(n, torch.Generator().manual_seed(0))
-        got = covariance.gamma(D.Denoiser(net, schedule, prediction), x0, ts=ts, batch=1000)
+        mixture = toy.one_gaussian((d,), std)
+        x0 = mixture.sample(n, torch.Generator().manual_seed(0))
+        got = covariance.gamma(toy_denoiser(mixture, schedule, prediction), x0, ts=ts, batch=1000)
         expected = 1 - var_eps_of_gaussian(schedule, torch.tensor(ts), std**2)
         assert got.shape == (1001,) and got.dtype == torch.float64
         assert (got[ts] - expected).abs().max() < 5 * math.sqrt(2 / (n * d))
         assert_close(got[ts], expected, rtol=5 * math.sqrt(2 / (n * d)), atol=0)
         assert got.count_nonzero() == len(ts)
-
-
-def edm_oracle(schedule, var):
-    """F of the ideal network of N(0, var), from its inputs, x/r and ln(sigma)/4."""
-
-    def net(seen, c):
-        sigma = torch.exp(4 * c.double())[:, None]
-        r = (sigma**2 + 0.25).sqrt()
-        x0 = var / (var + sigma**2) * seen.double() * r
-        return ((x0 - 0.25 / r * seen.double()) * r / (sigma * 0.5)).to(seen.dtype)
-
-    return net
 
 
 @pytest.mark.parametrize("t", [5, 60, 300, 800])
@@ -346,14 +318,6 @@ def test_gamma_between_the_integers():
 # ------------------------------------------------------------------ second heads
 
 
-def ks(x, mixture):
-    """Kolmogorov's distance of samples (n, 1) from the mixture."""
-    x = x.flatten().sort().values
-    bumps = torch.special.ndtr((x[:, None] - mixture.means.flatten()) / mixture.stds)
-    cdf = (mixture.weights * bumps).sum(1)
-    return (cdf - (torch.arange(len(x)) + 0.5) / len(x)).abs().max().item()
-
-
 def slowly(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
@@ -385,7 +349,8 @@ def test_exact_heads_sample_the_right_distribution(sampler, eta):
     out.update({kind: run(plain, kind) for kind in rough})
     assert_close(out["npr"], out["sn"], rtol=1e-6, atol=1e-6)
     ratio = {k: (x.var() / mixture.variance()).item() for k, x in out.items()}
-    distance = {k: ks(x, mixture) for k, x in out.items()}
+    cdf = mixture_cdf(mixture)
+    distance = {k: stats.kstest(x.flatten().numpy(), cdf).statistic for k, x in out.items()}
     print(f"\n{sampler} eta {eta}: variance {ratio}\n    KS {distance}")
     assert abs(ratio["npr"] - 1) < 0.05 and abs(ratio["analytic"] - 1) < 0.05
     for kind in rough:
@@ -408,13 +373,6 @@ def test_heads_under_every_prediction_and_clip(kind, prediction):
         expected = covariance.clipped_variance(schedule, 400, 300, exact, 0.3)
         assert_close(variance(x, 400.0, 300.0), expected, rtol=1e-4, atol=1e-5)
     assert len(calls) == 2, "the variance makes no call of its own"
-
-
-def test_a_network_that_caches_is_still_a_module():
-    net = torch.nn.Conv2d(1, 2, 3, padding=1)
-    cached = covariance.CachedOutput(net)
-    cached.double().eval().requires_grad_(False)
-    assert net.weight.dtype == torch.float64 and not net.training and not net.weight.requires_grad
 
 
 QUICK = {"linear", "zero-terminal-snr", "edm"}  # with signal at T, without, and another x

@@ -47,12 +47,6 @@ def test_the_true_answer_comes_back(name, continuous, prediction):
         assert_close(got_eps, eps, rtol=1e-6, atol=1e-6)
 
 
-def test_pixels_are_themselves():
-    space, x = D.Pixels((3, 8, 8)), torch.randn(2, 3, 8, 8)
-    assert space.shape == (3, 8, 8) and space.value_range == (-1.0, 1.0)
-    assert space.encode(x) is x and space.decode(x) is x and space.conditioning(x) is None
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_network_receives_the_time_input_not_t(dtype):
     net, seen = spy()
@@ -62,14 +56,6 @@ def test_the_network_receives_the_time_input_not_t(dtype):
         x0, eps = denoiser.predict(x, t)
         assert x0.dtype == eps.dtype == seen[-1][1].dtype == dtype
     assert [c.tolist() for _, c in seen] == [[40, 40, 40], [0, 40, 570], [0, 40, 570.5]]
-
-
-def test_coefficients_stay_those_of_t_under_sharing():
-    """E-TSDM changes the time input alone: alpha and sigma in (x - sigma eps)/alpha are t's."""
-    x, eps = f64(2, 1), f64(2, 1)
-    shared = D.Denoiser(lambda x, c: eps, LINEAR, time_input=etsdm.make_time_input())
-    plain = D.Denoiser(lambda x, c: eps, LINEAR)
-    assert_close(shared.predict(x, 57)[0], plain.predict(x, 57)[0], rtol=0, atol=0)
 
 
 def test_half_precision():

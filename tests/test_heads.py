@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import SMALL, TINY, refused, saved
 from programs import parse
+from test_covariance import exact_var
 from test_losses import LINEAR, SIZE, Small, small_net
 from torch.testing import assert_close
 
@@ -27,18 +28,6 @@ def write(name, found):
 
 def plus_one(weights):
     return {k: v + 1 for k, v in weights.items()}
-
-
-def exact_moments(mixture, x, a, s):
-    """E[eps | x_t] and Var[eps | x_t] of a one-dimensional mixture, by quadrature over x_0."""
-    grid = torch.linspace(-3, 3, 20_001, dtype=torch.float64)
-    parts = zip(mixture.weights, mixture.means.flatten(), mixture.stds.flatten(), strict=True)
-    prior = sum(w / v * torch.exp(-((grid - m) ** 2) / (2 * v**2)) for w, m, v in parts)
-    weight = prior * torch.exp(-((x - a * grid) ** 2) / (2 * s**2))  # (B, 20001)
-    weight = weight / weight.sum(1, keepdim=True)
-    eps = (x - a * grid) / s
-    mean = (weight * eps).sum(1, keepdim=True)
-    return mean, (weight * (eps - mean) ** 2).sum(1, keepdim=True)
 
 
 class TwoHeads(torch.nn.Module):
@@ -73,7 +62,8 @@ def test_a_head_learns_the_exact_variance(kind, steps, most):
     for t in (100, 300):
         x0, noise = mixture.sample(400, g).float(), torch.randn(400, 1, generator=g)
         x = schedules.add_noise(LINEAR, x0, t, noise)
-        eps, exact = exact_moments(mixture, x.double(), *LINEAR.alpha_sigma(t))
+        eps = mixture.posterior(x, *LINEAR.alpha_sigma(t))[1]
+        exact = exact_var(mixture, x.double(), *LINEAR.alpha_sigma(t))
         h = d.network_output(x, t)[:, 1:].double().detach()
         learned = h if kind == "npr" else h - eps**2
         error = (learned - exact).abs().mean() / exact.mean()

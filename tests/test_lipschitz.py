@@ -66,16 +66,6 @@ def test_one_gaussian_has_a_closed_form(schedule, dt, prediction):
     assert_close(K, want, rtol=1e-4, atol=1e-12)
 
 
-def test_near_zero_the_slope_is_singular_unless_the_schedule_is_modified():
-    """ε* = s x/v and s ~ √t: K(0, dt) grows like dt^(−1/2); for linear-mns s ~ t, and it stays."""
-    ratio = {}
-    for name in ("linear", "linear-mns"):
-        d = oracle(schedules.make_schedule(name, continuous=True))
-        K = [lipschitz.lipschitz_constants(d, gaussian_x0(8), [0], dt=dt) for dt in (1e-2, 1e-4)]
-        ratio[name] = (K[1] / K[0]).item()
-    assert_close(ratio, {"linear": 10.0, "linear-mns": 1.0}, rtol=0.01, atol=0)
-
-
 def test_x_is_drawn_at_t_and_the_net_receives_t_and_t_plus_dt():
     seen, x0 = [], torch.zeros(5, 4000, dtype=torch.float64)
     d = Denoiser(lambda x, c: seen.append((x.clone(), c.clone())) or x * c[:, None], LINEAR)
@@ -95,18 +85,6 @@ X0 = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 def share(t):
     return etsdm.share_timesteps(t, 100, 5)
-
-
-@pytest.mark.slow
-def test_zero_inside_sub_intervals_and_nowhere_else_discrete():
-    ts = torch.tensor([0, 1, 2, 7, 18, 19, 20, 21, 39, 40, 59, 79, 80, 97, 98, 99, 100, 101, 900])
-    d = Denoiser(small_net(), LINEAR, time_input=share)
-    rows = lipschitz.difference_quotients(d, X0, ts, batch_size=2)  # and a last batch of one
-    inside = (ts < 99) & (ts % 20 != 19)
-    assert bool((rows[inside] == 0).all()) and bool((rows[~inside] > 0).all())
-    plain = lipschitz.difference_quotients(Denoiser(d.net, LINEAR), X0, ts, batch_size=2)
-    assert bool((plain > 0).all())
-    assert_close(plain[-3:], rows[-3:], rtol=1e-6, atol=0)  # from 100 on they receive the same
 
 
 def test_zero_inside_sub_intervals_of_an_edm_run_too():
@@ -226,6 +204,7 @@ def test_program_two_runs_one_picture(measure, tmp_path, capsys):
     for run in ("base", "shared"):
         assert column(rows, "t", run=run) == ts, "a table's run was trained from t = 1 on"
     assert all(float(r["p10"]) <= float(r["p50"]) <= float(r["p90"]) for r in rows)
+    assert min(column(rows, run="base")) > 0
     shared = column(rows, run="shared")
     assert [t for t, k in zip(ts, shared, strict=True) if k > 0][:5] == [4, 9, 14, 19, 20]
     assert "exactly 0 at 15 of 15 t" in text and "0 of 0 t" in text
@@ -279,7 +258,7 @@ def test_program_default_run_and_same_names(measure, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dt", [0.03, 0.07, 0.3, 1.5])
+@pytest.mark.parametrize("dt", [0.03, 0.3, 1.5])
 def test_the_step_across_each_edge_is_measured(measure, dt):
     """Whatever dt: for each edge some measured pair (t, t + dt) lies on both sides of it."""
     rows = measure(f"real -n 1 --dt {dt} --max-t 110")

@@ -60,18 +60,11 @@ def test_t_of_lam_inverts_lam(name, continuous):
 
 
 def test_known_numbers():
-    """Re-derived by several programs: DDPM's linear schedule, T = 1000; cosine's tail is clipped,
-    and its continuous form has a floor; neither is zero."""
-    s, t = make_schedule("linear"), f64(1, 2, 500, 1000)
-    near(s.alpha_bar(t), f64(0.9999, 0.99978009207, 0.078587242882, 4.0358297654e-5))
-    near(s.step_variances(2, 1)[1].item(), 5.4531876613e-5)
-    near(s.lam(t), f64(4.6051201835, 4.2110408383, -1.2308493579, -5.0588365917))
-    near(s.t_of_lam(0.0).item() / 1000, 0.2590927982)  # DPM-Solver's: its time is t/1000
+    """Of other programs: the linear schedule's time at λ = 0 and between two steps, in DPM-Solver's
+    (its time is t/1000). Cosine's continuous form has a floor, which is not zero."""
+    s = make_schedule("linear")
+    near(s.t_of_lam(0.0).item() / 1000, 0.2590927982)
     near(s.log_alpha_bar(500.5).item() / 2, -1.2743006744)
-    s = make_schedule("cosine")
-    near(1 / s.alpha_sigma(1000)[0].item(), 20291.0, rtol=1e-4)
-    near(s.lam(1000).item(), -9.918, rtol=1e-4)
-    near(s.alpha_bar(1).item(), 0.9999587, rtol=1e-6)
     near(2 * make_schedule("cosine", continuous=True).lam(1000).item(), -20.0)
 
 
@@ -154,26 +147,6 @@ def test_edms_noise_levels():
     near(beta_tilde, low**2 * (high**2 - low**2) / high**2, rtol=1e-13)
 
 
-@both
-def test_modified_ns_matches_the_snr_at_T_and_is_flat_at_0(continuous):
-    plain, flat = (make_schedule(n, continuous=continuous) for n in ("quadratic", "quadratic-mns"))
-    near(plain.lam(1000), flat.lam(1000))
-    if not continuous:
-        beta_T = 1 - (flat.log_alpha_bar(1000) - flat.log_alpha_bar(999)).exp()
-        assert_close(beta_T.item(), 0.0214810, rtol=0, atol=5e-8)
-
-
-@pytest.mark.parametrize("name", ["linear", "quadratic", "cosine"])
-def test_modified_ns_has_no_slope_at_zero(name):
-    """dα/dt(0) = 0, by differences that shrink: of the originals they do not."""
-    t = f64(1e-4, 1e-2)
-    for which, flat in ((name, False), (name + "-mns", True)):
-        s = make_schedule(which, continuous=True)
-        slope = -torch.expm1(s.log_alpha_bar(t) / 2) / t  # (1 - α)/t, with its digits
-        assert (slope[0] < 0.02 * slope[1]) == flat
-        assert flat or abs(slope[0] / slope[1] - 1) < 0.02
-
-
 def test_modified_ns_snr_against_the_originals():
     """Figure A9: far more signal near t = 0; the ratio falls to about 1 at T and never below."""
     t = torch.arange(1, 1001, dtype=torch.float64)
@@ -228,30 +201,20 @@ def test_numbers_and_tensors_of_any_shape(continuous):
         near(s.log_alpha_bar(41.25), 0.75 * low + 0.25 * high, rtol=1e-14)
 
 
-def test_add_noise_has_the_right_moments():
-    s = make_schedule("linear")
-    g = torch.Generator().manual_seed(0)
-    x0 = torch.full((2, 200_000), 0.7)
-    xt = schedules.add_noise(s, x0, torch.tensor([100, 800]), torch.randn(x0.shape, generator=g))
-    assert xt.dtype == torch.float32
-    alpha, sigma = s.alpha_sigma(torch.tensor([100, 800]))
-    assert_close(xt.double().mean(1), 0.7 * alpha, rtol=0, atol=0.01)
-    near(xt.double().std(1), sigma, rtol=0.01)
-
-
 @everywhere
 @both
 @pytest.mark.parametrize("spacing", ["uniform", "quadratic", "logsnr"])
-@pytest.mark.parametrize("points", [1, 2, 3, 7, 13, 21, 1000])
-def test_grids_fall_strictly_from_T_to_the_end(name, continuous, spacing, points):
+def test_grids_fall_strictly_from_T_to_the_end(name, continuous, spacing):
     s = make_schedule(name, continuous=continuous)
-    grid = schedules.time_grid(s, points, spacing)
-    assert len(grid) == points and grid.dtype == torch.float64
-    assert grid[0] == 1000 and (points == 1 or grid[-1] == 1)
-    assert (grid.diff() < 0).all()
-    if spacing == "uniform" and points == 1000:
+    for points in (1, 2, 3, 7, 13, 21, 1000):
+        grid = schedules.time_grid(s, points, spacing)
+        assert len(grid) == points and grid.dtype == torch.float64
+        assert grid[0] == 1000 and (points == 1 or grid[-1] == 1)
+        assert (grid.diff() < 0).all()
+    if spacing == "uniform":
         near(grid, torch.arange(1000, 0, -1).double(), rtol=1e-12)
-    if spacing == "logsnr" and points == 21:
+    if spacing == "logsnr":
+        grid = schedules.time_grid(s, 21, spacing)
         signal = grid[s.alpha_bar(grid) > 0]
         steps = s.lam(signal).diff()
         near(steps, steps.mean().expand_as(steps), rtol=1e-6, atol=1e-8)
@@ -289,13 +252,6 @@ def test_coefficients_are_float64_and_x_keeps_its_dtype(name, dtype, t):
         column = [c.reshape(-1, 1, 1, 1) for c in (alpha, sigma)]
         near(xt, column[0] * x0 + column[1] * eps, rtol=1e-15)
         assert_close(back, eps, rtol=1e-9, atol=1e-9)
-
-
-def test_expand():
-    x = torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16)
-    for shape, expanded in (((), ()), ((2,), (2, 1, 1, 1)), ((2, 3, 4, 4), (2, 3, 4, 4))):
-        c = schedules.expand(torch.ones(shape, dtype=torch.float64), x)
-        assert c.shape == expanded and (c * x).shape == x.shape and (c * x).dtype == x.dtype
 
 
 @everywhere
