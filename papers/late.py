@@ -120,7 +120,8 @@ def measure_late(config, name, denoiser, x0, net):
         found["power", *pair] = jackknife(lambda i, a=a, b=b: a[i].sum() / b[i].sum(), N)
     if net is not None:
         f, g = (torch.cat([double(net(denoiser.decode(part).expand(-1, 3, -1, -1).clamp(-1, 1)))
-                           for part in x.split(config.batch_size)]).cpu() for x in (y, x0))
+                           for part in x.split(config.batch_size)]).flatten(1).cpu()
+                for x in (y, x0))
         found["FD", 0, late] = jackknife(lambda i: frechet_distance(
             f[i].mean(0), f[i].T.cov(), g[i].mean(0), g[i].T.cov()), N)
     return found

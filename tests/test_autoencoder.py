@@ -123,6 +123,17 @@ def test_log_variance_is_clamped():
     assert all(x.isfinite().all() for x in terms)
 
 
+def test_images_do_not_see_their_batch_mates():
+    net = small()
+    images, noise = inputs(net, 5)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    whole = autoencoder.loss(net, images, noise)
+    turned = autoencoder.loss(net, images[order], noise[order])
+    alone = autoencoder.loss(net, images[:1], noise[:1])
+    assert_close(turned, tuple(x[order] for x in whole))
+    assert_close(alone, tuple(x[:1] for x in whole))
+
+
 def test_every_pixel_reaches_every_latent():
     net = small(mult=(1, 1), image_size=16)
     images, _ = inputs(net, 1, size=16)

@@ -29,6 +29,13 @@ from support import rng
 
 LINEAR = schedules.make_schedule("linear")
 EVERY = [(name, continuous) for name in schedules.SCHEDULES for continuous in (False, True)]
+# s, t, sigma2 of DDPM, of DDIM; x_0 ~ N(0, 0.25), exact Γ
+TABLE = """\
+1 112 0.09160883289 0.08688042455
+445 556 0.6276283064 0.006854664723
+889 1000 0.8795933283 3.582564485e-5
+1 21 0.006053274001 0.004697106563
+1 2 1.198768103e-4 2.331015069e-5"""
 f64 = functools.partial(torch.tensor, dtype=torch.float64)
 
 
@@ -68,6 +75,17 @@ def two_heads(mixture, schedule, kind, prediction="eps"):
     denoiser = D.Denoiser(net, schedule, prediction)
     denoiser.folder, denoiser.settings = "nowhere", {"head": kind}
     return denoiser, calls
+
+
+@pytest.mark.parametrize("row", TABLE.splitlines())
+def test_reference_numbers(row):
+    s, t, *expected = map(float, row.split())
+    var_eps = var_eps_of_gaussian(LINEAR, t)
+    for eta, number in zip((1.0, 0.0), expected, strict=True):
+        got = covariance.reverse_variance(LINEAR, t, s, var_eps, eta)
+        assert got.dtype == torch.float64 and got.shape == ()
+        assert_close(got.item(), number, rtol=1e-9, atol=0)
+    assert covariance.reverse_variance(LINEAR, t, s, 0) == LINEAR.step_variances(t, s)[1]
 
 
 # ------------------------------------------------------------------ the variance of a step

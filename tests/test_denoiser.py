@@ -58,6 +58,14 @@ def test_the_network_receives_the_time_input_not_t(dtype):
     assert [c.tolist() for _, c in seen] == [[40, 40, 40], [0, 40, 570], [0, 40, 570.5]]
 
 
+def test_coefficients_stay_those_of_t_under_sharing():
+    """E-TSDM changes the time input alone: alpha and sigma in (x - sigma eps)/alpha are t's."""
+    x, eps = f64(2, 1), f64(2, 1)
+    shared = D.Denoiser(lambda x, c: eps, LINEAR, time_input=etsdm.make_time_input())
+    plain = D.Denoiser(lambda x, c: eps, LINEAR)
+    assert_close(shared.predict(x, 57)[0], plain.predict(x, 57)[0], rtol=0, atol=0)
+
+
 def test_half_precision():
     """Times are never in it; under autocast the net answers in bf16, and x0 and eps are formed in
     x's precision."""

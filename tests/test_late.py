@@ -180,7 +180,7 @@ def trained(tmp_path_factory):
             saved["settings"] |= settings
             Path("runs", name).mkdir()
             torch.save(saved, f"runs/{name}/checkpoint.pt")
-        export("pool.pt2", lambda x: maps(x).flatten(1), dynamic="N")
+        export("pool.pt2", maps, dynamic="N")
     return folder
 
 

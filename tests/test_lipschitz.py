@@ -66,6 +66,16 @@ def test_one_gaussian_has_a_closed_form(schedule, dt, prediction):
     assert_close(K, want, rtol=1e-4, atol=1e-12)
 
 
+def test_near_zero_the_slope_is_singular_unless_the_schedule_is_modified():
+    """ε* = s x/v and s ~ √t: K(0, dt) grows like dt^(−1/2); for linear-mns s ~ t, and it stays."""
+    ratio = {}
+    for name in ("linear", "linear-mns"):
+        d = oracle(schedules.make_schedule(name, continuous=True))
+        K = [lipschitz.lipschitz_constants(d, gaussian_x0(8), [0], dt=dt) for dt in (1e-2, 1e-4)]
+        ratio[name] = (K[1] / K[0]).item()
+    assert_close(ratio, {"linear": 10.0, "linear-mns": 1.0}, rtol=0.01, atol=0)
+
+
 def test_x_is_drawn_at_t_and_the_net_receives_t_and_t_plus_dt():
     seen, x0 = [], torch.zeros(5, 4000, dtype=torch.float64)
     d = Denoiser(lambda x, c: seen.append((x.clone(), c.clone())) or x * c[:, None], LINEAR)

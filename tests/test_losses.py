@@ -9,6 +9,7 @@ import denoiser as D
 import etsdm
 import losses
 import schedules
+import toy
 import unet
 
 LINEAR = schedules.make_schedule("linear")
@@ -91,6 +92,23 @@ def test_k_of_one_is_the_plain_loss_and_missing_terms_keep_the_divisor():
     assert_close(losses.simple_loss(denoiser, x0, t, noises[0]), simple, rtol=0, atol=0)
     simple, sa = losses.sa_loss(denoiser, x0, torch.ones(3, dtype=int), noises)
     assert_close(sa, simple / 9, rtol=1e-5, atol=1e-8)
+
+
+def test_the_oracle_has_the_least_loss():
+    """E||eps - eps_theta||^2 is least at the exact eps*, and there equals Var[eps | x_t]."""
+    mixture = toy.one_gaussian((1,))
+    g = torch.Generator().manual_seed(0)
+    x0 = mixture.sample(100_000, g)
+    noise = torch.randn(100_000, 1, dtype=torch.float64, generator=g)
+    t = torch.full((100_000,), 300)
+    exact = toy.oracle(mixture, LINEAR)
+    best = losses.simple_loss(D.Denoiser(exact, LINEAR), x0, t, noise).mean()
+    ab = LINEAR.alpha_bar(300)
+    variance = 0.25 * ab / (0.25 * ab + 1 - ab)  # of a Gaussian pair
+    assert_close(best, variance, rtol=0.02, atol=0)
+    for scale in (0.95, 1.05):
+        worse = D.Denoiser(lambda x, c, k=scale: k * exact(x, c), LINEAR)
+        assert losses.simple_loss(worse, x0, t, noise).mean() > best
 
 
 @pytest.mark.parametrize("name", ["linear", "zero-terminal-snr"])

@@ -63,6 +63,16 @@ def test_distance_of_a_set_from_itself_is_zero(rank):
     assert 0 <= metrics.frechet_distance(mu, sigma, mu, sigma) <= 1e-9
 
 
+def test_gaussians_of_known_mean_and_scale():
+    """N(μ, Σ) against N(μ + d, c² Σ): ‖d‖² + (1 − c)² tr Σ."""
+    assert metrics.frechet_distance([0], [[1]], [3], [[4]]) == close(9 + (2 - 1) ** 2)
+    sigma, d = np.cov(random(90, 30), rowvar=False), random(30, seed=2)
+    for c in (0.0, 0.5, 1.0, 3.0):
+        exact = (d**2).sum() + (1 - c) ** 2 * np.trace(sigma)
+        found = metrics.frechet_distance(np.ones(30), sigma, np.ones(30) + d, c**2 * sigma)
+        assert found == close(exact, rel=1e-12)
+
+
 def test_distance_is_that_of_the_matrix_square_root():
     (mu1, s1), (mu2, s2) = (
         moments_of(random(320, 64, seed=i) @ random(64, 64, seed=9 + i)) for i in (0, 1)
@@ -109,6 +119,16 @@ def test_covariances_without_full_rank(n, m, width):
     found = metrics.frechet_distance(*moments_of(x), *moments_of(y))
     assert isinstance(found, float) and time.time() - start < 120
     assert found == close(distance_of_few(x, y), rel=1e-9)
+
+
+def test_distance_is_symmetric_and_never_negative():
+    for seed in range(20):
+        x = random(12, 10, seed=seed)
+        a, b = moments_of(x), moments_of(x + 1e-9 * random(12, 10, seed=99))
+        assert metrics.frechet_distance(*a, *b) >= 0
+        c = moments_of(random(30, 10, seed=seed + 50) * [*range(10)])
+        there, back = metrics.frechet_distance(*a, *c), metrics.frechet_distance(*c, *a)
+        assert there == close(back, rel=1e-12) and there > 1
 
 
 def test_rounding_in_a_file_is_forgiven():

@@ -128,6 +128,23 @@ def test_ddim_reference_numbers_on_given_grids(grid, expected):
     exactly(samplers.sample(toy_denoiser(toy.one_gaussian()), ONE, spacing=times).item(), expected)
 
 
+def test_singlestep_plan_of_the_authors():
+    for steps, orders, ends, expected in (
+        (10, [3, 3, 3, 1], [0, 3, 6, 9, 10], "1 0.722564 0.303308 0.031144 0.001"),
+        (12, [3, 3, 3, 2, 1], [0, 3, 6, 9, 11, 12], "1 0.785817 0.493114 0.13904 0.017803 0.001"),
+    ):
+        grid = schedules.time_grid(LINEAR, steps + 1, "logsnr")
+        times, found = samplers.singlestep_plan(LINEAR, grid, 3, equal=True)
+        assert found == orders
+        assert_close(times[ends] / 1000, numbers(expected), rtol=0, atol=1e-6)
+    for steps, order, expected in ((3, 3, [2, 1]), (9, 2, [2, 2, 2, 2, 1]), (0, 3, [])):
+        grid = schedules.time_grid(LINEAR, steps + 1)
+        assert samplers.singlestep_plan(LINEAR, grid, order) == (grid, expected)
+    for steps, order in product(range(60), (1, 2, 3)):
+        grid = schedules.time_grid(LINEAR, steps + 1)
+        assert sum(samplers.singlestep_plan(LINEAR, grid, order)[1]) == steps
+
+
 @pytest.mark.parametrize("kwargs", ALL, ids=str)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_exactly_nfe_calls_and_finite(kwargs, spacing):
@@ -213,6 +230,14 @@ def test_convergence_orders(sampler, order):
     slope = -(logs @ errors.log() / (logs @ logs)).item()
     print(f"\n{sampler}: errors {[f'{e:.2e}' for e in errors]}, slope {slope:.2f}")
     assert abs(slope - order) < 0.25
+
+
+def test_order_one_is_ddim():
+    denoiser, x = toy_denoiser(toy.two_bumps()), normal(5, 1)
+    for spacing in SPACINGS:
+        kwargs = dict(nfe=12, spacing=spacing, denoise_to_zero=False)
+        one = samplers.sample(denoiser, x, "dpm-solver", order=1, **kwargs)
+        assert_close(one, samplers.sample(denoiser, x, "ddim", **kwargs), rtol=1e-12, atol=1e-12)
 
 
 def test_ddpm_is_the_posterior_written_out():

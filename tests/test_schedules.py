@@ -60,11 +60,18 @@ def test_t_of_lam_inverts_lam(name, continuous):
 
 
 def test_known_numbers():
-    """Of other programs: the linear schedule's time at λ = 0 and between two steps, in DPM-Solver's
-    (its time is t/1000). Cosine's continuous form has a floor, which is not zero."""
-    s = make_schedule("linear")
-    near(s.t_of_lam(0.0).item() / 1000, 0.2590927982)
+    """Re-derived by several programs: DDPM's linear schedule, T = 1000; cosine's tail is clipped,
+    and its continuous form has a floor; neither is zero."""
+    s, t = make_schedule("linear"), f64(1, 2, 500, 1000)
+    near(s.alpha_bar(t), f64(0.9999, 0.99978009207, 0.078587242882, 4.0358297654e-5))
+    near(s.step_variances(2, 1)[1].item(), 5.4531876613e-5)
+    near(s.lam(t), f64(4.6051201835, 4.2110408383, -1.2308493579, -5.0588365917))
+    near(s.t_of_lam(0.0).item() / 1000, 0.2590927982)  # DPM-Solver's: its time is t/1000
     near(s.log_alpha_bar(500.5).item() / 2, -1.2743006744)
+    s = make_schedule("cosine")
+    near(1 / s.alpha_sigma(1000)[0].item(), 20291.0, rtol=1e-4)
+    near(s.lam(1000).item(), -9.918, rtol=1e-4)
+    near(s.alpha_bar(1).item(), 0.9999587, rtol=1e-6)
     near(2 * make_schedule("cosine", continuous=True).lam(1000).item(), -20.0)
 
 
@@ -145,6 +152,26 @@ def test_edms_noise_levels():
     beta, beta_tilde = s.step_variances(640.0, 31.5)
     near(beta, high**2 - low**2, rtol=1e-13)
     near(beta_tilde, low**2 * (high**2 - low**2) / high**2, rtol=1e-13)
+
+
+@both
+def test_modified_ns_matches_the_snr_at_T_and_is_flat_at_0(continuous):
+    plain, flat = (make_schedule(n, continuous=continuous) for n in ("quadratic", "quadratic-mns"))
+    near(plain.lam(1000), flat.lam(1000))
+    if not continuous:
+        beta_T = 1 - (flat.log_alpha_bar(1000) - flat.log_alpha_bar(999)).exp()
+        assert_close(beta_T.item(), 0.0214810, rtol=0, atol=5e-8)
+
+
+@pytest.mark.parametrize("name", ["linear", "quadratic", "cosine"])
+def test_modified_ns_has_no_slope_at_zero(name):
+    """dα/dt(0) = 0, by differences that shrink: of the originals they do not."""
+    t = f64(1e-4, 1e-2)
+    for which, flat in ((name, False), (name + "-mns", True)):
+        s = make_schedule(which, continuous=True)
+        slope = -torch.expm1(s.log_alpha_bar(t) / 2) / t  # (1 - α)/t, with its digits
+        assert (slope[0] < 0.02 * slope[1]) == flat
+        assert flat or abs(slope[0] / slope[1] - 1) < 0.02
 
 
 def test_modified_ns_snr_against_the_originals():

@@ -132,6 +132,28 @@ both = pytest.mark.parametrize("prediction", ["eps", "v"])
 
 
 @everywhere
+@both
+def test_derivatives_in_t_are_exact(name, prediction):
+    """∂ε*/∂t and ∂v*/∂t by differentiation against central differences, and ∂ε*/∂t against
+    −ds/dt score − s ∂score/∂t with ds/dt = −(a/s) da/dt (VP), on tables as on continuous forms."""
+    xt = PAIR.sample(6, torch.Generator().manual_seed(0))
+    for schedule in (closed_form(name), schedules.make_schedule(name)):
+        net, coefficients = ideal(schedule, prediction), schedule.alpha_sigma
+        for t in f64(0.01, 0.4, 3.7, 60.3):
+            difference = (net(xt, t + 1e-4 * t) - net(xt, t - 1e-4 * t)) / (2e-4 * t)
+            exact = derivative(functools.partial(net, xt), t)
+            assert_close(exact, difference, rtol=1e-5, atol=1e-9)
+            if prediction == "eps":
+                a, s = coefficients(t)
+                da, ds = derivative(lambda t, k=coefficients: torch.stack(k(t)), t)
+                if not schedule.variance_exploding:  # a² + s² = 1
+                    assert_close(ds, -a / s * da, rtol=1e-6, atol=1e-12)
+                d_score = derivative(lambda t, k=coefficients: score(PAIR, xt, *k(t)), t)
+                terms = -ds * score(PAIR, xt, a, s) - s * d_score
+                assert_close(exact, terms, rtol=1e-6, atol=1e-12)
+
+
+@everywhere
 def test_s_leaves_zero_like_a_power_of_t(name):
     """s = C t^p and ds/dt = p C t^(p−1): infinite at 0 for p = 1/2, a finite constant other than 0
     for p = 1 (linear-mns, cosine-mns, cosine-shift), 0 for quadratic-mns. p and C from LEADING."""
