@@ -4,11 +4,9 @@ where it is the point; elsewhere copies of one process that has imported everyth
 import contextlib
 import csv
 import json
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, ROOT, SMALL, TINY, assert_same, torchrun
+from conftest import ENV, ROOT, SMALL, TINY, assert_same, free_port, together, torchrun
 from kills import read_pictures
 from programs import main_of
 from torch.nn.parallel import DistributedDataParallel
@@ -32,42 +30,7 @@ from support.cli import parse_into
 TINY = [*TINY, "--optimizer", "muon"]  # its update, too, is the same on all processes
 WORKER = ROOT / "tests" / "robustness" / "faulty_worker.py"
 TRAIN = ROOT / "train.py"
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["programs"])
 pytestmark = pytest.mark.slow
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def process(rank, n, port, cwd, function, *inputs):
-    """One of n processes, as torchrun would start it."""
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n))
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.chdir(cwd)
-    function(*inputs)
-
-
-def together(n, cwd, function, *inputs):
-    """Call a function in n processes that belong together, in the folder cwd."""
-    port = free_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "PYTHONPATH", os.pathsep.join(sys.path)
-        )  # for the first: it imports `programs`
-        made = [
-            FORKS.Process(target=process, args=(rank, n, port, cwd, function, *inputs))
-            for rank in range(n)
-        ]
-        for one in made:
-            one.start()
-    for one in made:
-        one.join(200)
-        one.kill()
-    assert [one.exitcode for one in made] == n * [0]
 
 
 def by(n, program, words, cwd):
@@ -199,7 +162,7 @@ def test_sigterm_to_torchrun_saves_and_resumes(tmp_path):
     """torchrun passes the signal on; both processes stop after the same step, and can resume."""
     words = [TRAIN, *TINY, "--save-every", "2", "--name", "stopped", "--steps"]
     process = start("--standalone", "--nproc_per_node", 2, *words, 300, cwd=tmp_path)
-    path, until = tmp_path / "runs" / "stopped" / "checkpoint.pt", time.time() + 60
+    path, until = tmp_path / "runs" / "stopped" / "checkpoint.pt", time.time() + 120
     while not path.exists() and time.time() < until and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)

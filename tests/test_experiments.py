@@ -3,6 +3,8 @@ programs accept; a small one is run, interrupted and resumed; and pages are writ
 
 import csv
 import dataclasses
+import multiprocessing
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 import torch
 from conftest import ENV, ROOT, refused
 from PIL import Image
-from programs import PROGRAMS, find_program, parse
+from programs import PROGRAMS, find_program, main_of, parse
 
 from config import Config
 from papers import experiments, heads, latents, pages, plans
@@ -121,7 +123,7 @@ def test_published_numbers_stand_at_their_sampler():
 def test_programs_accept_every_command(here, budget, monkeypatch):
     """Each command line goes through the parser of its program. Runs that others start from
     are trained earlier, and a plan knows the same of a run as its program does."""
-    found, todo = planned(f"sa-table1 --budget {budget} --data shapes --seeds 2", NAMES)
+    found, todo = planned(f"sa-table1 --budget {budget} --data shapes", NAMES)
     experiments.CACHE.mkdir(parents=True)  # as main() does
     trained = {}
     for module in (heads, latents):
@@ -260,14 +262,20 @@ def test_numbers_are_kept_beside_their_commands(here):
     }
 
 
+def add_numbers(name):
+    kept = Numbers(Path("results/numbers.csv"))
+    for i in range(40):
+        kept.add(f"python {name}.py {i}", value=i)
+
+
 def test_two_programs_that_add_numbers_lose_none(here):
-    program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from papers.plans import Numbers; "
-        "from pathlib import Path; kept = Numbers(Path('results/numbers.csv')); "
-        "[kept.add(f'python {sys.argv[1]}.py {i}', value=i) for i in range(40)]"
-    )
-    both = [subprocess.Popen([sys.executable, "-c", program, name]) for name in "ab"]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=add_numbers, args=(name,)) for name in "ab"]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
     assert len(Numbers(Path("results/numbers.csv")).rows) == 80
 
 
@@ -548,11 +556,11 @@ def test_dry_run_changes_nothing(small, capsys):
 # ------------------------------------------------------------------ the whole way
 
 
-def start(folder):
-    """The program of a small experiment, in a folder of its own."""
-    (folder / "program.py").write_text(BEFORE + "run_main(experiments.main)", encoding="utf-8")
-    words = [sys.executable, "program.py", "small", "--features", "means.pt2", "--workers", "2"]
-    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+def start():
+    """The program of a small experiment."""
+    words = [sys.executable, "-c", BEFORE + "run_main(experiments.main)"]
+    words += "small --features means.pt2 --workers 2".split()
+    return subprocess.Popen(words, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True)  # fmt: skip
 
 
@@ -564,17 +572,14 @@ class Means(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_an_interrupted_experiment_goes_on_to_the_same_numbers(tmp_path):
-    """SIGTERM as soon as the first number is there, then the same command; beside it, one that is
-    left alone."""
-    folders = [tmp_path / name for name in ("whole", "stopped")]
-    for folder in folders:
-        folder.mkdir()
-        program = torch.export.export(
-            Means(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=({0: torch.export.Dim("N")},)
-        )
-        torch.export.save(program, folder / "means.pt2")
-    process, numbers = start(folders[1]), folders[1] / "results" / "numbers.csv"
+def test_an_interrupted_experiment_goes_on_to_the_same_numbers(small, monkeypatch, capsys):
+    """SIGTERM as soon as the first number is there, then the same command. The numbers are those of
+    its commands one after the other."""
+    program = torch.export.export(
+        Means(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=({0: torch.export.Dim("N")},)
+    )
+    torch.export.save(program, "means.pt2")
+    process, numbers = start(), Path("results/numbers.csv").resolve()
     late = time.monotonic() + 240
     while not numbers.exists():
         assert time.monotonic() < late and process.poll() is None, process.communicate()[1]
@@ -583,22 +588,26 @@ def test_an_interrupted_experiment_goes_on_to_the_same_numbers(tmp_path):
     assert "stopped: run the same command to go on" in process.communicate(timeout=90)[0]
     before = Numbers(numbers).rows
     assert 1 <= len(before) < 4
-    for folder in folders:
-        process = start(folder)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        assert "in " + str(folder.resolve() / "results" / "small.md") in out
-    rows = [Numbers(folder / "results" / "numbers.csv").rows for folder in folders]
-    assert len(rows[0]) == 4 and {k: v["value"] for k, v in rows[0].items()} == {
-        k: v["value"] for k, v in rows[1].items()
-    }
-    assert len({row["value"] for row in rows[0].values()}) == 4  # four systems, four numbers
-    assert {k: rows[1][k] for k in before} == before
-    for folder in folders:
-        assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("*.out"))
+    process = start()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert f"in {Path('results/small.md').resolve()}" in out
+    found = Numbers(numbers).rows
+    assert len({row["value"] for row in found.values()}) == 4  # four systems, four numbers
+    assert {k: found[k] for k in before} == before
+    assert not [p for p in small.rglob("*") if p.suffix in (".tmp", ".out")]
     # Once more: nothing is left to do.
-    out = start(folders[0]).communicate(timeout=60)[0]
-    assert "0 of 7 commands are left" in out
+    assert "0 of 7 commands are left" in start().communicate(timeout=60)[0]
+
+    Path("whole").mkdir()
+    shutil.copy("means.pt2", "whole")
+    monkeypatch.chdir("whole")
+    experiments.CACHE.mkdir(parents=True)
+    for job in planned("small --features means.pt2")[1].values():
+        capsys.readouterr()
+        main_of(*find_program(job.commands[0]))
+        job.finish(capsys.readouterr().out)
+    assert Numbers(Path("results/numbers.csv")).rows == found
 
 
 # ------------------------------------------------------------------ what is committed
