@@ -279,14 +279,6 @@ def test_two_programs_that_add_numbers_lose_none(here):
     assert len(Numbers(Path("results/numbers.csv")).rows) == 80
 
 
-def test_format_values():
-    for values, text in (
-        ([], ""), ([1.23456], "1.23"), ([0.0123456], "0.0123"), ([123.456], "123"),
-        ([1.0, 2.0, 3.0], "2.00 ± 1.00"), ([0.0], "0.0000"), ([float("nan")], "nan"),
-    ):  # fmt: skip
-        assert pages.format_values(values) == text
-
-
 SMALL = Experiment(
     "A title", "a claim", rows=(Row("one"), Row("two", ("--etsdm",))),
     columns=experiments.named(experiments.DDPM, 5, 9), steps=6, paper={("two", "DDPM, 9"): 9.87},

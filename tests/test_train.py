@@ -84,23 +84,6 @@ def test_the_stream_of_images_continues_where_it_stopped(monkeypatch, no_grids):
     assert sorted(flat[:5]) == sorted(flat[5:10]) == [0, 1, 2, 3, 4]
 
 
-def test_the_numbers_of_a_step_depend_on_seed_and_step_alone(monkeypatch):
-    """What the objective draws, and which images are flipped."""
-    config, state = new_state("--sa-k 3 --flip")
-    seen, draw, loss = [], state.objective.draw, state.objective.loss
-    monkeypatch.setattr(state.objective, "draw", lambda *a: seen.append(draw(*a)) or seen[-1])
-    monkeypatch.setattr(
-        state.objective, "loss", lambda m, x, d: seen[-1].update(x=x) or loss(m, x, d)
-    )
-    images = random_images()
-    for state.step in (5, 6, 5):
-        step(config, state, images)
-    first, other, again = seen
-    assert_close(again, first, rtol=0, atol=0)
-    assert first["t"].shape == (4,) and first["noises"].shape == (4, 3, 3, 8, 8)  # (B, k, C, H, W)
-    assert not torch.equal(first["noises"], other["noises"])
-
-
 def test_half_of_the_images_are_flipped(monkeypatch):
     config, state = new_state("--flip")
     flipped, loss = [], state.objective.loss
@@ -246,15 +229,6 @@ def test_compile_trains_the_same_and_saves_bare_names(monkeypatch, no_grids):
     plain, compiled = small("--steps", "2"), small("--steps", "2", "--compile", name="compiled")
     assert compiled["net"].keys() == plain["net"].keys()
     assert_close(compiled["ema"], plain["ema"], rtol=1e-3, atol=1e-3)
-
-
-def test_the_learning_rate_warms_up():
-    config, state = new_state("--warmup 4 --lr 0.01")
-    rates = []
-    for _ in range(6):
-        step(config, state, random_images())
-        rates.append(state.optimizer.param_groups[0]["lr"])
-    assert_close(torch.tensor(rates), 0.01 * torch.tensor([0.25, 0.5, 0.75, 1, 1, 1]))
 
 
 def test_ema_warms_up_and_decays():
