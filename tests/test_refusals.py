@@ -173,6 +173,12 @@ REFUSED = {
         shapes --image-size 0 | --image-size must be
         set --epochs 0 | --epochs must be at least 1
         set --seed 18446744073709551616 | --seed must be""",
+    "papers.figures": r"""
+        schedules --out none/schedules.png | --out .* must be a \.png file in an existing folder
+        schedules --out schedules.jpg | --out .* must be a \.png file in an existing folder""",
+    "papers.shapes_check": """
+         | IMAGES
+        full -n 0 | --num""",
     "papers.experiments": """
          | NAME is missing
         none | there is no experiment none
