@@ -27,6 +27,7 @@ from torch.testing import assert_close
 import denoiser
 import unet
 from support import checkpoint
+from support import features as networks
 from support.cli import make_parser
 from support.programs import run_main
 
@@ -125,9 +126,13 @@ def words(parts):
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
+    """A network for --features. To open one takes longer than its use: here it happens once."""
     path = tmp_path_factory.mktemp("features") / "f.pt2"
     export_features(path)
-    return path
+    with pytest.MonkeyPatch.context() as patch:
+        opened = functools.cache(networks.open_exported)
+        patch.setattr(networks, "open_exported", opened)
+        yield path
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +376,9 @@ def test_ordinary_commands_have_no_notes(place, capsys):
 ALL_THREE = """
 import sys
 import metrics, sample, train
+from support.run import RunFolder
 
+RunFolder.save_preview = lambda *inputs: None  # longer than the steps
 flags = "--image-size 8 --batch-size 8 --steps 12 --name r --sa-k 2 --etsdm --dropout 0.1"
 train.main(flags.split())
 sample.main("r -n 8 --sampler ddpm --nfe 5 --out o".split())
