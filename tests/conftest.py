@@ -6,8 +6,10 @@ from conftest import ROOT, DATA, ENV, TINY, run_program, torchrun     # in tests
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tracemalloc
@@ -23,6 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Most tests compare with a CPU's numbers. Those marked `cuda`: CUDA_TESTS=1 pytest -q -m cuda
 if not os.environ.get("CUDA_TESTS"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["programs", "conftest"])
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"  # reference numbers: see the README.md there
 sys.path.insert(0, str(ROOT))
@@ -58,6 +62,38 @@ def torchrun(n, *words, cwd, check=True, options=()):
     """`torchrun --nproc_per_node n words` in the folder cwd, on a free port of its choosing."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, *options]
     return run_program(*launch, *words, cwd=cwd, status=0 if check else None)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def process_of(rank, n, port, cwd, function, *inputs):
+    """What one of n processes does. Its surroundings are those that torchrun gives it."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n))
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.chdir(cwd)
+    function(*inputs)
+
+
+def together(n, cwd, function, *inputs):
+    """Call a function in n processes that belong together, in the folder cwd. They are copies of
+    one that has imported every program, which takes seconds."""
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        made = [
+            FORKS.Process(target=process_of, args=(rank, n, port, cwd, function, *inputs))
+            for rank in range(n)
+        ]
+        for one in made:
+            one.start()
+    for one in made:
+        one.join(200)
+        one.kill()
+    assert [one.exitcode for one in made] == n * [0]
 
 
 def message_of(info):

@@ -1,8 +1,11 @@
 """benchmarks/ measures what it promises, and its plain forms give what the fast ones give."""
 
+import contextlib
 import json
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch.testing import assert_close
 
 import losses
 import schedules
+import train
 import unet
 from benchmarks import __main__ as benchmark
 from benchmarks import plain, worker
@@ -194,8 +198,25 @@ def test_a_run_of_two_processes_is_measured(tmp_path):
     assert log["step"].tolist() == [10, 20] and (log["images_per_s"] > 0).all()
 
 
+class Here:
+    """A side in this process: starting one takes longer than its work."""
+
+    def __init__(self, make, *arguments, threads=None):
+        self.work = getattr(benchmark, make)(*json.loads(json.dumps(arguments)))
+
+    def time(self):
+        began = time.perf_counter()
+        self.work()
+        return time.perf_counter() - began
+
+    def end(self):
+        pass
+
+
 @pytest.mark.slow
-def test_comparisons_run_at_their_smallest(here):
+def test_comparisons_run_at_their_smallest(here, monkeypatch):
+    """The plain sides in processes, which they change."""
+    monkeypatch.setattr(benchmark, "our_side", Here)
     found = results("train sa sample --preset tiny --batch-size 4 --rounds 1")
     assert {r["part"] for r in found["rows"]} == {"train", "sa", "sample"}
     assert all(r["ratio"] is None or r["ratio"] > 0 for r in found["rows"])
@@ -204,8 +225,13 @@ def test_comparisons_run_at_their_smallest(here):
 
 @pytest.mark.slow
 def test_bf16_and_float32_runs_are_compared(unmeasured, monkeypatch):
-    real, small = benchmark.trained, ("--image-size", "8", "--batch-size", "4")
-    monkeypatch.setattr(benchmark, "trained", lambda *words: real(*words, *small))
+    def run(command, cwd, **others):
+        with contextlib.chdir(cwd):
+            words = command[command.index(f"{ROOT}/train.py") + 1 :]
+            train.main([*words, "--image-size", "8", "--batch-size", "4"])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
     row = results("precision --steps 200 --data shapes")["rows"][0]
     assert row["grey_levels"] < 2 and Path("precision.png").exists()
     for seed in (0, 1):

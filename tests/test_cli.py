@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENV, ROOT, TINY, refused, run_program, torchrun
+from kills import read_pictures
 from PIL import Image
 from programs import PROGRAMS, parse
 from torch.testing import assert_close
@@ -55,28 +56,24 @@ def out(trained, tmp_path, monkeypatch):
     return tmp_path / "out"
 
 
-def pngs(folder):
-    return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob("0*.png"))])
-
-
 @pytest.mark.parametrize(
     "flags", ["--sampler ddim --nfe 5", "--nfe 6", "--sampler dpm-solver --nfe 7 --spacing logsnr"]
 )
 def test_an_image_is_the_same_for_any_batch_size(out, flags):
     flags += " --num 7"
-    whole = pngs(samples(out, flags))
-    parts = pngs(samples(out.with_name("b"), flags + " --batch-size 2"))
+    whole = read_pictures(samples(out, flags))
+    parts = read_pictures(samples(out.with_name("b"), flags + " --batch-size 2"))
     assert np.abs(whole - parts).max() <= 1
-    other = pngs(samples(out.with_name("c"), flags + " --seed 1"))
+    other = read_pictures(samples(out.with_name("c"), flags + " --seed 1"))
     for i, picture in enumerate([*whole, *other]):  # of two seeds, all are different pictures
         for another in [*whole, *other][:i]:
             assert np.abs(picture - another).max() > 10
 
 
 def test_bf16_pictures_are_near_the_float32_ones(out):
-    whole = pngs(samples(out, "--num 6 --nfe 5 --sampler ddim"))
+    whole = read_pictures(samples(out, "--num 6 --nfe 5 --sampler ddim"))
     half = samples(out.with_name("b"), "--num 6 --nfe 5 --sampler ddim --precision bf16")
-    assert np.abs(whole - pngs(half)).mean() < 2
+    assert np.abs(whole - read_pictures(half)).mean() < 2
     assert json.loads((half / "settings.json").read_text("utf-8"))["precision"] == "bf16"
 
 
@@ -85,17 +82,20 @@ def test_npz_holds_the_same_pictures(out):
     samples(out, "--num 3 --nfe 3 --npz")
     with np.load(out.with_name("out.npz")) as archive:
         assert archive.files == ["arr_0"] and archive["arr_0"].dtype == np.uint8
-        assert archive["arr_0"].shape == (3, 8, 8, 3) and (archive["arr_0"] == pngs(out)).all()
+        assert (
+            archive["arr_0"].shape == (3, 8, 8, 3)
+            and (archive["arr_0"] == read_pictures(out)).all()
+        )
 
 
 def test_sampling_goes_on_where_it_stopped(out, capsys, tmp_path):
     """Also if the run was moved meanwhile."""
-    before = pngs(samples(out, "--num 6 --nfe 3"))
+    before = read_pictures(samples(out, "--num 6 --nfe 3"))
     (out / "000004.png").unlink()
     stamp = (out / "000002.png").stat().st_mtime_ns
     samples(out, "--num 6 --nfe 3")
     assert "5 of 6 images exist already" in capsys.readouterr().out
-    assert np.abs(pngs(out) - before).max() <= 1
+    assert np.abs(read_pictures(out) - before).max() <= 1
     shutil.copytree("runs/sa2", tmp_path / "elsewhere")
     sample.main([str(tmp_path / "elsewhere"), "--num", "6", "--nfe", "3", "--out", str(out)])
     assert "6 of 6 images exist already" in capsys.readouterr().out

@@ -1,7 +1,6 @@
 """What is different on a GPU, tested without one. Tests marked `cuda` need one."""
 
 import copy
-import importlib
 import json
 import os
 import runpy
@@ -15,22 +14,15 @@ import torch
 import torch.distributed as dist
 from conftest import ENV
 from emulated import emulated, waits
+from programs import main_of, parse
 from torch.testing import assert_close
 
+import train
 from benchmarks import __main__ as benchmark
 from benchmarks import gpu_check, plain
 from benchmarks.__main__ import memory_of
-from config import RECIPES, Config
-from support import (
-    checkpoint,
-    distributed,
-    image_files,
-    memory,
-    precision,
-    programs,
-    rng,
-)
-from support.cli import parse_into
+from config import RECIPES
+from support import checkpoint, distributed, image_files, memory, precision, programs, rng
 
 CPU = torch.device("cpu")
 
@@ -79,22 +71,22 @@ def test_an_error_of_the_gpu_is_not_a_lost_process(text, lost, monkeypatch):
 # ------------------------------------------------------------------ static shapes, layouts
 
 
-@pytest.mark.parametrize("b, micro, parts", [(10, 6, [5, 5]), (8, 3, [3, 3, 2]), (8, None, [8])])
-def test_microbatches_are_of_one_size_if_they_can(b, micro, parts, monkeypatch):
-    import train
-
-    words = ["--image-size", "8", "--batch-size", str(b), "--precision", "fp32", "--steps", "1"]
-    config = parse_into(Config, [*words, *(["--microbatch", str(micro)] if micro else [])])
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        ("--batch-size 10 --microbatch 6", [5, 5]),
+        ("--batch-size 8 --microbatch 3", [3, 3, 2]),
+        ("--batch-size 8", [8]),
+    ],
+)
+def test_microbatches_are_of_one_size_if_they_can(words, parts, monkeypatch):
+    config = parse("train.py", f"--image-size 8 --precision fp32 --steps 1 {words}")
     objective = train.DiffusionObjective(config)
-    state, seen = train.TrainState(objective, config), []
-    real = objective.loss
-
-    def loss(model, images, draws):
-        seen.append(len(images))
-        return real(model, images, draws)
-
-    monkeypatch.setattr(objective, "loss", loss)
-    images = torch.zeros(b, 3, 8, 8, dtype=torch.uint8)
+    state, seen, loss = train.TrainState(objective, config), [], objective.loss
+    monkeypatch.setattr(
+        objective, "loss", lambda net, x, draws: (seen.append(len(x)), loss(net, x, draws))[1]
+    )
+    images = torch.zeros(config.batch_size, 3, 8, 8, dtype=torch.uint8)
     one = distributed.Distributed(0, 1, 0, CPU)
     train.train_step(state, state.net, images, config, one, None)
     assert seen == parts
@@ -161,7 +153,7 @@ def test_moments_take_the_layout_of_their_weights(layouts):
     ],
 )
 def test_cuda_graphs_are_for_small_steps_of_one_pass(words, world_size, suits, monkeypatch):
-    config = parse_into(Config, words.split())
+    config = parse("train.py", words)
     assert precision.suits_graphs(config, world_size) is suits
     seen = []
     monkeypatch.setattr(torch, "compile", lambda net, **options: seen.append(options))
@@ -243,8 +235,11 @@ def test_bf16_needs_units_for_it(monkeypatch):
             precision.autocast_dtype("bf16", cuda)
 
 
-@pytest.mark.parametrize("program", ["sample", "metrics fid", "papers.superres enlarge"])
-def test_tf32_is_a_choice_for_sampling(program, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "program, words",
+    [("sample.py", "run"), ("metrics.py", "fid run"), ("papers.superres enlarge", "run shapes")],
+)
+def test_tf32_is_a_choice_for_sampling(program, words, monkeypatch, here):
     class Enough(Exception):
         pass
 
@@ -252,20 +247,15 @@ def test_tf32_is_a_choice_for_sampling(program, monkeypatch, tmp_path):
         seen.append(tf32)
         raise Enough
 
-    seen, (module, *words) = [], program.split()
-    monkeypatch.chdir(tmp_path)
+    seen = []
     monkeypatch.setattr(distributed, "init", init)
-    words += {"sample": ["run"], "metrics": ["run"]}.get(module, ["run", "shapes"])
     for precise in ("tf32", "fp32", "bf16"):
         with pytest.raises(Enough):
-            importlib.import_module(module).main([*words, "--precision", precise])
+            main_of(program, f"{words} --precision {precise}")
     assert seen == [True, False, False]
     assert precision.autocast_dtype("tf32", torch.device("cuda")) is None
     with pytest.raises(ValueError, match="^--precision tf32 is for GPUs"):
         precision.autocast_dtype("tf32", CPU)
-
-
-# ------------------------------------------------------------------ the benchmark
 
 
 def test_the_benchmark_gives_a_gpu_enough_work(monkeypatch):
@@ -275,6 +265,9 @@ def test_the_benchmark_gives_a_gpu_enough_work(monkeypatch):
     assert benchmark.usual_batch() == 16
     monkeypatch.setattr(benchmark, "DEVICE", torch.device("cuda"))
     assert benchmark.usual_batch() == 128
+
+
+# ------------------------------------------------------------------ the benchmark
 
 
 def test_plain_float32_is_float32_on_a_gpu():
@@ -296,7 +289,7 @@ class Card(distributed.Distributed):
 
 def notes(words, card, monkeypatch, **process):
     """memory.notes on a card of so many GB, if a step takes 2 GB and 1 more per map."""
-    config = parse_into(Config, [*words.split(), "--precision", "fp32"])
+    config = parse("train.py", f"{words} --precision fp32")
     monkeypatch.setattr(memory, "step_bytes", lambda make, shape, n, *rest: (2 + n) * 1e9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, card * 1e9))
     return memory.notes(None, config, Card(**process))
@@ -329,13 +322,8 @@ def test_the_note_on_memory_counts_the_images_of_a_process(monkeypatch):
 
 
 @pytest.mark.slow
-def test_train_prints_the_note_on_memory(monkeypatch, tmp_path, capsys):
+def test_train_prints_the_note_on_memory(monkeypatch, here, no_grids, capsys):
     """By the calculation itself, with the network that is trained."""
-    import train
-    from support.run import RunFolder
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(RunFolder, "save_preview", lambda *inputs: None)
     words = "--image-size 16 --batch-size 4 --no-compile --precision fp32 --steps 1".split()
     with emulated("cuda"):
         for free, count in ((10**9, 0), (10**7, 1)):
@@ -352,11 +340,11 @@ NEEDS = {"ffhq256": (2.5, 2.60), "ffhq256-large": (13.1, 4.31), "adm256": (10.0,
 @pytest.mark.parametrize("preset", NEEDS)
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_a_preset_fits_80_gb(preset, k):
-    config = parse_into(Config, ["--preset", preset, "--sa-k", str(k)])
+    config = parse("train.py", f"--preset {preset} --sa-k {k}")
     fixed, each = NEEDS[preset]
     assert fixed + each * k * config.microbatch < 78
     assert RECIPES[preset]["batch_size"] % config.microbatch == 0
-    assert parse_into(Config, ["--preset", preset, "--microbatch", "5"]).microbatch == 5
+    assert parse("train.py", f"--preset {preset} --microbatch 5").microbatch == 5
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import message_of
 from emulated import OnGPU, emulated
-from PIL import Image
+from kills import read_pictures
 
 import data
 import emulated as emulation
@@ -23,6 +23,8 @@ from support.cli import parse_into
 from support.image_files import Array
 
 CPU = torch.device("cpu")
+# Fewer layers than the preset `tiny`, whose name it takes: each call has its price here.
+NETWORK = unet.PRESETS["tiny"] | dict(channels=8, channel_mult=(1, 2), norm_groups=4)
 SMALL = "--image-size 16 --batch-size 4 --sample-every 9 --no-compile --precision fp32".split()
 KINDS = pytest.mark.parametrize("kind", ["mps", "cuda"])
 
@@ -83,10 +85,6 @@ def test_the_time_embedding_is_float32_on_mps():
     )
 
 
-def pictures(folder):
-    return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob("0*.png"))])
-
-
 def run(program, words, kind="mps"):
     """A program on an emulated device."""
     with emulated(kind):
@@ -96,15 +94,14 @@ def run(program, words, kind="mps"):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """With a run that was trained on the emulated device."""
-    from support.run import RunFolder
-
     folder = tmp_path_factory.mktemp("mps")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         np.save("few.npy", np.zeros((6, 16, 16, 3), np.uint8))
-        patch.setattr(RunFolder, "save_preview", lambda *inputs: None)  # seconds
+        patch.setattr("support.run.RunFolder.save_preview", lambda *inputs: None)  # seconds
+        patch.setitem(unet.PRESETS, "tiny", NETWORK)
         run("train", f"{' '.join(SMALL)} --steps 1 --sa-k 2 --etsdm --flip --name plain")
-    return folder
+        yield folder
 
 
 @pytest.fixture
@@ -117,7 +114,7 @@ def test_training_sampling_and_metrics_without_float64(here, monkeypatch, capsys
     words = "plain -n 3 --batch-size 2 --nfe 3 --sampler ddpm".split()
     sample.main([*words, "--out", "cpu"])
     run("sample", " ".join([*words, "--out", "mps"]))
-    assert np.abs(pictures(Path("cpu")) - pictures(Path("mps"))).max() <= 1
+    assert np.abs(read_pictures(Path("cpu")) - read_pictures(Path("mps"))).max() <= 1
     means = lambda path, device: lambda images: images.mean((2, 3))  # noqa: E731
     monkeypatch.setattr(features, "open_exported", means)
     Path("means.pt2").touch()
@@ -131,44 +128,36 @@ def test_training_sampling_and_metrics_without_float64(here, monkeypatch, capsys
     train.main([*SMALL, *"--steps 2 --sa-k 2 --etsdm --flip --name plain --device cpu".split()])
 
 
-@pytest.mark.slow
-@KINDS
-@pytest.mark.parametrize(
-    "program, words",
-    [
-        ("train", "--schedule edm --etsdm"),
-        ("train", "--continuous --prediction x0 --loss-space v --recompute"),
-        ("train", "--schedule zero-terminal-snr --microbatch 3 --data few.npy"),
-        ("papers.alternatives", "--sa-k 2 --sa-reuse --remap sqrt"),
-        ("papers.alternatives", "--lipschitz-reg 3 --sa-k 2"),
-        ("papers.superres", "train"),
-        ("papers.autoencoder", "train"),
-    ],
-)
-def test_every_loss(program, words, kind, here, monkeypatch):
-    from support.run import RunFolder
-
-    monkeypatch.setattr(RunFolder, "save_preview", lambda *inputs: None)
-    name = words.replace("--", "").replace(" ", "-").replace(".", "")
-    run(program, f"{words} {' '.join(SMALL)} --steps 1 --name {program}-{name}-{kind}", kind)
+LOSSES = """
+train --schedule edm --etsdm
+train --continuous --prediction x0 --loss-space v --recompute
+train --schedule zero-terminal-snr --microbatch 3 --data few.npy
+papers.alternatives --sa-k 2 --sa-reuse --remap sqrt
+papers.alternatives --lipschitz-reg 3 --sa-k 2
+papers.superres train
+papers.autoencoder train
+""".strip().splitlines()
+MEASUREMENTS = """
+sample plain -n 2 --nfe 4 --sampler dpm-solver --spacing logsnr
+sample plain -n 2 --nfe 4 --sampler dpm-solver++
+sample plain -n 2 --nfe 4 --sampler heun --churn 2
+lipschitz plain -n 2 --max-t 3
+lipschitz plain -n 2 --perturb
+gap plain -n 2 --steps 3 --ideal --data few.npy
+papers.covariance plain -n 1 --batch-size 500
+""".strip().splitlines()
 
 
 @pytest.mark.slow
 @KINDS
-@pytest.mark.parametrize(
-    "program, words",
-    [
-        ("sample", "plain -n 2 --nfe 4 --sampler dpm-solver --spacing logsnr"),
-        ("sample", "plain -n 2 --nfe 4 --sampler dpm-solver++"),
-        ("sample", "plain -n 2 --nfe 4 --sampler heun --churn 2"),
-        ("lipschitz", "plain -n 2 --max-t 3"),
-        ("lipschitz", "plain -n 2 --perturb"),
-        ("gap", "plain -n 2 --steps 3 --ideal --data few.npy"),
-        ("papers.covariance", "plain -n 1 --batch-size 500"),
-    ],
-)
-def test_every_measurement(program, words, kind, here):
-    run(program, f"{words} --out {kind}-{len(words)}" if program == "sample" else words, kind)
+@pytest.mark.parametrize("command", LOSSES + MEASUREMENTS)
+def test_every_loss_and_measurement(command, kind, here, no_grids, tmp_path):
+    program, words = command.split(maxsplit=1)
+    if command in LOSSES:
+        words += f" {' '.join(SMALL)} --steps 1 --name {tmp_path.name}"
+    elif program == "sample":
+        words += f" --out {tmp_path}/out"
+    run(program, words, kind)
 
 
 @pytest.mark.slow

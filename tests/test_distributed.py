@@ -1,11 +1,12 @@
-"""Several gloo processes do what one does: gradients, shards, resuming, pictures."""
+"""Several gloo processes do what one does: gradients, shards, resuming, pictures. Those of torchrun
+where it is the point; elsewhere copies of one process that has imported everything."""
 
 import contextlib
 import csv
 import json
+import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,17 +14,31 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, ROOT, SMALL, TINY, assert_same, torchrun
+from conftest import ENV, ROOT, SMALL, TINY, assert_same, free_port, together, torchrun
 from kills import read_pictures
 from programs import main_of
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+import data
+import train
+from config import Config
+from support import distributed
 from support.checkpoint import load_checkpoint
+from support.cli import parse_into
 
 TINY = [*TINY, "--optimizer", "muon"]  # its update, too, is the same on all processes
 WORKER = ROOT / "tests" / "robustness" / "faulty_worker.py"
 TRAIN = ROOT / "train.py"
 pytestmark = pytest.mark.slow
+
+
+def by(n, program, words, cwd):
+    """A program of ours, by one process (this one) or by n."""
+    if n == 1:
+        with contextlib.chdir(cwd):
+            return main_of(program, words)
+    together(n, cwd, main_of, program, words)
 
 
 def start(*words, cwd):
@@ -38,16 +53,6 @@ def start(*words, cwd):
     )
 
 
-def by(n, program, words, cwd):
-    """A program of ours, by one process (this one) or by n."""
-    if n == 1:
-        with contextlib.chdir(cwd):
-            return main_of(program, words)
-    name, *command = program.split()
-    run = [ROOT / name] if name.endswith(".py") else ["-m", name]
-    return torchrun(n, *run, *command, *words.split(), cwd=cwd)
-
-
 def checkpoint_of(folder, name):
     return load_checkpoint(folder / "runs" / name / "checkpoint.pt")
 
@@ -57,10 +62,37 @@ def first_row(folder, name):
         return next(csv.DictReader(f))
 
 
+ONE_STEP = "--image-size 8 --batch-size 8 --sa-k 2 --etsdm --microbatch 3 --flip --grad-clip 0"
+
+
+def one_step(path):
+    """Save the batch, the gradient and the losses of one training step."""
+    with distributed.init() as dist:
+        config = parse_into(Config, ONE_STEP.split())
+        torch.manual_seed(0)
+        state = train.TrainState(train.DiffusionObjective(config), config)
+        torch.nn.init.normal_(state.net.out_conv.weight, std=0.1)
+        model = DistributedDataParallel(state.net) if dist.world_size > 1 else state.net
+        images = next(data.batches(data.load("shapes", 8, 3), 8, 16, 0, dist.rank, dist.world_size))
+        found = {}
+        state.optimizer.step = lambda: found.update(
+            gradient=torch.cat([p.grad.flatten() for p in state.net.parameters()])
+        )
+        found["values"] = train.train_step(state, model, images, config, dist, None)
+        gathered = dist.gather(images)
+        assert dist.broadcast(f"from rank {dist.rank}") == "from rank 0"
+        last = dist.rank == dist.world_size - 1
+        assert dist.any(last) and not dist.any(False) and dist.any(False, last) == [False, True]
+        assert dist.on_main(lambda: dist.rank) == 0
+        assert dist.main_first(lambda: dist.rank) == dist.rank
+        if dist.is_main:
+            torch.save({**found, "images": torch.cat(gathered)}, path)
+
+
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     """And shards that are disjoint, complete and in order."""
     for n in (1, 2):
-        torchrun(n, ROOT / "tests" / "distributed_worker.py", tmp_path, cwd=tmp_path)
+        together(n, tmp_path, one_step, f"{n}.pt")
     one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
     assert_close(two["images"], one["images"], rtol=0, atol=0)
     atol = 1e-5 * one["gradient"].abs().max().item()
@@ -75,25 +107,25 @@ def runs(tmp_path_factory):
     for n in (1, 2):
         by(n, "train.py", f"{tiny} --steps 10 --name by{n}", folder)
     by(2, "train.py", f"{tiny} --steps 4 --name resumed", folder)
-    done = by(2, "train.py", f"{tiny} --steps 10 --name resumed", folder)
+    done = torchrun(2, TRAIN, *TINY, "--steps", "10", "--name", "resumed", cwd=folder)
     assert "from step 4" in done.stdout
     assert done.stdout.count("done:") == 1, "only rank 0 prints"
     return folder
 
 
-def test_resuming_with_two_processes_changes_nothing(runs):
+def test_resuming_with_two_processes_changes_nothing(runs, capsys):
     whole, parts = (checkpoint_of(runs, name) for name in ("by2", "resumed"))
     assert_same(parts, whole)
     assert not any(k.startswith("module.") for k in whole["net"]), "the bare module's names"
     # and with another number of processes it goes on
-    done = torchrun(1, TRAIN, *TINY, "--steps", "12", "--name", "resumed", cwd=runs)
-    assert "from step 10" in done.stdout and checkpoint_of(runs, "resumed")["step"] == 12
+    by(1, "train.py", [*TINY, "--steps", "12", "--name", "resumed"], runs)
+    assert "from step 10" in capsys.readouterr().out
+    assert checkpoint_of(runs, "resumed")["step"] == 12
 
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_pictures_are_the_same(runs, n):
     """Also with --npz, whose images are the PNGs, in their order."""
-    # -n, because torchrun takes --num for an abbreviation of its own --numa-binding.
     words = "by1 -n 5 --nfe 4 --sampler ddpm --batch-size 2 --npz --out "
     by(1, "sample.py", words + f"one-for-{n}", runs)
     by(n, "sample.py", words + str(n), runs)
@@ -130,7 +162,7 @@ def test_sigterm_to_torchrun_saves_and_resumes(tmp_path):
     """torchrun passes the signal on; both processes stop after the same step, and can resume."""
     words = [TRAIN, *TINY, "--save-every", "2", "--name", "stopped", "--steps"]
     process = start("--standalone", "--nproc_per_node", 2, *words, 300, cwd=tmp_path)
-    path, until = tmp_path / "runs" / "stopped" / "checkpoint.pt", time.time() + 60
+    path, until = tmp_path / "runs" / "stopped" / "checkpoint.pt", time.time() + 120
     while not path.exists() and time.time() < until and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -171,12 +203,27 @@ def test_every_objective_under_two_processes(runs):
     np.testing.assert_array_equal(*gammas)
 
 
+def log_losses(path, words):
+    """train.py, which writes down the losses of every step."""
+    real, seen = train.train_step, []
+
+    def train_step(*inputs):
+        values = real(*inputs)
+        seen.append(values[:-1])
+        return values
+
+    train.train_step = train_step
+    train.main(words)
+    if os.environ["RANK"] == "0":
+        path.write_text(json.dumps(seen))
+
+
 def test_one_two_and_four_processes_train_the_same(tmp_path):
     """Losses step by step."""
     words = [*TINY, "--batch-size", "8", "--sa-k", "2", "--etsdm", "--save-every", "100"]
     for n in (1, 2, 4):
-        out = [tmp_path / f"{n}.json", *words, "--steps", "6", "--name", f"by{n}"]
-        torchrun(n, WORKER, "log", *out, cwd=tmp_path)
+        flags = [*words, "--steps", "6", "--name", f"by{n}"]
+        together(n, tmp_path, log_losses, tmp_path / f"{n}.json", flags)
     one, two, four = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2, 4))
     assert len(one) == 6
     for other in (two, four):
@@ -211,10 +258,7 @@ def test_torchrun_restarts_a_dead_process(runs):
 
 def test_two_machines(runs):
     """The README's two commands, as two torchrun agents on this machine: the run of two."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = ["--master_addr", "127.0.0.1", "--master_port", port]
+    address = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
     words = [*address, TRAIN, *TINY, "--steps", "10", "--name", "machines"]
     agents = [start("--nnodes", 2, "--node_rank", n, *words, cwd=runs) for n in (0, 1)]
     outs = [agent.communicate(timeout=150) for agent in agents]

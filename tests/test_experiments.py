@@ -3,7 +3,8 @@ programs accept; a small one is run, interrupted and resumed; and pages are writ
 
 import csv
 import dataclasses
-import os
+import multiprocessing
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,19 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import ENV, ROOT, refused
 from PIL import Image
+from programs import PROGRAMS, find_program, main_of, parse
 
-import gap
-import lipschitz
-import metrics
-import sample
 from config import Config
-from papers import alternatives, autoencoder, classifier, covariance, experiments, heads, latents
-from papers import figures, pages, plans, superres
+from papers import experiments, heads, latents, pages, plans
 from papers.plans import Experiment, Numbers, Row
-from support.cli import parse_into
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
     "sa-table1 sa-steps sa-table2 sa-table3 sa-table4 sa-figure1 sa-figure4 sa-samples "
     "etsdm-table1 etsdm-figure1 etsdm-slope-continuous etsdm-slope-quadratic etsdm-slope-v "
@@ -34,23 +31,6 @@ NAMES = (
 ).split()
 # What E-TSDM's paper measures by ancestral sampling, each of the 1,000 steps.
 FULL_LENGTH = "table1 table2 figure3 figure4 figure5 samples sr colour sr-pictures v".split()
-CONFIGS = {
-    "train.py": Config,
-    "sample.py": sample.SampleConfig,
-    "metrics.py": metrics.MetricsConfig,
-    "gap.py": gap.GapConfig,
-    "lipschitz.py": lipschitz.LipschitzConfig,
-    "papers.alternatives": alternatives.AlternativeConfig,
-    "papers.autoencoder train": autoencoder.AutoencoderConfig,
-    "papers.classifier": classifier.ClassifierConfig,
-    "papers.covariance": covariance.CovarianceConfig,
-    "papers.figures": figures.FiguresConfig,
-    "papers.heads": heads.HeadConfig,
-    "papers.latents": latents.LatentConfig,
-    "papers.superres train": superres.SuperResConfig,
-    "papers.superres enlarge": superres.EnlargeConfig,
-    "papers.superres colour": superres.ColourConfig,
-}
 
 
 @pytest.fixture
@@ -62,31 +42,42 @@ def here(tmp_path, monkeypatch):
 
 def options(words):
     """The parsed flags of experiments.py."""
-    return parse_into(experiments.ExperimentsConfig, words.split())
+    return parse("papers.experiments", words)
 
 
-def planned(words, names=NAMES):
-    """-> ({name: plans}, {name: job}) of a command line."""
+def planned(words, names=()):
+    """-> ({name: plans}, {name of a job: job}) of a command line, for the experiment that it begins
+    with, or for several."""
     config = options(words)
-    return experiments.plan_all(names, experiments.declare(config.budget), config)
+    declared = experiments.declare(config.budget, config.sa_weight)
+    return experiments.plan_all(names or [config.name], declared, config)
 
 
-def split(words):
-    """The words of a command after `python` -> (program, its arguments)."""
-    program, *rest = words[words[0] == "-m" :]
-    if rest[0] in ("train", "enlarge", "colour"):
-        program = f"{program} {rest.pop(0)}"
-    return program, rest
+def plan_of(words):
+    """The first plan of a command line."""
+    return next(iter(planned(words)[0].values()))[0]
 
 
-def parse_command(words):
-    """The words of a command after `python` -> (program, its parsed config)."""
-    program, rest = split(words)
-    return program, parse_into(CONFIGS[program], rest)
+def settings_of(words, run=None):
+    """The settings of a run in it, by default of the first row's."""
+    plan = plan_of(words)
+    return plan.config(plan.e.rows[0].run if run is None else run)
+
+
+def scored_images(words):
+    """The number of images of every command that measures FIDs, as typed."""
+    commands = [words for job in planned(words)[1].values() for words in job.commands]
+    found = {words[words.index("-n") + 1] for words in commands if "fid" in words}
+    assert found
+    return found
+
+
+def program_of(job):
+    return find_program(job.commands[0])[0]
 
 
 def is_training(job):
-    return issubclass(CONFIGS[split(job.commands[0])[0]], Config)
+    return issubclass(PROGRAMS[program_of(job)], Config)
 
 
 # ------------------------------------------------------------------ declarations
@@ -132,7 +123,7 @@ def test_published_numbers_stand_at_their_sampler():
 def test_programs_accept_every_command(here, budget, monkeypatch):
     """Each command line goes through the parser of its program. Runs that others start from
     are trained earlier, and a plan knows the same of a run as its program does."""
-    found, todo = planned(f"sa-table1 --budget {budget} --data shapes --seeds 2")
+    found, todo = planned(f"sa-table1 --budget {budget} --data shapes", NAMES)
     experiments.CACHE.mkdir(parents=True)  # as main() does
     trained = {}
     for module in (heads, latents):
@@ -140,7 +131,8 @@ def test_programs_accept_every_command(here, budget, monkeypatch):
     for job in todo.values():
         assert set(job.after) <= set(todo)
         for words in job.commands:
-            program, config = parse_command(words)
+            program, rest = find_program(words)
+            config = parse(program, rest)
             if isinstance(config, Config):
                 trained[config.name] = config.settings()
             elif program == "papers.classifier":  # metrics.py looks whether it is there
@@ -175,12 +167,12 @@ def test_no_two_commands_share_a_name(here, monkeypatch, budget):
         return add(self, name, *commands, **more)
 
     monkeypatch.setattr(plans.Plan, "add", noting)
-    planned(f"sa-table1 --budget {budget} --data shapes fashion --seeds 2")
+    planned(f"sa-table1 --budget {budget} --data shapes fashion --seeds 2", NAMES)
     assert len(seen) > 500
 
 
 def test_experiments_share_their_runs(here):
-    _, one = planned("all", ["sa-table1"])
+    _, one = planned("sa-table1")
     _, both = planned("all", ["sa-table1", "sa-table3"])
     trained = [name for name, job in both.items() if is_training(job)]
     assert set(trained) <= set(one)
@@ -191,78 +183,59 @@ def test_experiments_share_their_runs(here):
 def test_another_image_size_has_runs_and_statistics_of_its_own(here):
     (here / "a.pt2").touch()
     usual, large = (
-        planned(f"etsdm-figure4 --data a/ --features a.pt2 {more}", ["etsdm-figure4"])[1]
+        planned(f"etsdm-figure4 --data a/ --features a.pt2 {more}")[1]
         for more in ("", "--image-size 32")
     )
     assert len(usual) == len(large) and not set(usual) & set(large)
-    parsed = [parse_command(job.commands[0])[1] for job in large.values() if is_training(job)]
+    parsed = [parse(*find_program(job.commands[0])) for job in large.values() if is_training(job)]
     assert [c.image_size for c in parsed] == [32, 32]
     assert any("stats" in job.commands[0] and "32" in job.commands[0] for job in large.values())
 
 
 def test_the_paper_budget_is_the_papers_recipe(here):
-    plan = planned("sa-table1 --budget paper --data cifar10")[0]["sa-table1"][0]
-    c = plan.config(("--sa-k", "2"))
+    c = settings_of("sa-table1 --budget paper --data cifar10", ("--sa-k", "2"))
     assert (c.preset, c.batch_size, c.lr, c.sa_k) == ("cifar10", 128, 2e-4, 2)
     assert (c.schedule, c.prediction, c.images) == ("linear", "eps", 60_000_000)
-    _, todo = planned("etsdm-table2 --budget paper --data ffhq/", ["etsdm-table2"])
-    scored = [words for job in todo.values() for words in job.commands if "fid" in words]
-    assert scored and all(words[words.index("-n") + 1] == "10000" for words in scored)  # FID-10k
-    trained = [words for job in todo.values() for words in job.commands if "--schedule" in words]
-    assert {s for words in trained for s in words if s == "v"} == set()  # ε, as the paper has it
-    _, todo = planned("sa-table3 --budget paper --data cifar10", ["sa-table3"])
-    scored = [words for job in todo.values() for words in job.commands if "fid" in words]
-    assert scored and all(words[words.index("-n") + 1] == "50000" for words in scored)
-    plan = planned("etsdm-edm --budget paper --data cifar10")[0]["etsdm-edm"][0]
-    c = plan.config(plan.e.rows[0].run)
+    table2 = "etsdm-table2 --budget paper --data ffhq/"
+    assert scored_images(table2) == {"10000"}  # FID-10k
+    todo = planned(table2)[1].values()
+    assert not any("v" in words for job in todo for words in job.commands)  # ε, as the paper has it
+    assert scored_images("sa-table3 --budget paper --data cifar10") == {"50000"}
+    c = settings_of("etsdm-edm --budget paper --data cifar10")
     assert (c.batch_size, c.lr, c.images, c.dropout) == (512, 1e-3, 200_000_000, 0.13)
     assert c.warmup * c.batch_size == pytest.approx(10_000_000, rel=1e-4)
     assert c.ema == pytest.approx(0.5 ** (512 / 500_000), abs=1e-5) and c.grad_clip == 0
 
 
 def test_settings_that_were_wrong(here):
-    """LDM's schedule, v's own loss at every budget, and SA-DPM's sets at 64 pixels."""
+    """LDM's schedule and images, v's own loss at every budget, and SA-DPM's sets at 64 pixels."""
     for budget in plans.BUDGETS:
-        plan = planned(f"etsdm-ldm --budget {budget} --data shapes", ["etsdm-ldm"])[0]
-        plan = plan["etsdm-ldm"][0]
-        c = plan.config(plan.e.rows[0].run)
+        c = settings_of(f"etsdm-ldm --budget {budget} --data shapes")
         assert (c.schedule, c.betas, c.prediction) == ("quadratic", (0.0015, 0.0195), "eps")
-        plan = planned(f"etsdm-v --budget {budget} --data shapes", ["etsdm-v"])[0]["etsdm-v"][0]
-        assert plan.config(plan.e.rows[0].run).loss_space == "v"
+        assert settings_of(f"etsdm-v --budget {budget} --data shapes").loss_space == "v"
+    words = "etsdm-ldm --budget paper --data x/ --preset celeba64"
+    assert settings_of(words).image_size == 256  # those of its autoencoder
     for name, batch, images in (("ffhq64", 256, 105_000_000), ("afhq64", 128, 31_606_000)):
-        words = f"sa-table3 --budget paper --data {name}/ --preset {name}"
-        plan = planned(words, ["sa-table3"])[0]["sa-table3"][0]
+        plan = plan_of(f"sa-table3 --budget paper --data {name}/ --preset {name}")
         c = plan.config(("--sa-k", "2"))
         assert (c.preset, c.batch_size, c.images) == ("celeba64", batch, images)
         assert name in plan.name(()) and c.grad_clip == pytest.approx(1 / (3 * 64 * 64))
-    _, todo = planned("sa-table3 --budget paper --data hq/ --preset celebahq256", ["sa-table3"])
-    scored = [words for job in todo.values() for words in job.commands if "fid" in words]
-    assert all(words[words.index("-n") + 1] == "10000" for words in scored)
 
 
 def test_other_sets_of_the_paper_have_their_own_network_and_weight(here):
     words = "sa-table3 --budget paper --data hq/ --preset celebahq256 --sa-weight 0.1"
-    config = options(words)
-    found, todo = experiments.plan_all(
-        ["sa-table3"], experiments.declare("paper", config.sa_weight), config
-    )
-    trained = [job.commands[0] for job in todo.values() if is_training(job)]
-    parsed = [parse_command(words)[1] for words in trained]
+    assert scored_images(words) == {"10000"}
+    trained = [job.commands[0] for job in planned(words)[1].values() if is_training(job)]
+    parsed = [parse(*find_program(words)) for words in trained]
     assert [(c.preset, c.image_size, c.batch_size) for c in parsed] == [
         ("celebahq256", 256, 24)
     ] * 2
     assert [(c.sa_k, c.sa_weight) for c in parsed] == [(1, 1.0), (2, 0.1)]
     assert all("--microbatch" in words for words in trained)
-    assert pages.page_command("sa-table3", config) == (
+    assert pages.page_command("sa-table3", options(words)) == (
         "python -m papers.experiments sa-table3 --budget paper --preset celebahq256 "
         "--sa-weight 0.1 --data hq/"
     )
-
-
-def test_latents_have_the_images_of_their_autoencoder(here):
-    words = "etsdm-ldm --budget paper --data x/ --preset celeba64"
-    plan = planned(words, ["etsdm-ldm"])[0]["etsdm-ldm"][0]
-    assert plan.config(plan.e.rows[0].run).image_size == 256
 
 
 @pytest.mark.slow
@@ -279,7 +252,7 @@ def test_some_rows_and_columns_only(here):
     """The commands of a part are those of the whole."""
     words = "etsdm-table2 --data shapes"
     some = f"{words} --rows cosine, linear --columns 1000"
-    whole, part = (planned(w, ["etsdm-table2"]) for w in (words, some))
+    whole, part = planned(words), planned(some)
     assert set(part[1]) < set(whole[1])
     cells = part[0]["etsdm-table2"][0].cells
     assert {column for _, column in cells} == set(experiments.FULL) and len(cells) == 16
@@ -301,14 +274,20 @@ def test_numbers_are_kept_beside_their_commands(here):
     }
 
 
+def add_numbers(name):
+    kept = Numbers(Path("results/numbers.csv"))
+    for i in range(40):
+        kept.add(f"python {name}.py {i}", value=i)
+
+
 def test_two_programs_that_add_numbers_lose_none(here):
-    program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from papers.plans import Numbers; "
-        "from pathlib import Path; kept = Numbers(Path('results/numbers.csv')); "
-        "[kept.add(f'python {sys.argv[1]}.py {i}', value=i) for i in range(40)]"
-    )
-    both = [subprocess.Popen([sys.executable, "-c", program, name]) for name in "ab"]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=add_numbers, args=(name,)) for name in "ab"]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
     assert len(Numbers(Path("results/numbers.csv")).rows) == 80
 
 
@@ -332,15 +311,15 @@ SMALL = Experiment(
     "A title", "a claim", rows=(Row("one"), Row("two", ("--etsdm",))),
     columns=experiments.named(experiments.DDPM, 5, 9), steps=6, paper={("two", "DDPM, 9"): 9.87},
 )  # fmt: skip
+CPU = dict(plans.BUDGETS["cpu"], image=("--image-size", "8"), n=12)
+CPU["length"] = ("--batch-size", "4", "--lr", "1e-2")
 
 
 @pytest.fixture
 def small(here, monkeypatch):
     """One experiment of two runs and two columns, at 8×8."""
     monkeypatch.setattr(experiments, "declare", lambda budget, weight=None: {"small": SMALL})
-    cpu = dict(plans.BUDGETS["cpu"], image=("--image-size", "8"), n=12)
-    cpu["length"] = ("--batch-size", "4", "--lr", "1e-2")
-    monkeypatch.setitem(plans.BUDGETS, "cpu", cpu)
+    monkeypatch.setitem(plans.BUDGETS, "cpu", CPU)
     Path("net.pt2").touch()
     return here
 
@@ -384,16 +363,16 @@ def numbered(e, words="small --features net.pt2", metric="FD(net.pt2)"):
     return made, args
 
 
-C_LOCALE = f"""
+BEFORE = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from pathlib import Path
 import support, test_experiments as t
-from papers import experiments, pages
+from papers import experiments, pages, plans
 from support.programs import run_main
-
+experiments.declare = lambda budget, weight=None: dict(small=t.SMALL)
+plans.BUDGETS["cpu"] = t.CPU
+"""
+WRITE = """
 def main():
-    Path("net.pt2").touch()
-    experiments.declare = lambda budget, weight=None: dict(small=t.SMALL)
     made, args = t.numbered(t.SMALL, "small --seeds 2 --features net.pt2")
     pages.write_page("small", t.SMALL, made, args)
 
@@ -405,10 +384,12 @@ run_main(main)
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_page_is_written_whatever_the_locale(here, encoding):
     """In another process, whose locale has no "±"; with cp1252, as on Windows, its terminal has."""
-    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    Path("net.pt2").touch()
+    env = {**ENV, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     if encoding != "ascii":
         env["PYTHONIOENCODING"] = encoding
-    done = subprocess.run([sys.executable, "-c", C_LOCALE], cwd=here, env=env, capture_output=True)
+    words = [sys.executable, "-c", BEFORE + WRITE]
+    done = subprocess.run(words, cwd=here, env=env, capture_output=True)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     assert (b" \\xb1 0.0" if encoding == "ascii" else b" \xb1 0.0") in done.stdout
     assert " \u00b1 0.0" in Path("results/small.md").read_text(encoding="utf-8")
@@ -435,10 +416,10 @@ def test_grids_of_samples_lie_side_by_side(small):
 
 def test_a_page_names_what_was_not_run(small, capsys):
     """--page writes the page of what there is. Rows and columns without numbers are left out."""
-    with pytest.raises(ValueError, match="--page: .* has no number of small"):
-        experiments.main("small --features net.pt2 --page".split())
+    words = "small --features net.pt2 --page".split()
+    refused("^--page: .* has no number of small", experiments.main, words)
     numbered(SMALL, "small --features net.pt2 --rows two --columns 9 --seeds 2")
-    experiments.main("small --features net.pt2 --page".split())
+    experiments.main(words)
     text = Path("results/small.md").read_text(encoding="utf-8")
     assert "**Not run:** the rows “one”; the columns “DDPM, 5”. The command below" in text
     assert "| two | 0.0000 [9.87] |" in text and "| one |" not in text
@@ -453,8 +434,8 @@ def test_sampling_in_bf16_is_part_of_the_command(small):
     numbered(SMALL, words)
     commands = list(plans.read_csv("results/numbers.csv"))
     assert all("--precision bf16 --compile" in row["command"] for row in commands) and commands
-    with pytest.raises(ValueError, match="--page: .* has no number of small"):
-        experiments.main(words.replace("--precision bf16", "--page").split())
+    other = words.replace("--precision bf16", "--page").split()
+    refused("^--page: .* has no number of small", experiments.main, other)
     experiments.main(f"{words} --page".split())
     text = Path("results/small.md").read_text(encoding="utf-8")
     assert "sampled in bf16" in text and "--precision bf16" in text
@@ -541,50 +522,17 @@ def test_pages_name_the_sampler(flags, columns, text):
     assert pages.describe_sampler(dataclasses.replace(SMALL, rows=rows, columns=columns)) == text
 
 
-@pytest.mark.parametrize(
-    "words, text",
-    [
-        ("no-such-table", "there is no experiment no-such-table: choose from list all"),
-        ("", "NAME is missing"),
-        ("small --seeds 0", "--seeds must be at least 1"),
-        ("small --features a --inception b", "give it or --inception"),
-        ("small --budget huge", "invalid choice"),
-        ("small --data photos/ --test more/", "--test"),
-        ("small --data a/train b/train", "each set needs a different one"),
-        ("small --data d.npz:a d.npz:b", "each set needs a different one"),
-        ("small --features none.pt2", "no such file"),
-        ("small --budget gpu --image-size 32", "--image-size goes with --budget cpu"),
-        ("small --preset cifar10", "go with --budget paper"),
-        ("small --sa-weight 0.5", "go with --budget paper"),
-        ("small --budget paper --data a/ --sa-weight 0", "must be above 0"),
-        ("all --budget paper --data a/", "Name one experiment"),
-    ],
-)
-def test_refusals(small, words, text, capsys):
-    with pytest.raises((ValueError, SystemExit)) as caught:
-        experiments.main(words.split())
-    assert text in str(caught.value) + capsys.readouterr().err
-
-
 def test_data_of_the_same_name_are_not_taken_for_each_other(small):
     """Neither their numbers nor their runs."""
     numbered(SMALL, "small --features net.pt2 --data a/train")
-    with pytest.raises(
-        ValueError,
-        match="--data b/train: its runs or numbers would have the names of those of a/train",
-    ):
-        planned("small --features net.pt2 --data b/train", ["small"])
-    planned("small --features net.pt2 --data ./a/../a/train", ["small"])
+    message = "^--data {}/train: its runs or numbers would have the names of those of a/train"
+    refused(message.format("b"), planned, "small --features net.pt2 --data b/train")
+    planned("small --features net.pt2 --data ./a/../a/train")
     Path("results/numbers.csv").unlink()
-    plan = planned("small --features net.pt2 --data a/train", ["small"])[0]["small"][0]
-    folder = Path("runs") / plan.runs[0]
+    folder = Path("runs") / plan_of("small --features net.pt2 --data a/train").runs[0]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"data": "a/train"}')
-    with pytest.raises(
-        ValueError,
-        match="--data c/train: its runs or numbers would have the names of those of a/train",
-    ):
-        planned("small --features net.pt2 --data c/train", ["small"])
+    refused(message.format("c"), planned, "small --features net.pt2 --data c/train")
 
 
 def test_numbers_of_two_networks_do_not_share_a_page(small):
@@ -593,8 +541,7 @@ def test_numbers_of_two_networks_do_not_share_a_page(small):
         row = made[0].numbers.rows[key]
         made[0].numbers.add(key, **{k: row[k] for k in ("data", "metric", "value")},
                             network="abc" if i else "def")  # fmt: skip
-    with pytest.raises(ValueError, match=r"come from different networks. Delete .*numbers.csv"):
-        pages.gather(made)
+    refused("come from different networks. Delete .*numbers.csv", pages.gather, made)
 
 
 def test_what_is_complete_has_its_page_though_another_fails(small, monkeypatch, capsys):
@@ -631,12 +578,6 @@ def test_equal_pictures_have_an_infinite_psnr():
     assert pages.format_values([found["value"]]) == "inf"
 
 
-@pytest.mark.parametrize("words", ["etsdm-table2", "sa-table3 --preset celeba64"])
-def test_the_papers_large_images_have_no_default(here, words):
-    with pytest.raises(ValueError, match="Name a folder or zip"):
-        experiments.main([*words.split(), "--budget", "paper"])
-
-
 def test_dry_run_changes_nothing(small, capsys):
     experiments.main("small --dry-run --features net.pt2".split())
     out = capsys.readouterr().out.splitlines()
@@ -648,45 +589,30 @@ def test_dry_run_changes_nothing(small, capsys):
 # ------------------------------------------------------------------ the whole way
 
 
-PROGRAM = f"""
-import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import support, test_experiments
-from papers import experiments, plans
-from support.programs import run_main
-cpu = dict(plans.BUDGETS["cpu"], image=("--image-size", "8"), n=12)
-cpu["length"] = ("--batch-size", "4", "--lr", "1e-2")
-plans.BUDGETS["cpu"] = cpu
-experiments.declare = lambda budget, weight=None: {{"small": test_experiments.SMALL}}
-run_main(experiments.main)
-"""
-
-
-def start(folder):
-    """The program of a small experiment, in a folder of its own."""
-    (folder / "program.py").write_text(PROGRAM)
-    words = [sys.executable, "program.py", "small", "--features", "means.pt2", "--workers", "2"]
-    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+def start():
+    """The program of a small experiment."""
+    words = [sys.executable, "-c", BEFORE + "run_main(experiments.main)"]
+    words += "small --features means.pt2 --workers 2".split()
+    return subprocess.Popen(words, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True)  # fmt: skip
 
 
+class Means(torch.nn.Module):
+    """Features of images."""
+
+    def forward(self, x):
+        return torch.cat([x.mean((2, 3)), x[:, :, ::2, ::3].std((2, 3))], 1)
+
+
 @pytest.mark.slow
-def test_an_interrupted_experiment_goes_on_to_the_same_numbers(tmp_path):
-    """SIGTERM as soon as the first number is there, then the same command; beside it, one that is
-    left alone."""
-    import torch
-
-    class Means(torch.nn.Module):
-        def forward(self, x):
-            return torch.cat([x.mean((2, 3)), x[:, :, ::2, ::3].std((2, 3))], 1)
-
-    folders = [tmp_path / name for name in ("whole", "stopped")]
-    for folder in folders:
-        folder.mkdir()
-        program = torch.export.export(
-            Means(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=({0: torch.export.Dim("N")},)
-        )
-        torch.export.save(program, folder / "means.pt2")
-    process, numbers = start(folders[1]), folders[1] / "results" / "numbers.csv"
+def test_an_interrupted_experiment_goes_on_to_the_same_numbers(small, monkeypatch, capsys):
+    """SIGTERM as soon as the first number is there, then the same command. The numbers are those of
+    its commands one after the other."""
+    program = torch.export.export(
+        Means(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=({0: torch.export.Dim("N")},)
+    )
+    torch.export.save(program, "means.pt2")
+    process, numbers = start(), Path("results/numbers.csv").resolve()
     late = time.monotonic() + 240
     while not numbers.exists():
         assert time.monotonic() < late and process.poll() is None, process.communicate()[1]
@@ -695,22 +621,26 @@ def test_an_interrupted_experiment_goes_on_to_the_same_numbers(tmp_path):
     assert "stopped: run the same command to go on" in process.communicate(timeout=90)[0]
     before = Numbers(numbers).rows
     assert 1 <= len(before) < 4
-    for folder in folders:
-        process = start(folder)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        assert "in " + str(folder.resolve() / "results" / "small.md") in out
-    rows = [Numbers(folder / "results" / "numbers.csv").rows for folder in folders]
-    assert len(rows[0]) == 4 and {k: v["value"] for k, v in rows[0].items()} == {
-        k: v["value"] for k, v in rows[1].items()
-    }
-    assert len({row["value"] for row in rows[0].values()}) == 4  # four systems, four numbers
-    assert {k: rows[1][k] for k in before} == before
-    for folder in folders:
-        assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("*.out"))
+    process = start()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert f"in {Path('results/small.md').resolve()}" in out
+    found = Numbers(numbers).rows
+    assert len({row["value"] for row in found.values()}) == 4  # four systems, four numbers
+    assert {k: found[k] for k in before} == before
+    assert not [p for p in small.rglob("*") if p.suffix in (".tmp", ".out")]
     # Once more: nothing is left to do.
-    out = start(folders[0]).communicate(timeout=60)[0]
-    assert "0 of 7 commands are left" in out
+    assert "0 of 7 commands are left" in start().communicate(timeout=60)[0]
+
+    Path("whole").mkdir()
+    shutil.copy("means.pt2", "whole")
+    monkeypatch.chdir("whole")
+    experiments.CACHE.mkdir(parents=True)
+    for job in planned("small --features means.pt2")[1].values():
+        capsys.readouterr()
+        main_of(*find_program(job.commands[0]))
+        job.finish(capsys.readouterr().out)
+    assert Numbers(Path("results/numbers.csv")).rows == found
 
 
 # ------------------------------------------------------------------ what is committed

@@ -6,6 +6,7 @@ values that are usual, odd and wrong. Each is either carried through, or refused
 written.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, ROOT, TINY, assert_same, saved
+from conftest import ENV, TINY, assert_same, saved
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from kills import export_features
@@ -24,7 +25,9 @@ from programs import PROGRAMS, main_of, parse
 from torch.testing import assert_close
 
 import denoiser
+import unet
 from support import checkpoint
+from support import features as networks
 from support.cli import make_parser
 from support.programs import run_main
 
@@ -39,12 +42,17 @@ TRAINING = {
     "papers.heads": "npr base",
     "papers.latents": "code",
 }
-# How many combinations: CI walks more than a quick `pytest -q`.
-RULES = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-QUICK = settings(max_examples=6, derandomize=True, **RULES)
 # WALK=1000 pytest -q -m slow -s tests/test_flags.py -k walk_through    # other ones, each time
 WALK = os.environ.get("WALK")
-LONG = settings(max_examples=int(WALK or 100), derandomize=not WALK, **RULES)
+LONG = settings(
+    max_examples=int(WALK or 100),
+    derandomize=not WALK,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+# Twice as fast as the preset `tiny`, whose name it takes.
+SMALLER = unet.PRESETS["tiny"] | dict(channels=8, channel_mult=(1, 2), norm_groups=4)
 
 
 # ------------------------------------------------------------------ flags, each with its values
@@ -103,15 +111,13 @@ def flags(table, most):
     return names.flatmap(lambda names: st.tuples(*map(with_value, names)).map(list))
 
 
-def combinations(most_of_training, most_of_sampling):
+@st.composite
+def combinations(draw):
     """A strategy: (program, its flags, the sampler's flags). train.py comes more often."""
-
-    def of(program):
-        known = make_parser(PROGRAMS[program])._option_string_actions
-        some = flags({k: v for k, v in TRAIN.items() if k in known}, most_of_training)
-        return st.tuples(st.just(program), some, flags(SAMPLE, most_of_sampling))
-
-    return st.sampled_from(["train.py", "train.py", "train.py", *TRAINING]).flatmap(of)
+    program = draw(st.sampled_from(["train.py", "train.py", "train.py", *TRAINING]))
+    known = make_parser(PROGRAMS[program])._option_string_actions
+    some = draw(flags({k: v for k, v in TRAIN.items() if k in known}, 4))
+    return program, some, draw(flags(SAMPLE, 3))
 
 
 def words(parts):
@@ -120,9 +126,13 @@ def words(parts):
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
+    """A network for --features. To open one takes longer than its use: here it happens once."""
     path = tmp_path_factory.mktemp("features") / "f.pt2"
     export_features(path)
-    return path
+    with pytest.MonkeyPatch.context() as patch:
+        opened = functools.cache(networks.open_exported)
+        patch.setattr(networks, "open_exported", opened)
+        yield path
 
 
 @pytest.fixture(scope="module")
@@ -131,20 +141,24 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setitem(unet.PRESETS, "tiny", SMALLER)
         small = ["--image-size", "8", *BASE[:-1]]
         main_of("train.py", [*small, "base"])
         main_of("papers.autoencoder train", [*small, "code", "--downsamplings", "1"])
     return folder / "runs"
 
 
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+
+
 @pytest.fixture
 def place(runs, here, monkeypatch):
     """A folder with two runs, a set of images and a page; the global switches as they were."""
+    monkeypatch.setitem(unet.PRESETS, "tiny", SMALLER)
     monkeypatch.delenv("TRACEBACK", raising=False)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     shutil.copytree(runs, "runs")
-    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-    np.save("images.npy", images)
+    np.save("images.npy", IMAGES)
     Path("page.zip").write_text("<html>", encoding="utf-8")
     yield here
     torch.use_deterministic_algorithms(False)
@@ -231,7 +245,7 @@ def test_combinations_walk_through_or_are_refused(place, features, capsys):
     reached = [0, 0, 0]
 
     @LONG
-    @given(combinations(4, 3))
+    @given(combinations())
     def go(parts):
         note(f"{parts}")
         reached[walk(*parts, features, capsys)] += 1
@@ -248,35 +262,28 @@ def test_every_program_is_carried_through(program, place, features, capsys):
     assert walk(program, [], [["--nfe", "2"]], features, capsys) == 2
 
 
-def test_a_few_combinations(place, features, capsys):
-    @QUICK
-    @given(combinations(2, 2))
-    def go(parts):
-        note(f"{parts}")
-        walk(*parts, features, capsys)
-
-    go()
-
-
 # ------------------------------------------------------------------ what a flag is for
 
 
-def weights_of(folder, extra, program="train.py"):
-    """{net, ema: all weights in one vector} after three steps with these flags."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        shutil.rmtree("runs/w", ignore_errors=True)
-        words = [*TINY, *"--warmup 0 --steps 3 --name w".split(), *extra]
-        main_of(program, words)
-        found = saved("w")
-    torch.use_deterministic_algorithms(False)
-    return {k: torch.cat([v.flatten() for v in found[k].values()]) for k in ("net", "ema")}
-
-
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """Weights after three plain steps."""
-    return weights_of(tmp_path_factory.mktemp("plain"), [])
+def weights(tmp_path_factory):
+    """A function: flags -> {net, ema: all weights in one vector} after three steps with them."""
+    folder = tmp_path_factory.mktemp("weights")
+    np.save(folder / "images.npy", IMAGES)
+
+    @functools.cache
+    def of(flags, program="train.py"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            if "--sample-every" not in flags:  # it takes longer than the steps
+                patch.setattr("support.run.RunFolder.save_preview", lambda *inputs: None)
+            shutil.rmtree("runs", ignore_errors=True)
+            main_of(program, [*TINY, *"--warmup 0 --steps 3 --name w".split(), *flags.split()])
+            found = saved("w")
+        torch.use_deterministic_algorithms(False)
+        return {k: torch.cat([v.flatten() for v in found[k].values()]) for k in ("net", "ema")}
+
+    return of
 
 
 CHANGES = """--sa-k 2 | --sa-k 2 --sa-weight 0.3 | --sa-k 2 --sa-reuse | --etsdm
@@ -289,23 +296,20 @@ CHANGES = """--sa-k 2 | --sa-k 2 --sa-weight 0.3 | --sa-k 2 --sa-reuse | --etsdm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", map(str.strip, CHANGES.split("|")))
-def test_a_flag_that_should_change_the_weights_does(extra, plain, place):
+@pytest.mark.parametrize("extra", [extra.strip() for extra in CHANGES.split("|")])
+def test_a_flag_that_should_change_the_weights_does(extra, weights):
     """With each set apart from all before it that it extends."""
-    given, program = extra.split(), "train.py"
-    if {"--sa-reuse", "--remap", "--lipschitz-reg"} & set(given):
-        program = "papers.alternatives"
-    weights = weights_of(place, given, program)["net"]
-    assert not torch.equal(weights, plain["net"])
-    names = [i for i, word in enumerate(given) if word.startswith("--")]
-    if len(names) > 1:
-        without = weights_of(place, given[: names[-1]], program)["net"]
-        assert not torch.equal(weights, without)
+    other = any(flag in extra for flag in ("--sa-reuse", "--remap", "--lipschitz-reg"))
+    program = "papers.alternatives" if other else "train.py"
+    found = weights(extra, program)["net"]
+    assert not torch.equal(found, weights("")["net"])
+    if " --" in extra:
+        assert not torch.equal(found, weights(extra[: extra.rindex(" --")], program)["net"])
 
 
 @pytest.mark.slow
-def test_the_average_follows_its_flag(plain, place):
-    got = weights_of(place, ["--ema", "0.05"])
+def test_the_average_follows_its_flag(weights):
+    got, plain = weights("--ema 0.05"), weights("")
     assert_close(got["net"], plain["net"], rtol=0, atol=0)
     assert not torch.equal(got["ema"], plain["ema"])
 
@@ -314,14 +318,14 @@ def test_the_average_follows_its_flag(plain, place):
 @pytest.mark.parametrize(
     "extra", ["--save-every 1", "--sample-every 1", "--workers 0", "--deterministic", "--recompute"]
 )
-def test_a_flag_that_should_not_change_the_weights_does_not(extra, plain, place):
-    got = weights_of(place, extra.split())
+def test_a_flag_that_should_not_change_the_weights_does_not(extra, weights):
+    got, plain = weights(extra), weights("")
     if extra != "--recompute":
         assert_close(got, plain, rtol=0, atol=0)
-    for key, weights in got.items():
+    for key, found in got.items():
         # Recomputed gradients differ by rounding (test_unet.py: to 1e-13 in float64). Adam divides
         # by a gradient's size, so it shows where that is almost 0: in 4 of 1.1 million, by 3e-7.
-        off = (weights - plain[key]).abs()
+        off = (found - plain[key]).abs()
         assert off.max() <= 1e-6 and (off > 1e-7).sum() <= 20
 
 
@@ -369,30 +373,37 @@ def test_ordinary_commands_have_no_notes(place, capsys):
 # ------------------------------------------------------------------ the same again
 
 
+ALL_THREE = """
+import sys
+import metrics, sample, train
+from support.run import RunFolder
+
+RunFolder.save_preview = lambda *inputs: None  # longer than the steps
+flags = "--image-size 8 --batch-size 8 --steps 12 --name r --sa-k 2 --etsdm --dropout 0.1"
+train.main(flags.split())
+sample.main("r -n 8 --sampler ddpm --nfe 5 --out o".split())
+metrics.main([*"fid r shapes -n 60 --nfe 2 --json --features".split(), sys.argv[1]])
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_the_same_command_gives_the_same_bits(threads, features, tmp_path):
-    """Train, sample and measure twice, as separate processes: checkpoint, PNGs and score."""
-    commands = (
-        "train.py --image-size 8 --batch-size 8 --steps 12 --name r --sa-k 2 --etsdm --dropout 0.1",
-        "sample.py r -n 8 --sampler ddpm --nfe 5 --out o",
-        f"metrics.py fid r shapes -n 60 --nfe 2 --features {features} --json",
-    )
+    """Train, sample and measure in two separate processes: checkpoint, PNGs and score."""
     found = []
     for folder in (tmp_path / "1", tmp_path / "2"):
         folder.mkdir()
-        for command in commands:
-            done = subprocess.run(
-                [sys.executable, f"{ROOT}/{command.split()[0]}", *command.split()[1:]],
-                cwd=folder,
-                env=ENV | {"OMP_NUM_THREADS": threads},
-                capture_output=True,
-                encoding="utf-8",
-            )
-            assert done.returncode == 0, done.stderr
+        done = subprocess.run(
+            [sys.executable, "-c", ALL_THREE, features],
+            cwd=folder,
+            env=ENV | {"OMP_NUM_THREADS": threads},
+            capture_output=True,
+            encoding="utf-8",
+        )
+        assert done.returncode == 0, done.stderr
         pictures = [p.read_bytes() for p in sorted((folder / "o").glob("0*.png"))]
         kept = checkpoint.load_checkpoint(folder / "runs/r/checkpoint.pt")
-        found.append((kept, pictures, json.loads(done.stdout)["value"]))
+        found.append((kept, pictures, json.loads(done.stdout.splitlines()[-1])["value"]))
     (one, pictures, score), (two, others, again) = found
     assert_same(two, one)
     assert pictures == others and len(pictures) == 8

@@ -173,7 +173,29 @@ REFUSED = {
         shapes --image-size 0 | --image-size must be
         set --epochs 0 | --epochs must be at least 1
         set --seed 18446744073709551616 | --seed must be""",
-    "papers.experiments": "none | there is no experiment none",
+    "papers.figures": r"""
+        schedules --out none/schedules.png | --out .* must be a \.png file in an existing folder
+        schedules --out schedules.jpg | --out .* must be a \.png file in an existing folder""",
+    "papers.shapes_check": """
+         | IMAGES
+        full -n 0 | --num""",
+    "papers.experiments": """
+         | NAME is missing
+        none | there is no experiment none
+        sa-table1 --seeds 0 | --seeds must be at least 1
+        sa-table1 --features a --inception b | --features .*: give it or --inception
+        sa-table1 --features none.pt2 | --features none.pt2: no such file
+        sa-table1 --budget huge | argument --budget: invalid choice
+        sa-table1 --data photos/ --test more/ | --test
+        sa-table1 --data a/train b/train | --data: .* each set needs a different one
+        sa-table1 --data d.npz:a d.npz:b | --data: .* each set needs a different one
+        sa-table1 --budget gpu --image-size 32 | --image-size goes with --budget cpu
+        sa-table1 --preset cifar10 | --preset .*go with --budget paper
+        sa-table1 --sa-weight 0.5 | .*--sa-weight go with --budget paper
+        sa-table1 --budget paper --data a/ --sa-weight 0 | --sa-weight must be above 0
+        sa-table3 --budget paper --preset celeba64 | --data: .*Name a folder or zip
+        etsdm-table2 --budget paper | --data: .*Name a folder or zip
+        all --budget paper --data a/ | --budget paper: .*Name one experiment""",
     "benchmarks": """
         everything | argument .*invalid choice
         train --rounds 0 | --rounds must be at least 1

@@ -273,9 +273,6 @@ def test_the_next_write_removes_what_dead_writers_left_of_the_same_file(tmp_path
     assert set(os.listdir(tmp_path)) == {"a.npz", *others}
 
 
-# ------------------------------------------------------------------ checkpoints
-
-
 def test_checkpoint_round_trip(tmp_path):
     """With all entries, most of them empty."""
     tensors = {"a": torch.randn(3), "b": torch.arange(4)}
@@ -285,6 +282,9 @@ def test_checkpoint_round_trip(tmp_path):
     back = checkpoint.load_checkpoint(tmp_path / "c.pt")
     assert back["step"] == 7 and back["settings"] == {"x": None}
     assert_close(back["net"], tensors, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------ checkpoints
 
 
 class Trap:

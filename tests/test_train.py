@@ -1,7 +1,6 @@
 """train.py in this process: gradients, the averaged weights, and what a run leaves. (Runs of every
 program, resumed: test_systems.py.)"""
 
-import copy
 import csv
 import json
 import math
@@ -123,7 +122,7 @@ def test_half_of_the_images_are_flipped(monkeypatch):
 
 
 @pytest.mark.slow
-def test_weight_zero_is_the_plain_model():
+def test_weight_zero_is_the_plain_model(no_grids):
     """And computes nothing that it does not use."""
     plain = small("--steps", "10")["net"]
     assert float(rows()[0]["sa"]) == 0 < float(rows()[0]["simple"])
@@ -258,47 +257,35 @@ def test_the_learning_rate_warms_up():
     assert_close(torch.tensor(rates), 0.01 * torch.tensor([0.25, 0.5, 0.75, 1, 1, 1]))
 
 
-def floats(net):
-    return [v for v in net.state_dict().values() if v.is_floating_point()]
-
-
 def test_ema_warms_up_and_decays():
-    """d = min(decay, (1 + n)/(10 + n)): the first step by hand, then a long plain loop. Buffers are
-    averaged, too."""
+    """d = min(decay, (1 + n)/(10 + n)): the first step by hand, then a long plain loop. Every
+    floating-point number of the network is averaged, buffers too."""
     net = torch.nn.BatchNorm1d(3)
-    ema = copy.deepcopy(net)
-    start = net.weight.detach().clone()
+    state = train.TrainState(SimpleNamespace(net=net), parse_into(Config, TINY))
+    net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()})  # as from a checkpoint
+    start = state.ema.weight.detach().clone()
     expected = start.clone()
     for n in range(300):
         with torch.no_grad():
             net.weight.add_(torch.randn(3))
         net.running_mean.copy_(net.weight.detach() - 1)  # it begins at 0, the weight at 1
-        train.update_ema(floats(ema), floats(net), 0.9, n)
+        train.update_ema(state.averages, state.values, 0.9, n)
         d = min(0.9, (1 + n) / (10 + n))
         expected = d * expected + (1 - d) * net.weight.detach()
         if n == 0:
-            assert_close(ema.weight, 0.1 * start + 0.9 * net.weight, rtol=1e-6, atol=1e-6)
-    assert_close(ema.weight, expected, rtol=1e-5, atol=1e-5)
-    assert_close(ema.running_mean, expected - 1, rtol=1e-5, atol=1e-5)
-
-
-def test_the_average_has_every_floating_point_number_of_the_network():
-    """Buffers too; and the lists stay those of the network when a checkpoint is loaded."""
-    config, _ = new_state("")
-    net = torch.nn.BatchNorm1d(2)
-    state = train.TrainState(SimpleNamespace(net=net), config)
-    assert len(state.averages) == len(state.values) == 4  # two weights, a mean, a variance
-    net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()})
-    train.update_ema(state.averages, state.values, 0.5, 10**6)
-    assert_close(state.ema.running_mean, torch.full((2,), 0.5))
-    assert_close(state.ema.weight.data, torch.full((2,), 1.5))
+            first = 0.1 * start + 0.9 * net.weight
+            assert_close(state.ema.weight, first, rtol=1e-6, atol=1e-6)
+    assert_close(state.ema.weight, expected, rtol=1e-5, atol=1e-5)
+    assert_close(state.ema.running_mean, expected - 1, rtol=1e-5, atol=1e-5)
+    assert_close([state.ema.bias, state.ema.running_var], [net.bias, net.running_var])
     assert state.ema.num_batches_tracked == 0, "a count is no average"
 
 
 NO_PAPERS = """
 import sys
-import {program}
-{program}.main(sys.argv[1:])
+import sample, train
+train.main(sys.argv[1:])
+sample.main("-n 2 --nfe 2".split())
 loaded = [name for name in sys.modules if name.split(".")[0] == "papers"]
 assert not loaded, loaded
 """
@@ -308,6 +295,5 @@ assert not loaded, loaded
 def test_training_and_sampling_import_nothing_of_papers(here):
     """After `torchrun train.py --sa-k 2` and `python sample.py`."""
     words = [*TINY, "--sa-k", "2", "--steps", "2", "--name", "sa2"]
-    run_program("-c", NO_PAPERS.format(program="train"), *words, cwd=here)
-    run_program("-c", NO_PAPERS.format(program="sample"), "-n", "2", "--nfe", "2", cwd=here)
+    run_program("-c", NO_PAPERS, *words, cwd=here)
     assert saved("sa2")["step"] == 2
