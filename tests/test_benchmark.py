@@ -1,11 +1,9 @@
 """benchmarks/ measures what it promises, and its plain forms give what the fast ones give."""
 
-import contextlib
 import json
 import os
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from torch.testing import assert_close
 
 import losses
 import schedules
-import train
 import unet
 from benchmarks import __main__ as benchmark
 from benchmarks import plain, worker
@@ -225,13 +222,8 @@ def test_comparisons_run_at_their_smallest(here, monkeypatch):
 
 @pytest.mark.slow
 def test_bf16_and_float32_runs_are_compared(unmeasured, monkeypatch):
-    def run(command, cwd, **others):
-        with contextlib.chdir(cwd):
-            words = command[command.index(f"{ROOT}/train.py") + 1 :]
-            train.main([*words, "--image-size", "8", "--batch-size", "4"])
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    real, small = benchmark.trained, ("--image-size", "8", "--batch-size", "4")
+    monkeypatch.setattr(benchmark, "trained", lambda *words: real(*words, *small))
     row = results("precision --steps 200 --data shapes")["rows"][0]
     assert row["grey_levels"] < 2 and Path("precision.png").exists()
     for seed in (0, 1):
