@@ -162,7 +162,7 @@ def test_sigterm_to_torchrun_saves_and_resumes(tmp_path):
     """torchrun passes the signal on; both processes stop after the same step, and can resume."""
     words = [TRAIN, *TINY, "--save-every", "2", "--name", "stopped", "--steps"]
     process = start("--standalone", "--nproc_per_node", 2, *words, 300, cwd=tmp_path)
-    path, until = tmp_path / "runs" / "stopped" / "checkpoint.pt", time.time() + 120
+    path, until = tmp_path / "runs" / "stopped" / "checkpoint.pt", time.time() + 60
     while not path.exists() and time.time() < until and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)

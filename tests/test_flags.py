@@ -262,6 +262,16 @@ def test_every_program_is_carried_through(program, place, features, capsys):
     assert walk(program, [], [["--nfe", "2"]], features, capsys) == 2
 
 
+def test_a_few_combinations(place, features, capsys):
+    @settings(LONG, max_examples=6, derandomize=True)
+    @given(combinations())
+    def go(parts):
+        note(f"{parts}")
+        walk(*parts, features, capsys)
+
+    go()
+
+
 # ------------------------------------------------------------------ what a flag is for
 
 
