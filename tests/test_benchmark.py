@@ -51,7 +51,7 @@ def test_the_plain_step_has_the_loss_of_sa(k, plainly, monkeypatch):
             return self.weight * x + c[:, None, None, None] / 1000
 
     net, drawn = Net(1, 1, bias=False), []
-    monkeypatch.setattr(plain, "network", lambda *_: net)
+    monkeypatch.setattr(plain, "build_network", lambda *_: net)
     for name in ("randn_like", "randint"):
         real = getattr(torch, name)
         monkeypatch.setattr(
