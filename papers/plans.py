@@ -55,8 +55,8 @@ BUDGETS = {
                 gamma=1000, batch_size=500),
     "paper": dict(n=50_000, enlarged=1000, gamma=50_000, batch_size=500),
 }
-# What --precision bf16 adds to every command that samples. 2.2 times as fast on a CPU with matrix
-# units (AMX); distances changed by 0.3 and 0.03 % (DDPM in 1,000 calls: docs/lab-notebook.md).
+# What --precision bf16 adds to every command that samples. On a CPU with matrix units (AMX) this is
+# more than twice as fast. Distances changed by 0.3 and 0.02 % (docs/lab-notebook.md).
 FAST = ("--precision", "bf16", "--compile")
 # SA-DPM's sets that have the network of another preset: (preset, flags), from its configuration
 # files, where epochs are counted: 1,500 of 70,000 images, 2,000 of 15,803.
@@ -126,8 +126,8 @@ class Plan:
         self.runs = []  # jobs that train its runs
         b = self.budget = BUDGETS[options.budget]
         self.gray = ("--channels", "1") if options.channels == 1 else ()
-        side = ("--image-size", str(options.image_size)) if options.image_size else ()
-        self.data_name = "-".join([data_name(data), *["gray"] * bool(self.gray), *side[1:]])
+        side = options.image_size
+        self.data_name = data_name(data) + "-gray" * bool(self.gray) + f"-{side}" * bool(side)
         paper = options.budget == "paper"
         self.recipe = options.preset or e.preset if paper else "cifar10"
         if options.budget == "cpu":
@@ -137,7 +137,8 @@ class Plan:
         if paper and self.preset == "celebahq256":  # SA-DPM's authors score so many
             self.num_images = 10_000
         self.model = b.get("model", ("--preset", self.preset))
-        self.image = ("--data", data, *self.gray, *(side or b.get("image", ())))
+        size = ("--image-size", str(side)) if side else b.get("image", ())
+        self.image = ("--data", data, *self.gray, *size)
         self.length = (*b.get("length", ()), *length)
         self.batch_size = b["batch_size"]
         if unet.PRESETS[self.preset]["image_size"] == 256:  # fits into 80 GB

@@ -125,6 +125,22 @@ def test_quantiles_are_uniform_in_the_remap(name, low, high):
     assert alternatives.time_at_quantile(0.5, name, low, high).shape == ()
 
 
+@pytest.mark.parametrize("remap", alternatives.REMAPS)
+@pytest.mark.parametrize("continuous", [False, True])
+def test_times_that_are_uniform_in_the_remap(remap, continuous):
+    schedule = schedules.make_schedule("linear", continuous=continuous)
+    low, high = losses.time_range(schedule, "eps")
+    quantile = lambda u: alternatives.time_at_quantile(u, remap, low, high)  # noqa: E731
+    g = torch.Generator().manual_seed(0)
+    t = losses.draw_timesteps(50_000, schedule, low, high, g, quantile)
+    assert t.dtype == (torch.float64 if continuous else torch.int64)
+    assert (t >= low).all() and (t <= high).all()
+    ends = alternatives.remap(torch.tensor([float(low), high]), remap)
+    c = (alternatives.remap(t.double(), remap) - ends[0]) / (ends[1] - ends[0])
+    for q in (0.25, 0.5, 0.75):  # small t come in steps of whole numbers
+        assert_close(c.quantile(q).item(), q, rtol=0, atol=0.02)
+
+
 # ------------------------------------------------------------------ SA-reuse
 
 

@@ -393,6 +393,13 @@ def test_heads_under_every_prediction_and_clip(kind, prediction):
     assert len(calls) == 2, "the variance makes no call of its own"
 
 
+def test_a_network_that_caches_is_still_a_module():
+    net = torch.nn.Conv2d(1, 2, 3, padding=1)
+    cached = covariance.CachedOutput(net)
+    cached.double().eval().requires_grad_(False)
+    assert net.weight.dtype == torch.float64 and not net.training and not net.weight.requires_grad
+
+
 QUICK = {"linear", "zero-terminal-snr", "edm"}  # with signal at T, without, and another x
 
 

@@ -47,6 +47,12 @@ def test_the_true_answer_comes_back(name, continuous, prediction):
         assert_close(got_eps, eps, rtol=1e-6, atol=1e-6)
 
 
+def test_pixels_are_themselves():
+    space, x = D.Pixels((3, 8, 8)), torch.randn(2, 3, 8, 8)
+    assert space.shape == (3, 8, 8) and space.value_range == (-1.0, 1.0)
+    assert space.encode(x) is x and space.decode(x) is x and space.conditioning(x) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_network_receives_the_time_input_not_t(dtype):
     net, seen = spy()

@@ -84,6 +84,10 @@ def test_a_small_covariance_is_not_taken_for_zero():
     np.testing.assert_allclose(sigma, np.cov(f, rowvar=False), rtol=0, atol=1e-6 * 1e-8)
 
 
+def test_one_image_has_no_covariance():
+    refused("at least 2 images, not 1", moments, torch.zeros(1, 3))
+
+
 def test_statistics_of_every_make(here):
     mu, sigma = np.arange(3.0), np.eye(3)
     ours = features.Statistics("ours.npz", mu, sigma, 50, 8, "net", "ab", "bf16")
@@ -132,3 +136,13 @@ def test_a_network_goes_to_the_device(here, monkeypatch):
     net = features.open_exported(Path("maps.pt2"), torch.device("meta"))
     assert net(torch.zeros(3, 3, 8, 8, device="meta")).device.type == "meta"
     assert moved == ["meta"]
+
+
+def test_names_of_scores():
+    for network, names in {
+        features.INCEPTION: ("FID", "IS"),
+        "net.pt2": ("FD(net.pt2)", "IS(net.pt2)"),
+        None: ("FD", "IS"),  # files of other tools
+    }.items():
+        net = features.FeatureNetwork(None, network, None, "none")
+        assert (net.name("FID", "FD"), net.name("IS", "IS")) == names

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -70,6 +71,16 @@ def test_golden(name, dtype, rtol):
         assert_close(got, torch.tensor(gold[key], dtype=dtype), rtol=rtol, atol=0, msg=key)
 
 
+def test_names_shapes_and_counts():
+    net = inception.Inception()
+    state, count = net.state_dict(), sum(p.numel() for p in net.parameters())
+    assert len(state) == 566 and count == 23_850_960
+    assert count - sum(p.numel() for p in net.fc.parameters()) == 21_785_568
+    # All of them at once. The golden numbers, made from names and shapes, vouch for this one.
+    listing = "\n".join(sorted(f"{key} {tuple(value.shape)}" for key, value in state.items()))
+    assert zlib.crc32(listing.encode()) == 3345377154
+
+
 def neighbours(x):
     """The 3x3 neighbourhoods of x (N, C, H, W), as (9, N, C, H, W), and which of their positions
     are inside the map."""
@@ -110,6 +121,27 @@ def test_the_shape_and_the_pool_of_every_block(name):
         assert border[:, :, [0, -1]].all() and border[:, :, :, [0, -1]].all()
         assert not border[:, :, 1:-1, 1:-1].any()
     assert_close(got, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    net, x = lively(), images(3)
+    pool3, logits = net(x)
+    assert (pool3.std(0) > 1e-3 * pool3.mean(0)).float().mean() > 0.5  # the images differ
+    alone, its_logits = net(x[1:2])
+    assert_close(alone, pool3[1:2], rtol=1e-4, atol=1e-5)
+    assert_close(its_logits, logits[1:2], rtol=1e-4, atol=1e-4)
+    again, _ = net(x)
+    assert torch.equal(again, pool3)  # nor on what it saw before
+
+
+def test_logits_have_no_bias_and_nothing_has_a_gradient():
+    net, x = inception.Inception(), images(1)
+    net.fc.bias.fill_(1000.0)
+    pool3, logits = net(x)
+    assert not pool3.requires_grad and not logits.requires_grad
+    assert_close(logits, pool3 @ net.fc.weight.T)
+    net.fc.weight.mul_(2)
+    assert_close(net(x)[1], 2 * logits)
 
 
 def bilinear(line, size):
@@ -254,9 +286,11 @@ def some(*shape):
 
 
 FOREIGN = {
+    "the file is empty": lambda: b"",
     "it is a web page": lambda: b"\n<!DOCTYPE html>",
     "it is cut short": lambda: saved(tiny())[:-2000],
     "holds more than tensors": lambda: saved({"fc.weight": print}),  # a program
+    "its first bytes are b'version '": lambda: b"version https://git-lfs",
     "it holds a list": lambda: saved([1, 2]),
     "566 of 566 tensors, first Conv2d_1a_3x3.conv.weight": lambda: saved({"net": {}, 3: some(1)}),
     "1000 classes, not 1008": lambda: saved(tiny(fc__weight=some(1000, 2048))),  # ImageNet's

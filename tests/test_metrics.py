@@ -174,8 +174,12 @@ def test_score_is_shuffled_with_seed_2020_and_cut_into_equal_parts(splits):
 def test_scores_of_known_images():
     alike = torch.from_numpy(random(1, 1008)).float().expand(40, -1)
     assert metrics.inception_score(alike) == close((1, 0), abs=1e-12)
-    one_hot = 60 * torch.eye(10).repeat_interleave(200, 0)
-    assert metrics.inception_score(one_hot, splits=1)[0] == close(10, rel=1e-12)
+    # Sorted by class, as files lie: unshuffled parts would hold one class each and score 1.
+    logits = 60 * torch.eye(10).repeat_interleave(200, 0)
+    mean, std = metrics.inception_score(logits)
+    # in 200 draws each share is off by about 0.02, which costs 10 (1 - 10/2 0.02²/0.1 ...)
+    assert 9.5 < mean < 10 and 0 < std < 0.2
+    assert metrics.inception_score(logits, splits=1)[0] == close(10, rel=1e-12)
     assert metrics.inception_score(torch.zeros(10, 5)) == (1, 0)
     why = "at least one image in each of its 10 parts"
     conftest.refused(why, metrics.inception_score, torch.zeros(9, 5))
@@ -459,10 +463,15 @@ def cut_networks(here):
 def test_feature_files_that_are_something_else(here):
     cut_networks(here)
     (here / "page.pt2").write_text("<!doctype html><html>404</html>")
+    (here / "noise.pt2").write_bytes(bytes(range(200)))
+    (here / "empty.pt").touch()
     for name, part in {
         "page.pt2": "web page",
+        "noise.pt2": "first bytes",
+        "empty.pt": "empty",
         "weights.pt": "another kind of zip",
         "cut.pt2": "cut short",
+        "half.pt2": "cut short",
         "runs/mine/checkpoint.pt": "another kind of zip",
     }.items():
         why = f"{name} is not a network saved by torch.export.save"
@@ -572,7 +581,11 @@ def test_without_weights_and_without_network(here, tmp_path, monkeypatch):
     for words in ("fid a b", "is b", "stats a new.npz"):
         refused(words, inception.URL, inception.SHA256, str(cached))
     assert not (here / "new.npz").exists()
+    cached.write_bytes(b"something else")  # a wrong file in the cache is not accepted
+    refused("fid a b", inception.SHA256)
     (here / "page.pth").write_text("<html>")
+    refused("fid a b --inception page.pth", "web page")
+    refused("fid a b --inception none.pth", "no such file")
     refused("fid a b --inception page.pth --features means.pt2", "--features replaces Inception")
 
 
@@ -635,6 +648,7 @@ REFUSED = {  # `+` stands for --features means.pt2
     "fid half a +": "half is not a file",
     "fid a +": "a is not a run: name the images to compare it with",
     "fid s.npz +": "s.npz is not a run: name the images to compare it with",
+    "fid shapes +": "shapes is not a run: name the images to compare it with",
     "fid moved +": "moved was trained on 'nowhere', which does not",
     "fid a b mine": "fid takes A or A B, not 3 names",
     "fid mine a --image-size 9 +": "--image-size does not fit the run's images, 3x8x8",
@@ -653,6 +667,8 @@ REFUSED = {  # `+` stands for --features means.pt2
     "psnr s.npz a": "s.npz",
     "is a --nfe 7 +": "--nfe is only for sampling a run",
     "is a --seed 1 +": "--seed is only for sampling a run",
+    "is a --weights raw +": "--weights is only for sampling a run",
+    "is a --sampler ddpm +": "--sampler is only for sampling a run",
     "fid a b -n 2 +": "--num is only for a run or shapes: other sets are used whole",
 }
 
@@ -682,11 +698,16 @@ def test_the_program_prints_one_json_object_or_one_line_of_error(here):
     assert found["metric"] == "FD(maps.pt2)" and found["warnings"]
     assert "FID" not in done.stdout + done.stderr
     cut_networks(here)  # torch.export logs a traceback
-    for name in ("cut.pt2", "half.pt2"):
-        done = program(f"fid a b --json --features {name}", 2)
+    for words, error in {
+        "nothing a --json": "nothing is not a",
+        "a b --features weights.pt": "--features weights.pt is not a network",
+        "a b --features cut.pt2": "--features cut.pt2",
+        "a b --features half.pt2": "--features half.pt2",
+    }.items():
+        done = program(f"fid {words}", 2)
         lines = [line for line in re.split("[\r\n]+", done.stderr) if line.strip()]
         (line,) = [line for line in lines if not re.search(r"\d/\d+ \[", line)]  # progress bars
-        assert line.startswith(f"metrics.py: error: --features {name}") and not done.stdout
+        assert line.startswith(f"metrics.py: error: {error}") and not done.stdout
 
 
 # ------------------------------------------------------------------ several processes
@@ -705,7 +726,8 @@ fid odd.npz pair.npy""".splitlines()  # one.npy: fewer images than processes
 
 
 @pytest.mark.slow
-def test_processes_share_the_work_and_agree(here, measure, small):
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_processes_share_the_work_and_agree(here, n, measure, small):
     array = photos(13) // 2
     shifted = array + np.arange(1, 14, dtype=np.uint8)[:, None, None, None]
     for name, images in (("odd", array), ("shifted", shifted)):
@@ -715,7 +737,7 @@ def test_processes_share_the_work_and_agree(here, measure, small):
     np.save("pair.npy", photos(2, seed=2))
     ones = [measure(words) for words in CALLS]
     calls = json.dumps([[*words.split(), "--json"] for words in CALLS])
-    done = torchrun(3, ROOT / "tests" / "metrics_worker.py", calls, cwd=here)
+    done = torchrun(n, ROOT / "tests" / "metrics_worker.py", calls, cwd=here)
     many = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(many) == len(ones), "only rank 0 prints"
     for one, other in zip(ones, many, strict=True):
@@ -728,11 +750,11 @@ def test_processes_share_the_work_and_agree(here, measure, small):
 @pytest.mark.slow
 def test_an_error_is_printed_by_one_process(here):
     (here / "page.pt").write_text("<html>")
-    words = "fid a b --features page.pt".split()
-    done = torchrun(2, ROOT / "metrics.py", *words, cwd=here, check=False)
-    lines = [x for x in done.stderr.splitlines() if x.startswith("metrics.py: error: ")]
-    assert done.returncode != 0 and len(lines) == 1
-    assert "Connection closed" not in done.stderr
+    for words in ("nothing a", "a b --features page.pt"):
+        done = torchrun(2, ROOT / "metrics.py", "fid", *words.split(), cwd=here, check=False)
+        lines = [x for x in done.stderr.splitlines() if x.startswith("metrics.py: error: ")]
+        assert done.returncode != 0 and len(lines) == 1
+        assert "Connection closed" not in done.stderr
 
 
 # ------------------------------------------------------------------ sets of images

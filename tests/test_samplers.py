@@ -159,7 +159,7 @@ def test_exactly_nfe_calls_and_finite(kwargs, spacing):
     for schedule, prediction in kinds:
         every = [*range(1, 14), 21, 50]
         if schedule is LINEAR:
-            every += range(14, 26)
+            every += [*range(14, 26), *[1000] * (spacing == "uniform")]
         if schedule in (short, flat):
             every = [schedule.T + more for more in (-1, 0, 1, 3)]
         for nfe, final in [(n, True) for n in every] + [(n, False) for n in (1, 2, 3, 5, 10, 50)]:
@@ -362,6 +362,12 @@ def test_moments_over_the_whole_product(name, continuous, prediction, shared, kw
     assert abs(ratio - 1) < 0.05 + noisy * 3 * (2 / n) ** 0.5, ratio
 
 
+@pytest.mark.parametrize("kwargs", [*ALL, HEUN, CHURN], ids=str)
+def test_samplers_need_predict_and_schedule_alone(kwargs):
+    bare = SimpleNamespace(schedule=LINEAR, predict=toy_denoiser(toy.two_bumps()).predict)
+    assert torch.isfinite(samplers.sample(bare, normal(9, 1), nfe=5, **kwargs)).all()
+
+
 @pytest.mark.parametrize("kwargs", [*ALL, HEUN], ids=str)
 def test_a_given_grid_and_the_leading_one_are_where_the_calls_are(kwargs):
     """The length of a given grid counts, whatever nfe is, without a warning. Leading: SA-DPM's and
@@ -381,6 +387,14 @@ def test_a_given_grid_and_the_leading_one_are_where_the_calls_are(kwargs):
     assert sorted(set(calls)) == list(range(1, 1000, 100)) and len(calls) == nfe
     with pytest.raises(ValueError, match="--spacing leading takes from 2 to 1000 points, not 1"):
         samplers.sample(denoiser, ONE, nfe=1, spacing="leading", **kwargs)
+
+
+@pytest.mark.parametrize("kwargs", ALL, ids=str)
+def test_more_calls_than_steps_where_no_signal_is_left(kwargs):
+    """Between T - 1 and T a zero-terminal table has no signal: steps of no length, still calls."""
+    denoiser, calls = counted(toy_denoiser(toy.two_bumps(), ZERO, "v"))
+    out = samplers.sample(denoiser, ONE, nfe=1003, **kwargs)
+    assert len(calls) == 1003 and torch.isfinite(out).all()
 
 
 # ------------------------------------------------------------------ Heun's method and EDM
@@ -615,6 +629,7 @@ def test_clip_is_the_value_range():
         ("--sampler heun --eta 1", "--eta has no effect on heun"),
         ("--sampler ddpm --eta 0", "--eta has no effect on ddpm"),
         ("--sampler heun --order 3", "--order has no effect on heun"),
+        ("--sampler heun --variance sn", "--variance has no effect on heun"),
         ("--sampler dpm-solver --variance small", "--variance has no effect on dpm-solver"),
     ],
 )
@@ -645,10 +660,12 @@ def test_one_seed_is_one_noise_whatever_the_batch():
         (dict(sampler="euler"), "--sampler must be one of ddpm ddim"),
         (dict(nfe=2.5), "--nfe must be from 1 to 100000, not 2.5"),
         (dict(order=4), "--order must be from 1 to 3, not 4"),
+        (dict(variance="large"), "--variance has no effect on ddim"),
         (dict(variance="tiny"), "--variance 'tiny': use small, large or a function"),
         (dict(sampler="dpm-solver", eta=0.5), "--eta has no effect on dpm-solver"),
         (dict(sampler="dpm-solver", variance=max), "--variance has no effect on dpm-solver"),
         (dict(s_churn=1.0), "--churn has no effect on ddim"),
+        (dict(sampler="heun", s_churn=-1.0), "--churn must be from 0"),
         (dict(sampler="heun", s_churn=1.0, s_min=3.0, s_max=1.0), "--churn-max must be from 3"),
         (dict(sampler="heun", nfe=1, denoise_to_zero=False), "nfe 1 is too small for heun"),
         (dict(nfe=1, spacing="karras"), "unknown spacing"),

@@ -228,6 +228,17 @@ def test_numbers_and_tensors_of_any_shape(continuous):
         near(s.log_alpha_bar(41.25), 0.75 * low + 0.25 * high, rtol=1e-14)
 
 
+def test_add_noise_has_the_right_moments():
+    s = make_schedule("linear")
+    g = torch.Generator().manual_seed(0)
+    x0 = torch.full((2, 200_000), 0.7)
+    xt = schedules.add_noise(s, x0, torch.tensor([100, 800]), torch.randn(x0.shape, generator=g))
+    assert xt.dtype == torch.float32
+    alpha, sigma = s.alpha_sigma(torch.tensor([100, 800]))
+    assert_close(xt.double().mean(1), 0.7 * alpha, rtol=0, atol=0.01)
+    near(xt.double().std(1), sigma, rtol=0.01)
+
+
 @everywhere
 @both
 @pytest.mark.parametrize("spacing", ["uniform", "quadratic", "logsnr"])
@@ -279,6 +290,13 @@ def test_coefficients_are_float64_and_x_keeps_its_dtype(name, dtype, t):
         column = [c.reshape(-1, 1, 1, 1) for c in (alpha, sigma)]
         near(xt, column[0] * x0 + column[1] * eps, rtol=1e-15)
         assert_close(back, eps, rtol=1e-9, atol=1e-9)
+
+
+def test_expand():
+    x = torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16)
+    for shape, expanded in (((), ()), ((2,), (2, 1, 1, 1)), ((2, 3, 4, 4), (2, 3, 4, 4))):
+        c = schedules.expand(torch.ones(shape, dtype=torch.float64), x)
+        assert c.shape == expanded and (c * x).shape == x.shape and (c * x).dtype == x.dtype
 
 
 @everywhere

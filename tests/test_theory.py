@@ -426,6 +426,7 @@ def test_shared_times_sample_the_distribution(name, continuous, sampler, n, limi
 
 KINDS = ["linear eps 1000", "zero-terminal-snr v 100", "linear x0 100", "cosine v 100"]
 KINDS += ["quadratic-mns eps 100", "linear v 100"]  # schedule, prediction, T
+KINDS += [pytest.param(kind + "0", marks=pytest.mark.slow) for kind in KINDS[1:]]
 
 
 def wrong_model(schedule, prediction="eps"):
