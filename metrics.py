@@ -76,9 +76,7 @@ def inception_score(logits, splits: int = 10) -> tuple[float, float]:
     """logits (N, classes) without bias -> (mean, std) over `splits` parts. A fixed seed shuffles
     the images: files are often sorted by class. ValueError: N < splits, or values not finite."""
     n = len(logits)
-    if n < splits:
-        raise ValueError(f"the Inception Score needs at least one image in each of its {splits} "
-                         f"parts, not {n} images")
+    check_parts(n, splits)
     if not torch.isfinite(torch.as_tensor(logits)).all():
         raise ValueError("logits that are not finite have no Inception Score")
     order = np.random.RandomState(2020).permutation(n)
@@ -90,6 +88,13 @@ def inception_score(logits, splits: int = 10) -> tuple[float, float]:
         divergence = (part.exp() * (part - marginal)).sum(1)  # KL(p(y | x) ‖ p(y)), Salimans 2016
         scores.append(divergence.mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
+
+
+def check_parts(n: int, splits: int = 10) -> None:
+    """ValueError: so few images have no Inception Score."""
+    if n < splits:
+        raise ValueError(f"the Inception Score needs at least one image in each of its {splits} "
+                         f"parts, not {n} images")
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -107,7 +112,7 @@ class Generated:
 
     def __init__(self, source: str, path: Path, config, device):
         self.denoiser, self.arguments = sample.open_run(path, config, device)
-        s, start = self.denoiser.settings, self.arguments["t_start"]
+        s = self.denoiser.settings
         if s.get("factor"):
             raise ValueError(f"{source} is a super-resolution run: enlarge images with python -m "
                              "papers.superres enlarge, then score that folder")
@@ -115,8 +120,7 @@ class Generated:
         self.n, self.shape = config.num or MIN_IMAGES, (s["channels"], *[s["image_size"]] * 2)
         self.notes = config.warnings(self.denoiser)
         self.summary = (f"{self.n:,} images by {self.denoiser.folder.name}, {config.weights} "
-                        f"weights, seed {config.seed}, {sample.tag(config, self.denoiser.step)}"
-                        + f", from t = {start}" * (start < s["T"]))  # T − 1 if ᾱ(T) = 0
+                        f"weights, seed {config.seed}, {sample.tag(config, self.denoiser.step)}")
 
     def batch(self, indices: list[int]) -> Tensor:
         """uint8 (b, C, H, W): quantised, like image files."""
@@ -205,7 +209,9 @@ def fid(sets, config, dist) -> dict:
 
 def score(sets, config, dist) -> dict:
     """The Inception Score of one set -> a report."""
-    images, net = sets[0], features.open_network(config, dist)
+    images = sets[0]
+    features.on_main(dist, sets, check_parts, images.n)  # before hours of sampling
+    net = features.open_network(config, dist)
     logits = features.gather_logits(images, net, config.batch_size, dist)  # on rank 0, in order
     mean, std = features.on_main(dist, sets, inception_score, logits)
     warnings = features.warn_network(net, [net.precision])

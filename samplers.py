@@ -349,9 +349,11 @@ class SamplerConfig:
                     s_max=self.churn_max, s_noise=self.churn_noise)
 
     def warnings(self, denoiser) -> list[str]:
-        """Lines about flags that have less effect than expected."""
+        """Lines about what is other than the flags lead one to expect."""
         calls, steps = self.grid(denoiser)[1], self.nfe - 1
         lines = [UNUSED_CALL.format(calls, self.nfe)] * (calls != self.nfe)
+        if (start := initial_time(denoiser)) < denoiser.schedule.T:
+            lines.append(f"sampling begins at t = {start}: at T, eps gives no x_0")
         if steps == 0:
             lines += [f"{flag_name(name)} has no effect: a single network call makes no step"
                       for name in ("spacing", "eta", "order", "variance") if name in self.given]

@@ -121,6 +121,7 @@ REFUSED = {
         --sampler heun --churn-min 1 | --churn-min has no effect without --churn""",
     "metrics.py": """
         fid a b -n 0 | --num must be from 1
+        is base -n 9 --features page.pt | base: the Inception Score needs at least one image in each
         fid a b --batch-size 0 | --batch-size must be from 1
         fid a b --image-size 0 | --image-size must be
         fid a b --image-size 90000 | --image-size must be
