@@ -76,7 +76,9 @@ def inception_score(logits, splits: int = 10) -> tuple[float, float]:
     """logits (N, classes) without bias -> (mean, std) over `splits` parts. A fixed seed shuffles
     the images: files are often sorted by class. ValueError: N < splits, or values not finite."""
     n = len(logits)
-    check_parts(n, splits)
+    if n < splits:
+        raise ValueError(f"the Inception Score needs at least one image in each of its {splits} "
+                         f"parts, not {n} images")
     if not torch.isfinite(torch.as_tensor(logits)).all():
         raise ValueError("logits that are not finite have no Inception Score")
     order = np.random.RandomState(2020).permutation(n)
@@ -90,13 +92,6 @@ def inception_score(logits, splits: int = 10) -> tuple[float, float]:
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def check_parts(n: int, splits: int = 10) -> None:
-    """ValueError: so few images have no Inception Score."""
-    if n < splits:
-        raise ValueError(f"the Inception Score needs at least one image in each of its {splits} "
-                         f"parts, not {n} images")
-
-
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Pairs of uint8 images (N, C, H, W) -> (N,) float64 decibels, ∞ for equal images."""
     mse = (a.double() - b.double()).square().flatten(1).mean(1)
@@ -107,7 +102,6 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 class Generated:
     """Images of a run, sampled on request: image i is sample.py's image i of this seed."""
-
     names = None  # psnr cannot pair them
 
     def __init__(self, source: str, path: Path, config, device):
@@ -209,8 +203,8 @@ def fid(sets, config, dist) -> dict:
 
 def score(sets, config, dist) -> dict:
     """The Inception Score of one set -> a report."""
-    images = sets[0]
-    features.on_main(dist, sets, check_parts, images.n)  # before hours of sampling
+    images = sets[0]  # too few are refused here, not after they were sampled
+    features.on_main(dist, sets, inception_score, torch.zeros(images.n, 1))
     net = features.open_network(config, dist)
     logits = features.gather_logits(images, net, config.batch_size, dist)  # on rank 0, in order
     mean, std = features.on_main(dist, sets, inception_score, logits)
@@ -313,8 +307,7 @@ an .npz of statistics (mu, sigma; fid only), or a run, which is sampled on the f
 
 def main(argv=None):
     config = parse_into(MetricsConfig, argv)
-    # Only on request, since rounding to 10 bits moves FID by hundredths.
-    tf32 = config.precision == "tf32"
+    tf32 = config.precision == "tf32"  # on request only: with its 10 bits FID moves by hundredths
     with distributed.init(tf32, config.deterministic, device=config.device) as dist:
         sets = dist.main_first(lambda: open_sets(config.sources, config, dist))
         score_of = {"fid": fid, "is": score, "psnr": compare_pairs, "stats": save_statistics}
