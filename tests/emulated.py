@@ -132,7 +132,8 @@ def generator(*key, device="cpu"):
     return g
 
 
-CUDA = dict(  # what PyTorch without CUDA does not have
+CUDA = dict(  # what PyTorch without CUDA, or without a driver, does not have
+    is_current_stream_capturing=lambda: False,
     _lazy_init=lambda: None,
     is_available=lambda: True,
     device_count=lambda: 1,

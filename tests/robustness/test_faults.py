@@ -372,17 +372,17 @@ def test_a_signal_breaks_off_the_wait_for_images_and_the_run_is_saved(
     """All batches after the first `before` wait for a file that never comes."""
     folder_of(here / "images", 24)
     real, load, step = image_files.Files.__getitem__, data.load, train.train_step
-    calls, steps = [], []
+    first, waiting, steps = data.batch_indices(24, 0, before * 4, seed=0), [], []
 
     def slow(self, i):
-        calls.append(i)
-        if len(calls) > before * 4:
+        if i not in first:
+            waiting.append(i)
             threading.Event().wait(30)
         return real(self, i)
 
     def send():
         until = time.time() + 30
-        while (len(calls) <= before * 4 + 1 or len(steps) < before) and time.time() < until:
+        while (not waiting or len(steps) < before) and time.time() < until:
             time.sleep(0.05)
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
