@@ -137,7 +137,7 @@ Super-resolution, latent diffusion, variance heads and the alternatives to E-TSD
 papers/."""
 
     @classmethod
-    def recipe(cls, given):
+    def recipe(cls, given: dict) -> dict:
         """Defaults that depend on the flags `given`: --preset, --init, --schedule and others."""
         base = settings_of(given["init"], "init") if given.get("init") else {}
         if any(base.get(k) for k in ("autoencoder", "factor", "latent", "remap", "head")):
@@ -157,7 +157,7 @@ papers/."""
             values["images"] = given["steps"] * given.get("batch_size", values["batch_size"])
         return values
 
-    def check(self):
+    def check(self) -> None:
         """ValueError for flags that contradict or would have no effect. Fill in the run's name."""
         if {"steps", "images"} <= self.given:
             raise ValueError("--steps and --images both set the length: give one")
@@ -185,32 +185,32 @@ papers/."""
         self.name = self.name or self.default_name()
         check_run_name(self.name)
 
-    def check_divisible(self):
+    def check_divisible(self) -> None:
         """ValueError if the network cannot halve the images as often as it must."""
         net = self.network()
         unit = net.get("patch", 1) * 2 ** (len(net["channel_mult"]) - 1)
         require(self, "image_size", net["image_size"] % unit == 0,
                 f"must be a multiple of {unit} for --preset {self.preset}")
 
-    def network(self):
+    def network(self) -> dict:
         """The arguments of unet.UNet."""
         if self.base:
             return dict(self.base["unet"], dropout=self.dropout)
         return dict(unet.PRESETS[self.preset], image_size=self.image_size, dropout=self.dropout,
                     in_channels=self.channels, out_channels=self.channels)
 
-    def settings(self):
+    def settings(self) -> dict:
         """The run as a flat dict of plain values. denoiser.build_denoiser() reads it back."""
         own, base = {**asdict(self), "T": self.T, "unet": self.network()}, self.base or {}
         del own["base"]
         return {**own, **{k: base[k] for k in ("T", "imported") if k in base}}
 
-    def may_change(self):
+    def may_change(self) -> set[str]:
         """Names of settings that may differ when a run resumes. A digest identifies the images."""
         names = {f.name for f in fields(self) if f.metadata.get("resume")}
         return names | {"data", "name", "steps"}
 
-    def name_parts(self):
+    def name_parts(self) -> list[str]:
         """What distinguishes a run at a glance, so that the same command finds it again."""
         recipe = RECIPES[self.preset]
         usual_times = "lognormal" if self.schedule == "edm" else "uniform"
@@ -222,15 +222,15 @@ papers/."""
         parts += [f"{self.lr_decay}-decay"] * (self.lr_decay != recipe["lr_decay"])
         return parts + [f"{self.train_times}-times"] * (self.train_times != usual_times)
 
-    def default_name(self):
+    def default_name(self) -> str:
         parts = [Path(self.data.split(":")[0]).stem.lstrip(".") or "images", *self.name_parts()]
         return "-".join([p for p in parts if p] + [f"seed{self.seed}"] * bool(self.seed))
 
-    def next_command(self):
+    def next_command(self) -> str:
         """What to type after training."""
         return f"python sample.py {shlex.quote(self.name)}"
 
-    def warnings(self, dataset, world_size):
+    def warnings(self, dataset, world_size: int) -> list[str]:
         """Lines about settings that are valid but probably unintended."""
         b, steps = self.batch_size // world_size, self.images // self.batch_size
         return [line for unusual, line in (

@@ -50,13 +50,13 @@ SHAPE_COLOURS = ((214, 48, 49), (46, 160, 67), (39, 94, 214), (245, 166, 35))
 SHAPE_NAMES = ("circle", "square", "triangle", "star")
 
 
-def choose_shape(seed) -> tuple[np.random.Generator, int, int]:
+def choose_shape(seed: int | tuple) -> tuple[np.random.Generator, int, int]:
     """Draw shape and colour -> (generator for the rest, index of the name, of the colour)."""
     rng = np.random.default_rng(seed)
     return rng, rng.integers(len(SHAPE_NAMES)), rng.integers(len(SHAPE_COLOURS))
 
 
-def draw_shape(seed, size: int = 32) -> np.ndarray:
+def draw_shape(seed: int | tuple, size: int = 32) -> np.ndarray:
     """Draw an anti-aliased coloured shape on a plain light background -> uint8 (size, size, 3)."""
     rng, kind, colour = choose_shape(seed)
     colour, big = SHAPE_COLOURS[colour], 4 * size  # drawn 4 times as large, then averaged
@@ -156,7 +156,7 @@ def batch_indices(n: int, start: int, batch: int, seed: int) -> np.ndarray:
 
 
 def batches(dataset, batch: int, start: int, seed: int, rank: int = 0, world_size: int = 1,
-            workers: int = 0, device="cpu") -> Iterator[Tensor]:
+            workers: int = 0, device: torch.device | str = "cpu") -> Iterator[Tensor]:
     """Endless uint8 tensors (batch // world_size, C, H, W) from stream position `start` on.
 
     `batch` is the global batch size; process `rank` gets a contiguous part of the global batch.

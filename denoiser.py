@@ -48,19 +48,18 @@ PARTS = {"remap": "papers.alternatives", "factor": "papers.superres", "latent": 
 
 class Pixels:
     """x_0 is the image itself: shape (C, H, W), values in [-1, 1]."""
-
     value_range, data_std = (-1.0, 1.0), 0.5  # EDM's std of images
 
-    def __init__(self, shape):
+    def __init__(self, shape: tuple[int, ...]):
         self.shape = tuple(shape)
 
-    def encode(self, images):
+    def encode(self, images: Tensor) -> Tensor:
         return images
 
-    def decode(self, x0):
+    def decode(self, x0: Tensor) -> Tensor:
         return x0
 
-    def conditioning(self, images):
+    def conditioning(self, images: Tensor) -> Tensor | None:
         """What the network receives of the images in addition to x_t: nothing."""
         return None
 
@@ -69,7 +68,8 @@ class Denoiser:
     """net: a Module or any callable net(x (B, C, ...), c (B,)) -> (B, C or more, ...); the channels
     of a second head or learned variance come last. time_input: a function t -> c, None for c = t"""
 
-    def __init__(self, net, schedule: Schedule, prediction="eps", time_input=None, space=None):
+    def __init__(self, net: Callable, schedule: Schedule, prediction: str = "eps",
+                 time_input: Callable | None = None, space=None):
         if prediction not in PREDICTIONS:
             raise ValueError(f"unknown prediction {prediction!r}: use {' '.join(PREDICTIONS)}")
         self.net, self.schedule, self.prediction = net, schedule, prediction
@@ -153,7 +153,7 @@ class Denoiser:
         return self.to_x0_eps(x, t, self.prediction_at(x, t))
 
 
-def zero_based_time(T: int = 1000, share=None) -> Callable[[Tensor], Tensor]:
+def zero_based_time(T: int = 1000, share: Callable | None = None) -> Callable[[Tensor], Tensor]:
     """The time input of imported networks: t - 1, in thousandths of T. Their programs count DDPM's
     steps 0..T-1, this one 1..T. share: E-TSDM's f, applied to their count."""
     return lambda t: (share(t - 1) if share else t - 1) * (1000 / T)

@@ -27,8 +27,7 @@ The authors' released measurement has ᾱ_{t−2} in the coefficient of G_t; the
 ᾱ_{t−1}. This makes their gap about half as large (test_theory.py compares both with two real runs).
 It also omits the first step, has the opposite sign, and returns only a map, a mean over channels.
 
-Not here: training (losses.py); theorem 2, ‖Σ w_t‖² <= N/k² Σ‖W_s‖² <= N Σ‖w_t‖²
-(tests/test_theory.py).
+Not here: training; theorem 2, ‖Σ w_t‖² <= N/k² Σ‖W_s‖² <= N Σ‖w_t‖² (tests/test_theory.py).
 
     python gap.py RUN [RUN ...]                  # figure 4: gap.png and gap.csv
     python -c "import gap, schedules; print(gap.gap_weights(schedules.make_schedule('linear'))[:5])"
@@ -39,6 +38,7 @@ schedules.py; η share of DDPM's noise.
 
 import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -52,6 +52,7 @@ import data
 import lipschitz
 import samplers
 import schedules
+from denoiser import Denoiser
 from schedules import Schedule
 from support import distributed, files, image_files, measure, rng
 from support.cli import flag, parse_into
@@ -78,7 +79,7 @@ def gap_weights(schedule: Schedule) -> Tensor:
     return torch.cat([torch.zeros(2, dtype=torch.float64), tau])
 
 
-def step_coefficients(schedule: Schedule, t, t_next, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+def step_coefficients(schedule: Schedule, t: float, t_next: float, eta: float) -> tuple:
     """(η²β̃, A, σ_t/α_t) of a step. For close times A is a small difference of large numbers. So it
     is expanded by its conjugate: with r = √(σ_next² − η²β̃), A = (α_next² σ_t² − r² α_t²)/
     (σ_t (α_next σ_t + r α_t)), and the numerator is the sum α_next² β + η²β̃ α_t²."""
@@ -91,8 +92,9 @@ def step_coefficients(schedule: Schedule, t, t_next, eta: float) -> tuple[Tensor
 
 
 @torch.no_grad()
-def gap_along_run(denoiser, x0, noise, times=None, eta=1.0, ideal=None, progress=None,
-                  batch_size=64):
+def gap_along_run(denoiser: Denoiser, x0: Tensor, noise: Callable, times: Tensor | None = None,
+                  eta: float = 1.0, ideal: Callable | None = None, progress: str | None = None,
+                  batch_size: int = 64) -> Iterator[tuple[float, Tensor, Tensor | None]]:
     """The gap along the model's own run from x_T ~ q(x_T | x0). Yield (t, G, reducible) for each t
     of the grid after the first; both (B, ...) float64.
 
@@ -101,9 +103,8 @@ def gap_along_run(denoiser, x0, noise, times=None, eta=1.0, ideal=None, progress
     ideal  ideal(x, t) -> E[x_0 | x_t]; without it, `reducible` is None
     """
     schedule = denoiser.schedule
-    if times is None:
-        start = samplers.initial_time(denoiser)
-        times = schedules.time_grid(schedule, start, t_start=start)
+    start = samplers.initial_time(denoiser)
+    times = schedules.time_grid(schedule, start, t_start=start) if times is None else times
     x = schedules.add_noise(schedule, x0, times[0], noise(x0.shape))
     G = torch.zeros_like(double(x0))
     reducible = None if ideal is None else G.clone()
@@ -116,12 +117,11 @@ def gap_along_run(denoiser, x0, noise, times=None, eta=1.0, ideal=None, progress
         G = c * G + A * (double(x0_hat) - double(x0))
         if ideal is not None:
             reducible = c * reducible + A * (double(x0_hat) - double(ideal(x, t)))
-        x = A * x0_hat + c * x
-        x = x + fresh.sqrt() * noise(x.shape) if fresh > 0 else x
+        x = A * x0_hat + c * x + (fresh.sqrt() * noise(x.shape) if fresh > 0 else 0)
         yield t_next, G, reducible
 
 
-def ideal_of_images(images, schedule):
+def ideal_of_images(images: Tensor, schedule: Schedule) -> Callable:
     """ideal(x, t) if images (N, ...) are the whole distribution: the mean of the images, weighted
     by N(x; α x_0, σ² I)."""
     flat = double(images).flatten(1)  # (N, D)
@@ -135,7 +135,7 @@ def ideal_of_images(images, schedule):
     return ideal
 
 
-def measure_gap(config, name, denoiser, x0):
+def measure_gap(config, name: str, denoiser: Denoiser, x0: Tensor) -> tuple[list[dict], Tensor]:
     """Measure one run -> rows of the CSV (dicts, one per t), bootstrap values of the last t."""
     noise = samplers.SeededNoise([rng.image_seed(config.seed, i) for i in range(len(x0))],
                                  x0.device)
@@ -161,7 +161,7 @@ def measure_gap(config, name, denoiser, x0):
     return rows, boot
 
 
-def ideal_set(denoiser, config, name):
+def ideal_set(denoiser: Denoiser, config, name: str) -> Tensor:
     """The whole training set of a run, as x_0: (N, *shape). ValueError: the set is too large."""
     s = denoiser.settings
     source = config.data or data.require_local(s["data"], name)
@@ -179,7 +179,7 @@ PANELS = {"mean": "norm of the batch mean", "systematic": "systematic part, 95 %
           "reducible_norm": "reducible: mean of norms"}
 
 
-def plot_gaps(runs, weights):
+def plot_gaps(runs: dict[str, list[dict]], weights: dict[str, Tensor]):
     """Plot figure 4: a panel per quantity, a line per run; t falls to the right, as in sampling.
     runs: {name: rows}; weights: {schedule: τ}."""
     keys = [key for key in PANELS if any(key in rows[0] for rows in runs.values())]
@@ -204,7 +204,7 @@ def plot_gaps(runs, weights):
     return figure
 
 
-def add_reductions(runs, boots):
+def add_reductions(runs: dict[str, list[dict]], boots: dict[str, Tensor]) -> None:
     """Add to the last row of each run with the first run's images how much smaller its systematic
     part is than the first run's, with the 95 % interval. The images have the same random effect on
     both runs, so the difference is more certain than either part."""
@@ -216,7 +216,7 @@ def add_reductions(runs, boots):
                        less_high=high)
 
 
-def table_of_ends(runs):
+def table_of_ends(runs: dict[str, list[dict]]) -> str:
     """The last row of each run and the result of add_reductions() as lines of text."""
     first, *_ = runs
     lines = [f"{'at t = 1':24s} {'images':>6s} {'mean':>7s} {'systematic, 95 %':>22s} {'norm':>7s}"]
@@ -248,7 +248,7 @@ class GapConfig(measure.MeasureConfig):
     least: ClassVar[dict] = measure.MeasureConfig.least | dict(num=2)
     picture: ClassVar[str] = "gap.png"
 
-    def check(self):
+    def check(self) -> None:
         super().check()
         check_image_flags(self)
         if not 0 <= self.eta <= 1:

@@ -16,17 +16,19 @@ x_t = α x_0 + σ ε, x0 (N, C, H, W) in [-1, 1]; f the time input; net's raw ou
 
 import support  # noqa: F401  (before torch: it sets how OpenMP waits)  # isort: skip
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import data
 import losses
-from denoiser import load_run
+from denoiser import Denoiser, load_run
 from schedules import add_noise
 from support import distributed, files, measure, rng
 from support.cli import flag, flag_name, parse_into
@@ -35,12 +37,12 @@ from support.programs import run_main
 
 load_images = lru_cache(maxsize=2)(data.load)  # several runs are measured on the same images
 
-def lipschitz_constants(denoiser, x0, ts, dt=1, seed=0, **how):
-    """Equation 8 at each t of ts: (len(ts),) float64, each a mean over the images."""
-    return difference_quotients(denoiser, x0, ts, dt, seed, **how).mean(1)
+def lipschitz_constants(denoiser: Denoiser, x0: Tensor, ts: list, dt: float = 1, **how) -> Tensor:
+    """Equation 8 at each t of ts: (len(ts),) float64, means over the images. how: of distances()"""
+    return difference_quotients(denoiser, x0, ts, dt, **how).mean(1)
 
 
-def difference_quotients(denoiser, x0, ts, dt=1, seed=0, batch_size=64, label=None):
+def difference_quotients(denoiser: Denoiser, x0: Tensor, ts: list, dt: float = 1, **how) -> Tensor:
     """‖net(x_t, f(t)) − net(x_t, f(t + dt))‖₂/dt of each image: (len(ts), N) float64. A small dt
     magnifies rounding errors. ValueError: t + dt rounds to t, or t or t + dt is not in [0, T]."""
     T, ts = denoiser.schedule.T, [float(t) for t in ts]
@@ -55,22 +57,22 @@ def difference_quotients(denoiser, x0, ts, dt=1, seed=0, batch_size=64, label=No
         # it exact: in one batch of 2 B, kernels may round rows j and B + j differently.
         xt = add_noise(denoiser.schedule, x0, t, eps)
         return denoiser.prediction_at(xt, t), denoiser.prediction_at(xt, t, t_input=t + dt)
-    return distances(outputs, denoiser.net, x0, ts, seed, batch_size, label) / dt
+    return distances(outputs, denoiser.net, x0, ts, **how) / dt
 
 
-def displacements(denoiser, x0, scales, t=100, seed=0, batch_size=64, label=None):
+def displacements(denoiser: Denoiser, x0: Tensor, scales: list, t: float = 100, **how) -> Tensor:
     """‖x̂_0(x_t + scale z) − x̂_0(x_t)‖₂ per image: (len(scales), N). ValueError: t not in (0, T)."""
     if not 0 < t < denoiser.schedule.T:  # at T, α may be 0: ε then gives no x̂_0
         raise ValueError(f"--t must be above 0 and below {denoiser.schedule.T}, not {t:g}")
-
     def outputs(x0, eps, z, scale):
         xt = add_noise(denoiser.schedule, x0, t, eps)
         return denoiser.predict(xt, t)[0], denoiser.predict(xt + scale * z, t)[0]
-    return distances(outputs, denoiser.net, x0, scales, seed, batch_size, label)
+    return distances(outputs, denoiser.net, x0, scales, **how)
 
 
 @torch.no_grad()
-def distances(outputs, net, x0, values, seed, batch_size, label):
+def distances(outputs: Callable, net: Callable, x0: Tensor, values: list, seed: int = 0,
+              batch_size: int = 64, label: str | None = None) -> Tensor:
     """‖p − q‖₂ for each value and image, (p, q) = outputs(x_0, ε, z, value); net in eval mode. ε
     and z of image i depend only on (seed, i): the same for all runs and batch sizes."""
     found = torch.empty(len(values), len(x0), dtype=torch.float64)
@@ -84,10 +86,9 @@ def distances(outputs, net, x0, values, seed, batch_size, label):
     return found
 
 
-def open_runs(config: measure.MeasureConfig, device: torch.device):
-    """Yield (name, denoiser, x0) for each run. x0, float32 (num, *shape): the first config.num
-    images (or all, if the set has fewer), or their latents, in the order of config.seed. The set is
-    config.data, else the run's own. gap.py uses this too."""
+def open_runs(config: measure.MeasureConfig, device: torch.device) -> Iterator[tuple]:
+    """Yield (name, denoiser, x0) for each run. x0, float32 (num, *shape): the first config.num of
+    the images (config.data, else the run's own), or their latents, in the order of config.seed."""
     for name, path in config.named_runs():
         denoiser = load_run(path, config.weights)
         s = denoiser.settings
@@ -95,11 +96,10 @@ def open_runs(config: measure.MeasureConfig, device: torch.device):
             raise ValueError(f"{name} is a super-resolution run, which this program cannot measure")
         dataset = load_images(config.data or data.require_local(s["data"], name), s["image_size"],
                               s["channels"], config.seed, skip_bad=True, progress=True)
-        num = min(config.num, len(dataset))
-        x0 = data.to_float(next(data.batches(dataset, num, 0, config.seed))).to(device)
-        print(f"{name}: {num} of {dataset.summary}", flush=True)
+        images = next(data.batches(dataset, min(config.num, len(dataset)), 0, config.seed))
+        print(f"{name}: {len(images)} of {dataset.summary}", flush=True)
         denoiser.net.to(device)
-        yield name, denoiser, denoiser.encode(x0)[0]
+        yield name, denoiser, denoiser.encode(data.to_float(images).to(device))[0]
 
 
 @dataclass
@@ -119,21 +119,21 @@ class LipschitzConfig(measure.MeasureConfig):
   python lipschitz.py A B --perturb          how far the predicted x_0 moves with x_t: figure 2"""
     least: ClassVar[dict] = measure.MeasureConfig.least | dict(dt=1e-9, max_t=0, scales=0)
 
-    def check(self):
+    def check(self) -> None:
         if bad := {*(("dt", "max_t") if self.perturb else ("t", "scales"))} & self.given:
             raise ValueError(f"{flag_name(min(bad))} requires --{'no-' * self.perturb}perturb")
         self.picture = "perturb.png" if self.perturb else "lipschitz.png"
         super().check()
 
 
-def measure_slope(config, name, denoiser, x0):
+def measure_slope(config: LipschitzConfig, name: str, denoiser: Denoiser, x0: Tensor) -> tuple:
     """Measure a run and print a line -> rows of the table, edges of the run's sub-intervals."""
-    s, dt, how = denoiser.settings, config.dt, (config.seed, config.batch_size, name)
-    time = "t" if config.perturb else "dt"
+    s, dt, time = denoiser.settings, config.dt, "t" if config.perturb else "dt"
+    how = dict(seed=config.seed, batch_size=config.batch_size, label=name)
     if getattr(config, time) % 1 and not s["continuous"]:
         raise ValueError(f"--{time} must be a whole number: {name} is not a --continuous run")
     if config.perturb:
-        k = displacements(denoiser, x0, config.scales, config.t, *how).numpy()
+        k = displacements(denoiser, x0, config.scales, config.t, **how).numpy()
         print(f"{name}:  ", "; ".join(map("{:g}: {:.3g}".format, config.scales, k.mean(1))))
         return measure.percentile_rows(name, k, t=[config.t] * len(k), scale=config.scales), []
     # Trained times (discrete: from 1 on): dense up to 120 dt, then even in log t, and each edge.
@@ -146,7 +146,7 @@ def measure_slope(config, name, denoiser, x0):
     across = edges - dt / 2 if dt % 1 else dt * (np.ceil(edges / dt) - 1)
     steps = [*range(121), *np.geomspace(120, max(last / dt, 120), 40).round()]
     xs = np.unique(np.clip([*dt * np.array(steps), 100, 500, *across], low, last))
-    k = difference_quotients(denoiser, x0, xs, dt, *how).numpy()
+    k = difference_quotients(denoiser, x0, xs, dt, **how).numpy()
     rows = measure.percentile_rows(name, k, t=xs, dt=[dt] * len(k))
     f = denoiser.time_input or float
     top = max(rows, key=lambda row: row["mean"] * (row["t"] < 100))
@@ -158,7 +158,7 @@ def measure_slope(config, name, denoiser, x0):
     return rows, edges
 
 
-def write_curves(config, curves):
+def write_curves(config: LipschitzConfig, curves: dict[str, tuple]) -> None:
     """Write the .csv and the figure: lines are means, shades the middle 80 % of the images."""
     axes = files.figure(figsize=(7.5, 4.5), layout="constrained").add_subplot()
     all_rows = [row for rows, _ in curves.values() for row in rows]
@@ -179,8 +179,8 @@ def main(argv=None):
     config = parse_into(LipschitzConfig, argv)
     with distributed.init(tf32=False, device=config.device) as dist:
         if dist.is_main:  # only one process measures
-            opened = open_runs(config, dist.device)
-            write_curves(config, {name: measure_slope(config, name, *run) for name, *run in opened})
+            write_curves(config, {name: measure_slope(config, name, *run)
+                                  for name, *run in open_runs(config, dist.device)})
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ B images, k consecutive steps; x0 in [-1, 1]; t (B,) in (0, T], may stay on the 
 ...); a loss is (B,), the mean over C, H, W.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -115,8 +117,9 @@ def lognormal_times(u: Tensor, schedule: Schedule, low: float, high: float) -> T
     return schedule.t_of_lam(1.2 - 1.2 * torch.special.ndtri(u)).clamp(low, high)
 
 
-def draw_timesteps(n: int, schedule: Schedule, low: float, high: float, generator=None,
-                   quantile=None) -> Tensor:
+def draw_timesteps(n: int, schedule: Schedule, low: float, high: float,
+                   generator: torch.Generator | None = None,
+                   quantile: Callable | None = None) -> Tensor:
     """Draw n values of t in low..high, uniform or by `quantile` (u in [0, 1] -> t), antithetic:
     u and 1 − u (t and low + high − t) form a pair, so that noise levels vary less between batches.
     Integers (int64) on a discrete schedule, else float64."""

@@ -43,7 +43,8 @@ MIN_IMAGES = 10_000  # with fewer, a score depends more on N than on the images;
 
 # ------------------------------------------------------------------ formulas
 
-def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray,
+                     sigma2: np.ndarray) -> float:
     r"""‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of arrays (D,), (D, D); at least 0.
 
     With Σ = RᵀR, tr (Σ₁Σ₂)^½ is the sum of the singular values of R₁R₂ᵀ. Unlike a matrix square
@@ -72,7 +73,7 @@ def square_root(sigma: np.ndarray) -> np.ndarray:
     return np.sqrt(w[keep])[:, None] * V.T[keep]
 
 
-def inception_score(logits, splits: int = 10) -> tuple[float, float]:
+def inception_score(logits: Tensor | np.ndarray, splits: int = 10) -> tuple[float, float]:
     """logits (N, classes) without bias -> (mean, std) over `splits` parts. A fixed seed shuffles
     the images: files are often sorted by class. ValueError: N < splits, or values not finite."""
     n = len(logits)
@@ -127,9 +128,8 @@ class Stored:
     notes = ()
 
     def __init__(self, source: str, size, channels, config, progress: bool):
-        self.source = source
-        self.images = data.load(source, size, channels or 3, skip_bad=config.skip_bad_images,
-                                progress=progress)
+        self.source, self.images = source, data.load(
+            source, size, channels or 3, skip_bad=config.skip_bad_images, progress=progress)
         endless = len(self.images) >= data.INFINITE
         self.n = (config.num or MIN_IMAGES) if endless else len(self.images)
         self.summary, self.shape = self.images.summary, tuple(self.images[0].shape)
@@ -279,7 +279,7 @@ an .npz of statistics (mu, sigma; fid only), or a run, which is sampled on the f
       a distance in the features of your own network, reported as FD and not as FID: float32
       (N, 3, H, W) in [-1, 1] -> (N, D), saved by torch.export.save. `is` takes the D as logits"""
 
-    def check(self):
+    def check(self) -> None:
         super().check()
         image_folder.check_image_flags(self)
         wanted = {"fid": "A or A B", "is": "A", "psnr": "A B", "stats": "A OUT.npz"}[self.metric]
@@ -292,7 +292,7 @@ an .npz of statistics (mu, sigma; fid only), or a run, which is sampled on the f
             self.out = Path(self.sources.pop())
             features.check_output(self.out)
 
-    def refuse_unused(self, sampled, stored):
+    def refuse_unused(self, sampled: bool, stored: list[str]) -> None:
         """ValueError: sampling flags if nothing is sampled, or flags of sets without a set."""
         names = {f.name for f in fields(samplers.SamplerConfig)} - {"device"} | {"seed"}
         if stored and self.metric != "psnr" and not self.features:  # these also apply to Inception

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import data
 import samplers
-from denoiser import load_run
+from denoiser import Denoiser, load_run
 from support import distributed, precision, rng
 from support.checkpoint import find_checkpoint, weights_hash
 from support.cli import flag, parse_into
@@ -63,14 +63,14 @@ class SampleConfig(samplers.SamplerConfig):  # --sampler, --nfe, --spacing, --et
   python -m papers.covariance shapes-tiny-sa2 && python sample.py --variance analytic
       Analytic-DPM: the best variance of each reverse step"""
 
-    def check(self):
+    def check(self) -> None:
         super().check()
         check_image_flags(self)
         if self.run == "":
             raise ValueError("RUN is empty: leave it out for the newest run")
 
 
-def tag(config, step: int) -> str:
+def tag(config: samplers.SamplerConfig, step: int) -> str:
     """A folder's name for these flags: sampler, calls, step, and every flag that is not usual."""
     parts = [config.sampler, str(config.nfe), f"step{step}"]
     for f in fields(samplers.SamplerConfig):
@@ -80,7 +80,7 @@ def tag(config, step: int) -> str:
     return "-".join(parts + [f"seed-{config.seed}"] * bool(config.seed))
 
 
-def open_run(run, config, device) -> tuple:
+def open_run(run: str | Path, config: samplers.SamplerConfig, device) -> tuple:
     """Load a run -> (its denoiser, ready to sample on the device; the arguments of sample())."""
     denoiser = load_run(run, config.weights)
     denoiser.hash = weights_hash(denoiser.net)
@@ -88,7 +88,7 @@ def open_run(run, config, device) -> tuple:
     return denoiser, config.arguments(denoiser)
 
 
-def open_and_print(config, dist) -> tuple:
+def open_and_print(config: samplers.SamplerConfig, dist) -> tuple:
     """open_run of config.run on every process; rank 0 prints which run it is, and warnings."""
     path = dist.on_main(find_checkpoint, config.run)  # the newest run: the same for all
     denoiser, arguments = dist.main_first(lambda: open_run(path, config, dist.device))
@@ -100,14 +100,14 @@ def open_and_print(config, dist) -> tuple:
     return denoiser, arguments
 
 
-def draw(denoiser, indices, seed: int, device, arguments: dict) -> Tensor:
+def draw(denoiser: Denoiser, indices: list[int], seed: int, device, arguments: dict) -> Tensor:
     """Images `indices` of a sampling run: uint8 (b, C, H, W). metrics.py calls this too."""
     seeds = [rng.image_seed(seed, i) for i in indices]
     x0 = samplers.sample_from_seeds(denoiser, seeds, device, **arguments)
     return data.to_uint8(denoiser.decode(x0)).cpu()
 
 
-def sampling_record(config, denoiser, arguments: dict) -> dict:
+def sampling_record(config: SampleConfig, denoiser: Denoiser, arguments: dict) -> dict:
     """All that the pictures depend on: settings.json next to them."""
     record = dict(step=denoiser.step, weights=denoiser.weights, weights_hash=denoiser.hash,
                   seed=config.seed, precision=config.precision,

@@ -43,13 +43,14 @@ from support.rng import SeededNoise
 
 SAMPLERS = ("ddpm", "ddim", "dpm-solver", "dpm-solver++", "heun")
 ESTIMATED = ("analytic", "npr", "sn")  # variances that papers/covariance.py reads from a run
+Clip = tuple[float, float] | None  # bounds of x̂_0
 UNUSED_CALL = "heun takes two network calls per step: it makes {} of the {} calls"
 
 
 @torch.no_grad()
 def sample(denoiser, x: Tensor, sampler: str = "ddim", nfe: int = 50,
            spacing: str | Tensor = "uniform", eta: float = 0.0, order: int = 3, t_end: float = 1.0,
-           denoise_to_zero: bool = True, clip: tuple[float, float] | None = None,
+           denoise_to_zero: bool = True, clip: Clip = None,
            noise: Callable | None = None, variance: str | Callable | None = None,
            t_start: float | None = None, s_churn: float = 0.0, s_min: float = 0.0,
            s_max: float = math.inf, s_noise: float = 1.0) -> Tensor:
@@ -94,7 +95,7 @@ def sample(denoiser, x: Tensor, sampler: str = "ddim", nfe: int = 50,
     return predict(denoiser, x, times[-1].item(), clip)[0] if denoise_to_zero else x
 
 
-def predict(denoiser, x, t, clip):
+def predict(denoiser, x: Tensor, t: float, clip: Clip) -> tuple[Tensor, Tensor]:
     """denoiser.predict with x̂_0 clamped to clip. ε is recomputed, so that α x̂_0 + σ ε = x."""
     x0, eps = denoiser.predict(x, t)
     if clip is None:
@@ -103,7 +104,8 @@ def predict(denoiser, x, t, clip):
     return x0, eps_from_x0(denoiser.schedule, x, t, x0)
 
 
-def ddim(denoiser, x, times, eta, variance, clip, noise):
+def ddim(denoiser, x: Tensor, times: list[float], eta: float, variance: str | Callable | None,
+         clip: Clip, noise: Callable) -> Tensor:
     r"""DDIM eq. 12: x_next = α_next x_0 + √(σ_next² − η² β̃) ε + √var z; η = 1 is DDPM."""
     schedule = denoiser.schedule
     for t, t_next in pairwise(times):
@@ -120,7 +122,7 @@ def ddim(denoiser, x, times, eta, variance, clip, noise):
     return x
 
 
-def dpm_solver(denoiser, x, times, orders, clip):
+def dpm_solver(denoiser, x: Tensor, times: list[float], orders: list[int], clip: Clip) -> Tensor:
     """Singlestep DPM-Solver (Lu et al. 2022, algorithms 1 and 2) with singlestep_plan()'s updates.
     An update has length h in λ and inner points at λ + r1 h and λ + r2 h."""
     for order in orders:
@@ -143,7 +145,7 @@ def dpm_solver(denoiser, x, times, orders, clip):
     return x
 
 
-def dpm_solver_2m(denoiser, x, times, clip):
+def dpm_solver_2m(denoiser, x: Tensor, times: list[float], clip: Clip) -> Tensor:
     """DPM-Solver++ 2M (Lu et al. 2023, algorithm 2): the previous step gives the slope of x_0. The
     first step has no slope and is order 1. With fewer than 10 steps, the last is also order 1: so
     long an extrapolation does more harm than good."""
@@ -161,7 +163,8 @@ def dpm_solver_2m(denoiser, x, times, clip):
     return x
 
 
-def heun(denoiser, x, times, clip, noise, s_churn, s_min, s_max, s_noise):
+def heun(denoiser, x: Tensor, times: list[float], clip: Clip, noise: Callable, s_churn: float,
+         s_min: float, s_max: float, s_noise: float) -> Tensor:
     """Heun's method for d(x/α)/d(σ/α) = ε: EDM's algorithm 2, for every schedule. The step to t = 0
     (it gives x_0) and a step from α = 0 are order 1."""
     schedule = denoiser.schedule
@@ -178,7 +181,8 @@ def heun(denoiser, x, times, clip, noise, s_churn, s_min, s_max, s_noise):
     return x
 
 
-def add_churn(schedule, x, t, gamma, s_min, s_max, s_noise, noise):
+def add_churn(schedule: Schedule, x: Tensor, t: float, gamma: float, s_min: float, s_max: float,
+              s_noise: float, noise: Callable) -> tuple[Tensor, float]:
     """Raise σ/α to σ̂ = σ/α (1 + γ): x/α ← x/α + √(σ̂² − (σ/α)²) s_noise z -> (x, t̂). σ̂ cannot
     exceed the schedule's maximum. Only edm has none, and adds noise at t = T. z is drawn only if it
     is used. EDM's program draws it at every step, so equal seeds give other images there."""
@@ -226,7 +230,8 @@ def check_time_grid(times: Tensor, T: int) -> Tensor:
     return times
 
 
-def singlestep_plan(schedule, times, order, equal=False) -> tuple[Tensor, list[int]]:
+def singlestep_plan(schedule: Schedule, times: Tensor, order: int,
+                    equal: bool = False) -> tuple[Tensor, list[int]]:
     """(times, orders) for dpm_solver(): an update of order o spans o steps and costs o calls.
 
     As many updates of full order as fit, then the rest: 10 steps are 3 + 3 + 3 + 1. Inner points
@@ -249,7 +254,8 @@ def singlestep_plan(schedule, times, order, equal=False) -> tuple[Tensor, list[i
     return times, [o for m in moves for o in ([len(m)] if m.all() else [1] * len(m))]
 
 
-def sample_from_seeds(denoiser, seeds: Sequence[int], device="cpu", **arguments) -> Tensor:
+def sample_from_seeds(denoiser, seeds: Sequence[int], device: torch.device | str = "cpu",
+                      **arguments) -> Tensor:
     """Sample one x_0 per seed, a function of that seed alone -> (B, *denoiser.shape). arguments:
     those of sample(). ValueError: the result is not finite (the images would look black)."""
     noise = SeededNoise(seeds, device)  # it gives x first, then the noise that samplers add
@@ -260,8 +266,9 @@ def sample_from_seeds(denoiser, seeds: Sequence[int], device="cpu", **arguments)
     return x
 
 
-def initial_std(schedule: Schedule, sampler="ddim", nfe=50, spacing="uniform", t_end=1.0,
-                t_start=None, denoise_to_zero=True, **others) -> float:
+def initial_std(schedule: Schedule, sampler: str = "ddim", nfe: int = 50,
+                spacing: str | Tensor = "uniform", t_end: float = 1.0,
+                t_start: float | None = None, denoise_to_zero: bool = True, **others) -> float:
     """The std of x at the first time of sample() with these arguments: about 1; σ with edm."""
     times, _ = grid_for_nfe(schedule, sampler, nfe, spacing, t_end, t_start, denoise_to_zero)
     return schedule.alpha_sigma(times[0])[1].item() if schedule.variance_exploding else 1.0

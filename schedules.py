@@ -25,6 +25,7 @@ until they multiply x.
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ SCHEDULES = ("linear", "quadratic", "cosine", "cosine-shift", "zero-terminal-snr
              "linear-mns", "quadratic-mns", "cosine-mns", "edm")
 SPACINGS = ("uniform", "quadratic", "logsnr", "leading")
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM's noise levels at t = 1 and t = T
+Form = tuple[Callable, Callable]  # (log ᾱ, its inverse), functions of a float64 tensor
 
 
 class Schedule:
@@ -114,7 +116,7 @@ def make_schedule(name: str, T: int = 1000, continuous: bool = False, image_size
 
 # ------------------------------------------------------------------ discrete: a table over 0..T
 
-def discrete_form(name, T, image_size, betas):
+def discrete_form(name: str, T: int, image_size: int, betas: tuple) -> Form:
     """(log ᾱ, its inverse), read from a table whose knots are the integers 0..T."""
     u = torch.arange(T + 1, dtype=torch.float64) / T  # t/T
     low, high = (b * 1000 / T for b in betas)
@@ -142,7 +144,7 @@ def discrete_form(name, T, image_size, betas):
     return interpolated(log_ab)
 
 
-def log_product(beta):
+def log_product(beta: Tensor) -> Tensor:
     """β_1..β_T -> log ᾱ over 0..T. A sum of log1p(−β) keeps the digits that 1 − β rounds away."""
     if beta.max() >= 1:
         raise ValueError(f"beta reaches {beta.max():.4g} with T = {len(beta)}, and must stay below "
@@ -150,7 +152,7 @@ def log_product(beta):
     return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-beta).cumsum(0)])
 
 
-def zero_terminal(log_ab):
+def zero_terminal(log_ab: Tensor) -> Tensor:
     r"""α ← (α − α_T) α_1/(α_1 − α_T) over 1..T: α_1 stays, α_T becomes exactly 0 (Lin 2024)."""
     alpha = (log_ab / 2).exp()
     alpha = (alpha - alpha[-1]) * alpha[1] / (alpha[1] - alpha[-1])
@@ -158,7 +160,7 @@ def zero_terminal(log_ab):
     return 2 * alpha.log()
 
 
-def interpolated(log_ab):
+def interpolated(log_ab: Tensor) -> Form:
     """(log ᾱ, its inverse) from the values log_ab (T+1,) at 0..T, by linear interpolation."""
     table_on = functools.cache(log_ab.to)  # one copy per device: a copy per step stalls a GPU
 
@@ -175,13 +177,12 @@ def interpolated(log_ab):
         low, high = table[i], table[i + 1]
         f = ((y - low) / (high - low)).nan_to_num(1.0)  # −∞/−∞: ᾱ = 0 is t = T
         return i + f.clamp(0, 1)
-
     return forward, inverse
 
 
 # ------------------------------------------------------------------ continuous: functions of t/T
 
-def continuous_form(name, T, image_size, betas):
+def continuous_form(name: str, T: int, image_size: int, betas: tuple) -> Form:
     """(log ᾱ, its inverse) in closed form, as functions of t. β's rates are per unit of u = t/T."""
     low, high = (1000 * b for b in betas)
     if name in ("linear", "zero-terminal-snr"):
@@ -210,7 +211,7 @@ def continuous_form(name, T, image_size, betas):
     return lambda t: form[0](t / T), lambda y: (form[1](y) * T).clamp(0, T)
 
 
-def log_cosine(u, offset):
+def log_cosine(u: Tensor, offset: float) -> Tensor:
     r"""log f(u)/f(0), f(u) = cos²((u + offset)/(1 + offset) π/2); iDDPM has offset 0.008."""
     angle = (u + offset) / (1 + offset) * math.pi / 2
     start = offset / (1 + offset) * math.pi / 2
@@ -219,7 +220,7 @@ def log_cosine(u, offset):
     return log_cos - math.log1p(-math.sin(start) ** 2)
 
 
-def cosine_continuous(offset, floor=-20.0):
+def cosine_continuous(offset: float, floor: float = -20.0) -> Form:
     """(log ᾱ, inverse) of iDDPM's formula. log SNR stays above `floor`, since cos reaches 0."""
     lowest = -math.log1p(math.exp(-floor))  # log ᾱ at log SNR = floor
     start = math.log1p(-math.sin(offset / (1 + offset) * math.pi / 2) ** 2)
@@ -233,7 +234,7 @@ def cosine_continuous(offset, floor=-20.0):
     return lambda u: log_cosine(u, offset).clamp(min=lowest), inverse
 
 
-def cosine_shift(u, image_size, limit=15.0):
+def cosine_shift(u: Tensor, image_size: int, limit: float = 15.0) -> Tensor:
     """log SNR = −2 log tan(πu/2) + 2 log(64/image_size), within ±limit; ᾱ(0) is still 1 (Hoogeboom
     2023, who maps t to a range of angles instead of this limit). A large image needs more noise,
     because neighbouring pixels are alike and average it away."""
@@ -242,14 +243,13 @@ def cosine_shift(u, image_size, limit=15.0):
     return torch.where(u > 0, log_ab, torch.zeros_like(u))
 
 
-def edm_form(T, rho=7):
+def edm_form(T: int, rho: float = 7) -> Form:
     r"""(log ᾱ, inverse) of EDM, ᾱ = 1/(1 + σ²): t is the coordinate of its grid of noise levels.
 
         σ(t) = (σ_min^(1/7) + (t − 1)/(T − 1) (σ_max^(1/7) − σ_min^(1/7)))^7     t >= 1
         σ(t) = σ_min t                                                            t < 1
 
-    So equal steps in t from T to 1, then 0, are EDM's grid (eq. 5). The formula also holds beyond
-    T, for the churn of Heun's sampler.
+    So equal steps in t from T to 1, then 0, are EDM's grid (eq. 5). Heun's churn goes beyond T.
     """
     low, high = SIGMA_MIN ** (1 / rho), SIGMA_MAX ** (1 / rho)
 

@@ -62,7 +62,7 @@ class DiffusionObjective:
         if config.train_times == "lognormal":
             self.quantile = lambda u: losses.lognormal_times(u, schedule, *self.t_range)
 
-    def draw(self, n, generator, device_generator):
+    def draw(self, n: int, generator: torch.Generator, device_generator: torch.Generator) -> dict:
         """The random numbers of n images, one row each: {t (n,), noises (n, k, C, H, W)}. Times are
         drawn on the CPU, the same on all hardware, and stay there; noises come from the device."""
         t = losses.draw_timesteps(n, self.denoiser.schedule, *self.t_range, generator,
@@ -71,7 +71,7 @@ class DiffusionObjective:
                              device=device_generator.device)
         return dict(t=t, noises=noises.transpose(0, 1))
 
-    def loss(self, model, images, draws):
+    def loss(self, model, images: torch.Tensor, draws: dict) -> tuple[torch.Tensor, dict]:
         """images (b, C, H, W) in [-1, 1] -> loss (b,) and its terms {name: (b,)}."""
         x0, denoiser = self.denoiser.replace(net=model).encode(images)
         simple, sa = losses.sa_loss(denoiser, x0, draws["t"], draws["noises"].transpose(0, 1),
@@ -80,7 +80,7 @@ class DiffusionObjective:
             return simple, dict(simple=simple, sa=torch.zeros_like(sa))
         return simple + self.config.sa_weight * sa, dict(simple=simple, sa=sa)
 
-    def preview(self, net, images, **arguments):
+    def preview(self, net, images: torch.Tensor, **arguments) -> tuple[torch.Tensor, int]:
         """DDIM samples in 25 calls, always from the same noise -> (uint8 (n, C, H, W), how many
         consecutive images form a group). images uint8 (n, C, H, W): input of conditional models."""
         denoiser = self.denoiser.replace(net=net).encode(data.to_float(images))[1]
@@ -101,20 +101,21 @@ class TrainState:
         self.optimizer = make_optimizer(self.net, config)
         self.step = self.skipped = 0
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """The weights of the bare network: DDP and torch.compile put a prefix before each name."""
         return dict(net=self.net.state_dict(), ema=self.ema.state_dict(), step=self.step,
                     optimizer=self.optimizer.state_dict(), skipped=self.skipped,
                     extra=self.objective.extra_state)
 
-    def load_state_dict(self, saved, path):
+    def load_state_dict(self, saved: dict, path) -> None:
         checkpoint.load_weights(self.net, saved["net"], path)
         checkpoint.load_weights(self.ema, saved["ema"], path)
         checkpoint.load_optimizer(self.optimizer, saved["optimizer"], path)
         self.step, self.skipped = saved["step"], saved["skipped"]
 
 
-def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ...]:
+def train_step(state: TrainState, model, images: torch.Tensor, config: Config, dist,
+               amp_dtype: torch.dtype | None) -> tuple[float, ...]:
     """One update on this process's images, uint8 (b, C, H, W) -> (loss, *terms, gradient norm),
     means over all processes. `model` is state.net, perhaps inside DDP or torch.compile."""
     objective, b = state.objective, len(images)
@@ -168,7 +169,7 @@ def train_step(state, model, images, config, dist, amp_dtype) -> tuple[float, ..
 
 
 @torch.no_grad()
-def update_ema(averages: list, values: list, decay, updates):
+def update_ema(averages: list, values: list, decay: float, updates: int) -> None:
     """average ← d average + (1 − d) value,  d = min(decay, (1 + n)/(10 + n)) after n updates.
     Neither paper has this warm-up of d. Without it, after a thousand steps at decay 0.9999, 90 % of
     the average is still the random start."""
@@ -176,7 +177,7 @@ def update_ema(averages: list, values: list, decay, updates):
 
 
 # ------------------------------------------------------------------ the loop
-def train(state, batches, dataset, config, run, dist, stop):
+def train(state: TrainState, batches, dataset, config: Config, run: RunFolder, dist, stop) -> None:
     """Train until the network has seen config.images images, or a signal asks to stop."""
     total_steps = config.images // config.batch_size
     amp_dtype = precision.autocast_dtype(config.precision, dist.device)

@@ -142,7 +142,7 @@ class UNet(nn.Module):
             if not zero_init and name.split(".")[-1] in ("conv2", "proj", "out_conv"):
                 layer.reset_parameters()
 
-    def forward(self, x, c):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         # Time is embedded in full precision even under bf16 autocast: bf16 rounds 999 to 1000.
         with torch.autocast(x.device.type, enabled=False):
             emb = timestep_embedding(c, *self.embedding).to(self.time_embed[0].weight.dtype)
@@ -162,7 +162,7 @@ class UNet(nn.Module):
         h = self.second_head(h.contiguous(), emb)
         return torch.cat([out, F.pixel_shuffle(h, self.patch)], dim=1)
 
-    def run(self, stage, emb, *maps):
+    def run(self, stage: "Stage", emb: Tensor, *maps: Tensor) -> Tensor:
         """Run a stage on concatenated maps. With `recompute`, backward() runs the stage again to
         get its inner maps: a third more work for a fraction of the memory."""
         if not (self.recompute and torch.is_grad_enabled()):
@@ -170,7 +170,7 @@ class UNet(nn.Module):
         return checkpoint(lambda *m: stage(torch.cat(m, dim=1), emb), *maps, use_reentrant=False)
 
 
-def lay_out(h: torch.Tensor) -> torch.Tensor:
+def lay_out(h: Tensor) -> Tensor:
     """Put channels last in memory if that is faster. It makes float32 convolutions on CPUs faster,
     but normalisation in bf16 slower. All later layers keep this layout."""
     slower = h.device.type != "cpu" or torch.is_autocast_enabled("cpu")
@@ -180,7 +180,7 @@ def lay_out(h: torch.Tensor) -> torch.Tensor:
 class Stage(nn.ModuleList):
     """Layers in sequence. The residual blocks among them also receive the time embedding."""
 
-    def forward(self, h, emb):
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         for layer in self:
             h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
         return h
@@ -205,7 +205,7 @@ class ResBlock(nn.Module):
         self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2),
                          "up": nn.Upsample(scale_factor=2)}[resample]
 
-    def forward(self, x, emb):
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         time = self.time(F.silu(emb))[:, :, None, None]  # (B, c_out or 2 c_out, 1, 1)
         if self.scale_shift:
@@ -229,7 +229,7 @@ class Attention(nn.Module):
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.proj = zero(nn.Conv2d(width, width, 1))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         # Channels are ordered [head][q, k, v][d], as in ADM. One contiguous() for all three: on
         # strided inputs scaled_dot_product_attention takes a slow path without a warning.
@@ -241,19 +241,19 @@ class Attention(nn.Module):
         return x + self.proj(h.transpose(2, 3).reshape(B, C, H, W))
 
 
-def attend(q, k, v):
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ/√d) v, each (B, heads, N, d)."""
     return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3) @ v
 
 
-def downsample(width, pad_end):
+def downsample(width: int, pad_end: bool) -> nn.Module:
     """Strided 3x3 convolution: H, W -> H/2, W/2. pad_end: pad only the right and lower edge."""
     pad = nn.ZeroPad2d((0, 1, 0, 1)) if pad_end else nn.Identity()
     conv = nn.Conv2d(width, width, 3, stride=2, padding=0 if pad_end else 1)
     return nn.Sequential(OrderedDict(pad=pad, conv=conv))
 
 
-def upsample(width):
+def upsample(width: int) -> nn.Module:
     """Nearest-neighbour doubling, then a 3x3 convolution: H, W -> 2H, 2W."""
     conv = nn.Conv2d(width, width, 3, padding=1)
     return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
@@ -266,7 +266,7 @@ def zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def timestep_embedding(c: Tensor, dim: int, sin_first=False, freq_shift=0) -> Tensor:
+def timestep_embedding(c: Tensor, dim: int, sin_first: bool = False, freq_shift: int = 0) -> Tensor:
     r"""c (B,) -> [cos(c w_j) | sin(c w_j)] (B, dim), or [sin | cos] with sin_first; w_j =
     10000^(−j/(half − freq_shift)), j < half = dim/2. In float64 (except on mps, which lacks it):
     angles reach 1000 radians, where float32 keeps only four decimals."""
@@ -278,7 +278,7 @@ def timestep_embedding(c: Tensor, dim: int, sin_first=False, freq_shift=0) -> Te
     return F.pad(torch.cat(parts, dim=1), (0, dim % 2))
 
 
-def describe():
+def describe() -> str:
     """One line per preset: name, image side, parameters."""
     with torch.device("meta"):
         return "\n".join(f"{name:14}{size['image_size']:4} px "

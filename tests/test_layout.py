@@ -109,6 +109,25 @@ def test_the_top_level_loads_papers_in_two_places_only():
     }
 
 
+# Arguments of many functions, each with one meaning everywhere; some may be of any class that has
+# the members in use. And functions whose result has no class of ours: a program, a set, a figure.
+PLAIN_NAMES = set(
+    "self cls denoiser space config dist dataset model net state run stop path device sets batches"
+    " argv make_objective config_class".split()
+)
+NO_RESULT = {"main", "load", "plot_gaps"}
+
+
+@pytest.mark.parametrize("path", TOP.values(), ids=label)
+def test_public_functions_have_type_hints(path):
+    for node in ast.walk(tree_of(path)):
+        for f in getattr(node, "body", ()) if isinstance(node, ast.Module | ast.ClassDef) else ():
+            if isinstance(f, ast.FunctionDef) and not f.name.startswith("_"):
+                bare = {a.arg for a in (*f.args.args, *f.args.kwonlyargs) if not a.annotation}
+                assert bare <= PLAIN_NAMES, f"{f.name}: {bare - PLAIN_NAMES}"
+                assert f.returns or f.name in NO_RESULT, f.name
+
+
 def closure(name):
     """The top-level files that a program reads, itself included."""
     found, new = set(), {name}
