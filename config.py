@@ -24,7 +24,6 @@ from support.cli import device_flag, flag, flag_name, require
 from support.run import check_run_name, run_name, settings_of
 
 PREDICTIONS = LOSS_SPACES = ("eps", "v", "x0", "edm")
-TIME_DISTRIBUTIONS = ("uniform", "lognormal")
 INHERITED = ("image_size", "channels", "schedule", "continuous", "betas", "prediction", "dropout",
              "etsdm", "etsdm_interval", "etsdm_n")  # by --init; flags change all but the first two
 
@@ -53,7 +52,6 @@ RECIPES = {
 
 by_preset = functools.partial(flag, shown="the preset's")  # which is in RECIPES or unet.PRESETS
 
-
 @dataclass
 class Config:
     data: str = flag("shapes", "shapes (built in), cifar10, or a path: folder or zip of images, "
@@ -66,14 +64,15 @@ class Config:
     workers: int = flag(2, "threads that decode images not kept in memory", resume=True, low=0)
 
     preset: str = flag("tiny", "network and recipe", choices=tuple(unet.PRESETS), group="model")
-    init: str = flag("", "start a new run from the network and averaged weights of this one",
+    init: str = flag("", "start from the network and averaged weights of RUN; --preset: the recipe",
                      metavar="RUN", resume=True)
     base: dict | None = None  # the settings of the --init run
     schedule: str = by_preset("linear", "noise schedule: " + ", ".join(schedules.SCHEDULES),
                               choices=schedules.SCHEDULES, metavar="NAME")
     continuous: bool = flag(False, "real-valued t, schedule in closed form")
     betas: tuple[float, float] | None = flag(None, "beta_1, beta_T", nargs=2, shown="1e-4 0.02")
-    prediction: str = by_preset("eps", "what the network predicts", choices=PREDICTIONS)
+    prediction: str = by_preset("eps", "what the network predicts; edm: edm, zero-terminal-snr: v",
+                                choices=PREDICTIONS)
     etsdm: bool = flag(False, "E-TSDM: share the time input near t = 0")
     etsdm_interval: float = flag(100.0, "... below this t")
     etsdm_n: int = flag(5, "... in this many equal parts")
@@ -86,7 +85,7 @@ class Config:
     loss_space: str | None = flag(None, "quantity that the plain loss measures",
                                   choices=LOSS_SPACES, shown="that of --prediction")
     train_times: str | None = flag(None, "distribution of t: uniform, or log-normal in the noise "
-                                   "level", choices=TIME_DISTRIBUTIONS,
+                                   "level", choices=("uniform", "lognormal"),
                                    shown="uniform; lognormal for --schedule edm")
 
     batch_size: int = by_preset(32, "global: over all processes", group="training", above=0)
@@ -95,7 +94,7 @@ class Config:
     recompute: bool = flag(False, "activation checkpointing: a fraction of the memory, a third "
                            "more time, the same gradients", resume=True)
     images: int = by_preset(41_600, "train until this many were seen", resume=True, above=0)
-    steps: int = flag(0, "the same as --images STEPS x BATCH_SIZE", resume=True)
+    steps: int = flag(0, "the same as --images STEPS x BATCH_SIZE", shown="--images", resume=True)
     optimizer: str = by_preset("adam", "adam, as in both papers; muon: orthogonalised momentum for "
                                "weight matrices, Adam for the rest", choices=("adam", "muon"))
     lr: float = by_preset(2e-4, "learning rate of Adam", resume=True, above=0)
@@ -141,7 +140,7 @@ papers/."""
         """Defaults that depend on the flags `given`: --preset, --init, --schedule and others."""
         base = settings_of(given["init"], "init") if given.get("init") else {}
         if any(base.get(k) for k in ("autoencoder", "factor", "latent", "remap", "head")):
-            raise ValueError(f"--init {given['init']} is not a model of train.py, or imported")
+            raise ValueError(f"--init {given['init']} is neither a model of train.py nor imported")
         preset = given.get("preset", base.get("preset", "tiny"))
         net, values = unet.PRESETS[preset], dict(RECIPES[preset])
         values.update(image_size=net["image_size"], dropout=net.get("dropout", 0.0), preset=preset)
@@ -164,7 +163,7 @@ papers/."""
         require(self, "steps", "steps" not in self.given or self.steps > 0, "must be above 0")
         self.check_divisible()
         require(self, "images", self.images >= self.batch_size,
-                f"is less than one batch of {self.batch_size}")
+                f"must be at least one batch, --batch-size {self.batch_size}")
         require(self, "sa_k", 1 <= self.sa_k <= self.T, f"must be 1 to {self.T}")
         edm = self.schedule == "edm"
         for name, useless, why in (
@@ -239,7 +238,8 @@ papers/."""
              f"sampling begin at t = {self.T - 1}"),
             (self.sa_k > 1 and not self.sa_weight,
              f"--sa-weight 0 leaves only the plain loss, also for --sa-k {self.sa_k}"),
-            (self.etsdm and self.etsdm_n == self.etsdm_interval and not self.continuous,
+            (self.etsdm and self.etsdm_n == self.etsdm_interval
+             and not (self.continuous or self.schedule == "edm"),
              f"--etsdm-n {self.etsdm_n} gives each timestep its own part: nothing is shared"),
             ("microbatch" in self.given and self.microbatch >= b,
              f"--microbatch {self.microbatch} has no effect: a process has {b} images"),

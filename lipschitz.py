@@ -130,7 +130,7 @@ def measure_slope(config: LipschitzConfig, name: str, denoiser: Denoiser, x0: Te
     """Measure a run and print a line -> rows of the table, edges of the run's sub-intervals."""
     s, dt, time = denoiser.settings, config.dt, "t" if config.perturb else "dt"
     how = dict(seed=config.seed, batch_size=config.batch_size, label=name)
-    if getattr(config, time) % 1 and not s["continuous"]:
+    if getattr(config, time) % 1 and not denoiser.schedule.continuous:
         raise ValueError(f"--{time} must be a whole number: {name} is not a --continuous run")
     if config.perturb:
         k = displacements(denoiser, x0, config.scales, config.t, **how).numpy()
@@ -139,7 +139,7 @@ def measure_slope(config: LipschitzConfig, name: str, denoiser: Denoiser, x0: Te
     # Trained times (discrete: from 1 on): dense up to 120 dt, then even in log t, and each edge.
     edges = np.linspace(0, s["etsdm_interval"], s["etsdm_n"] + 1) if s["etsdm"] else np.zeros(0)
     low, high = losses.time_range(denoiser.schedule, denoiser.prediction)
-    low *= not s["continuous"]
+    low *= not denoiser.schedule.continuous
     last = min(high - dt, config.max_t) // dt * dt
     if last < low:
         raise ValueError(f"--max-t {config.max_t:g} and --dt {dt:g} leave no t from {low:g} on")

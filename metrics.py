@@ -42,7 +42,6 @@ MIN_IMAGES = 10_000  # with fewer, a score depends more on N than on the images;
 
 
 # ------------------------------------------------------------------ formulas
-
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray,
                      sigma2: np.ndarray) -> float:
     r"""‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of arrays (D,), (D, D); at least 0.
@@ -100,7 +99,6 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------ sets of images
-
 class Generated:
     """Images of a run, sampled on request: image i is sample.py's image i of this seed."""
     names = None  # psnr cannot pair them
@@ -184,16 +182,16 @@ def open_sets(sources: list[str], config, dist) -> list:
     if len(shapes) > 1:
         raise ValueError(f"{' and '.join(sources)}: images of different shapes cannot be compared ("
                          + " and ".join("x".join(map(str, s)) for s in shapes)
-                         + "): give --image-size, or --channels")
+                         + ")" + ": give --image-size, or --channels" * (not all(runs)))
     return sets
 
 
 # ------------------------------------------------------------------ the four programs
-
 def fid(sets, config, dist) -> dict:
     """The Fréchet distance of two sets -> a report."""
     known = all(isinstance(s, features.Statistics) for s in sets)
-    net = features.network_of(sets) if known else features.open_network(config, dist)
+    net = (features.network_of(sets, dist) if known else
+           features.open_network(config, dist, sets))
     a, b = both = [features.statistics(s, net, config.batch_size, dist) for s in sets]
     value = features.on_main(dist, sets, frechet_distance, a.mu, a.sigma, b.mu, b.sigma)
     warnings = features.warn_network(net, [s.precision for s in both])
@@ -205,7 +203,7 @@ def score(sets, config, dist) -> dict:
     """The Inception Score of one set -> a report."""
     images = sets[0]  # too few are refused here, not after they were sampled
     features.on_main(dist, sets, inception_score, torch.zeros(images.n, 1))
-    net = features.open_network(config, dist)
+    net = features.open_network(config, dist, sets)
     logits = features.gather_logits(images, net, config.batch_size, dist)  # on rank 0, in order
     mean, std = features.on_main(dist, sets, inception_score, logits)
     warnings = features.warn_network(net, [net.precision])
@@ -230,14 +228,13 @@ def compare_pairs(sets, config, dist) -> dict:
 
 def save_statistics(sets, config, dist) -> dict:
     """stats A OUT.npz: save μ and Σ in pytorch-fid's form, with their settings -> a report."""
-    net = features.open_network(config, dist)
+    net = features.open_network(config, dist, sets)
     found = features.statistics(sets[0], net, config.batch_size, dist)
     dist.on_main(lambda: files.save_npz(config.out, **found.arrays()))
     return features.report("statistics", None, f"in {config.out.resolve()}", net, sets, [])
 
 
 # ------------------------------------------------------------------ flags
-
 @dataclass
 class MetricsConfig(samplers.SamplerConfig):
     metric: str = flag("", "what to calculate", choices=("fid", "is", "psnr", "stats"),
@@ -297,8 +294,11 @@ an .npz of statistics (mu, sigma; fid only), or a run, which is sampled on the f
         names = {f.name for f in fields(samplers.SamplerConfig)} - {"device"} | {"seed"}
         if stored and self.metric != "psnr" and not self.features:  # these also apply to Inception
             names -= {"precision", "compile", "deterministic"}
+        if not stored:
+            names |= {"batch_size", "channels", "features", "image_size", "inception"}
         if not sampled and (unused := sorted(names & self.given)):
-            raise ValueError(f"{flag_name(unused[0])} is only for sampling a run: leave it out")
+            raise ValueError(f"{flag_name(unused[0])} is only for "
+                             + ("sampling a run" if stored else "images") + ": leave it out")
         if self.skip_bad_images and all(source in data.BUILT_IN for source in stored):
             raise ValueError("--skip-bad-images is only for folders and zips: leave it out")
         if self.num and not sampled and "shapes" not in stored:

@@ -57,7 +57,7 @@ def sample(denoiser, x: Tensor, sampler: str = "ddim", nfe: int = 50,
     r"""Sample: noise x (B, ...) -> x_0 (B, ...), with nfe network calls (heun: at most nfe).
 
     x                standard normal noise times initial_std()
-    spacing          a name for schedules.time_grid, or the times themselves (a falling tensor)
+    spacing          a name for schedules.time_grid, or the falling times (nfe then has no effect)
     eta              ddim: share of DDPM's fresh noise, from 0 (none) to 1 (DDPM)
     order            dpm-solver: 1, 2 or 3 (dpm-solver++ is always 2M)
     t_start, t_end   first and last time of the grid; t_start None: T
@@ -69,15 +69,17 @@ def sample(denoiser, x: Tensor, sampler: str = "ddim", nfe: int = 50,
     s_churn, ...     heun: EDM's S_churn, S_min, S_max, S_noise; its σ is σ/α
 
     UserWarning: heun leaves a call unused. ValueError, which names the flag: an argument is out of
-    range or has no effect on this sampler; or ε-prediction at ᾱ = 0, which gives no x_0.
+    range; eta, variance or s_churn has no effect on this sampler; or ε gives no x_0, at ᾱ = 0.
     """
     SamplerConfig(sampler=sampler, nfe=nfe, eta=eta, order=order, variance=variance, churn=s_churn,
                   churn_min=s_min, churn_max=s_max, churn_noise=s_noise).check()
+    if isinstance(variance, str) and variance in ESTIMATED:
+        raise ValueError(f"--variance {variance}: give a function of papers.covariance instead")
     schedule = denoiser.schedule
     times, calls = grid_for_nfe(schedule, sampler, nfe, spacing, t_end, t_start, denoise_to_zero)
     if calls != nfe:
         warnings.warn(UNUSED_CALL.format(calls, nfe), stacklevel=3)  # 3: the caller's line
-    if times[0] > initial_time(denoiser):
+    if times[0] > initial_time(denoiser) and schedule.alpha_bar(times[0]) == 0:
         raise ValueError(f"eps-prediction has no x_0 at t = {times[0]:g}, where alpha_bar = 0 in "
                          f"{schedule.name}: lower t_start, or predict v or x0")
     noise = noise or (lambda shape: torch.randn(shape, dtype=x.dtype, device=x.device))
@@ -234,8 +236,9 @@ def singlestep_plan(schedule: Schedule, times: Tensor, order: int,
                     equal: bool = False) -> tuple[Tensor, list[int]]:
     """(times, orders) for dpm_solver(): an update of order o spans o steps and costs o calls.
 
-    As many updates of full order as fit, then the rest: 10 steps are 3 + 3 + 3 + 1. Inner points
-    are grid points. With `equal`, times are new: updates, and parts of one, are equally long in λ.
+    As many updates of full order as fit, then the rest: 10 steps are 3 + 3 + 3 + 1 (9: 3 + 3 + 2 +
+    1). Inner points are grid points. With `equal`, times are new: updates, and parts of one, are
+    equally long in λ.
     An update in which λ stands still (ᾱ = 0, clipped log SNR) becomes steps of order 1.
     """
     no_signal = int((schedule.lam(times)[:-1] == -math.inf).sum())
@@ -343,7 +346,7 @@ class SamplerConfig:
         (times, nfe), variance = self.grid(denoiser), self.variance
         # Fresh noise at every step also moves x̂_0 out of the data's range: without the clip, the
         # colours of all images can drift. EDM's churn settings were tuned without a clip.
-        noisy = self.sampler == "ddpm" or self.eta > 0 or variance is not None
+        noisy = self.sampler == "ddpm" or self.eta > 0 or variance not in (None, "small")
         clip = denoiser.value_range if self.clip == "on" or self.clip == "auto" and noisy else None
         if self.clip == "on" and clip is None:
             raise ValueError("--clip on: latents have no range to clip to; use --clip off")
@@ -357,14 +360,15 @@ class SamplerConfig:
 
     def warnings(self, denoiser) -> list[str]:
         """Lines about what is other than the flags lead one to expect."""
-        calls, steps = self.grid(denoiser)[1], self.nfe - 1
+        (times, calls), steps = self.grid(denoiser), self.nfe - 1
         lines = [UNUSED_CALL.format(calls, self.nfe)] * (calls != self.nfe)
         if (start := initial_time(denoiser)) < denoiser.schedule.T:
             lines.append(f"sampling begins at t = {start}: at T, eps gives no x_0")
         if steps == 0:
             lines += [f"{flag_name(name)} has no effect: a single network call makes no step"
                       for name in ("spacing", "eta", "order", "variance") if name in self.given]
-        elif self.sampler == "dpm-solver" and steps < self.order:
-            lines.append(f"--order {self.order} needs {self.order + 1} calls, the last for x_0: "
-                         f"with --nfe {self.nfe} it is order {steps}")
+        elif self.sampler == "dpm-solver":
+            top = max(singlestep_plan(denoiser.schedule, times, self.order)[1])
+            lines += [f"--order {self.order} needs more calls: with --nfe {self.nfe} the highest "
+                      f"order is {top}"] * (top < self.order)
         return lines

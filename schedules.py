@@ -11,7 +11,7 @@ Time t is a real number in [0, T]. t = 0 is clean data, the integers 1..T are DD
 of log ᾱ over 0..T, with linear interpolation between integers. A continuous schedule is a closed
 form in u = t/T. The logarithm keeps both ends exact: 1 − ᾱ = −expm1(log ᾱ) has all its digits at
 t = 1e-9, and log 0 is −∞. With edm, x_t is the usual x_t of the same SNR, divided by √ᾱ. Only
-alpha_sigma() and step_variances() depend on this.
+alpha_sigma(), step_variances() and samplers.initial_std() depend on this.
 
 Not here: the network's time input (etsdm.py), reverse steps (samplers.py).
 
@@ -43,14 +43,12 @@ class Schedule:
 
     variance_exploding   α = 1 (edm) instead of α² + σ² = 1: x, α and σ are divided by √ᾱ. λ, its
                          inverse and ᾱ = 1/(1 + σ²) depend only on the SNR and stay the same
-    prior_std            std of the noise that replaces x_T: 1, or EDM's σ(T) = 80
     """
 
     def __init__(self, name, T, continuous, log_alpha_bar, inverse, variance_exploding=False):
         self.name, self.T, self.continuous = name, T, continuous
         self._log_alpha_bar, self._inverse = log_alpha_bar, inverse
         self.variance_exploding = variance_exploding
-        self.prior_std = SIGMA_MAX if variance_exploding else 1.0
 
     def log_alpha_bar(self, t: Tensor | float) -> Tensor:
         return self._log_alpha_bar(torch.as_tensor(t, dtype=torch.float64))
@@ -147,8 +145,8 @@ def discrete_form(name: str, T: int, image_size: int, betas: tuple) -> Form:
 def log_product(beta: Tensor) -> Tensor:
     """β_1..β_T -> log ᾱ over 0..T. A sum of log1p(−β) keeps the digits that 1 − β rounds away."""
     if beta.max() >= 1:
-        raise ValueError(f"beta reaches {beta.max():.4g} with T = {len(beta)}, and must stay below "
-                         "1: use a larger T")
+        raise ValueError(f"--betas: beta reaches {beta.max():.4g} with T = {len(beta)}, and must "
+                         "stay below 1: lower the second value, or use a larger T")
     return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-beta).cumsum(0)])
 
 

@@ -97,8 +97,8 @@ def oracle(mixture: Mixture, schedule: Schedule, prediction: str = "eps",
 
 def shared_times(interval: float, n: int,
                  continuous: bool = False) -> Callable[[Tensor], list[Tensor]]:
-    """times(c) for E-TSDM: the times of the sub-interval that begins at c. These are its integers
-    (with 1 for 0) or, in continuous time, 16 midpoints."""
+    """times(c) for E-TSDM: the times of the sub-interval that begins at c. These are c, c + 1, ...
+    (1 replaces 0, so the first part has it twice) or, in continuous time, 16 midpoints."""
     width = interval / n
     if continuous:
         offsets = (torch.arange(16, dtype=torch.float64) + 0.5) / 16 * width

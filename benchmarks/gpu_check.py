@@ -665,4 +665,5 @@ if __name__ == "__main__":
         args = types.SimpleNamespace(**json.loads(task))
         (side if args.side else WORKERS[args.worker])(args)
     else:
-        sys.exit(main())
+        from support.programs import run_main
+        run_main(lambda: sys.exit(main()))

@@ -36,7 +36,7 @@ import torch
 
 import losses
 import train
-from config import TIME_DISTRIBUTIONS, Config
+from config import Config
 from schedules import add_noise, expand
 from support.cli import flag, require
 from support.programs import ignore_write_errors, run_main
@@ -153,7 +153,7 @@ class AlternativeConfig(Config):
     # Config has this flag too; here it has one more choice.
     train_times: str | None = flag(None, "distribution of t: uniform in t, uniform in the --remap, "
                                    "or log-normal in the noise level",
-                                   choices=(*TIME_DISTRIBUTIONS, "remap"),
+                                   choices=("uniform", "lognormal", "remap"),
                                    shown="uniform; lognormal for --schedule edm")
 
     unused: ClassVar[tuple] = ("init",)

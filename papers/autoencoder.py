@@ -306,7 +306,8 @@ class ReconstructConfig:
                 raise ValueError(f"--out {self.out}: {folder} exists already. Choose a new folder")
 
     def originals(self):
-        return self.out.with_name(f"{self.out.name}-original")
+        out = self.out if self.out.name else self.out.resolve()  # . has no name
+        return out.with_name(f"{out.name}-original")
 
 
 @torch.no_grad()

@@ -312,7 +312,7 @@ def refuse_others(config, only, where):
 
 
 # ------------------------------------------------------------------ a run
-def import_run(source, name, schedule="linear", steps=1000, image_size=None, heads=None,
+def import_run(source, name, schedule=None, steps=None, image_size=None, heads=None,
                head_channels=None):
     """Convert a file or folder into runs/NAME -> (lines that describe it, "small" or "large").
     ValueError, OSError: one line that begins with the source or a flag."""
@@ -326,6 +326,9 @@ def import_run(source, name, schedule="linear", steps=1000, image_size=None, hea
         if is_state(weights) and any("time_embedding.linear_1." in k for k in weights):
             known = diffusers_network(config)
             image_size = image_size or config.get("sample_size")
+            if scheduler and (schedule or steps):
+                raise ValueError("its scheduler_config.json records the schedule and the steps: "
+                                 f"leave out {'--schedule' if schedule else '--steps'}")
             if scheduler:
                 schedule, prediction, variance = diffusers_schedule(scheduler)
         net, kind = convert(weights, known.get("head_channels"))
@@ -334,6 +337,9 @@ def import_run(source, name, schedule="linear", steps=1000, image_size=None, hea
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     if heads or head_channels:
+        if kind != GUIDED or heads and head_channels:
+            raise ValueError("--heads or --head-channels: give one, and only for guided- or "
+                             "improved-diffusion")
         size.update(heads=heads or 1, head_channels=head_channels)
     try:
         module = unet.UNet(**size)
@@ -341,10 +347,11 @@ def import_run(source, name, schedule="linear", steps=1000, image_size=None, hea
         raise ValueError(f"{source}: its sizes do not fit: {error}") from error
     for state in (ema, net):
         checkpoint.load_weights(module, state, source, "the sizes that its keys show")
+    schedule = schedule or "linear"
     values = configs.Config(
         preset=preset_of(size), schedule=schedule, prediction=prediction, name=name, data="",
         image_size=size["image_size"], channels=size["in_channels"], dropout=size["dropout"])
-    settings = {**values.settings(), "unet": size, "imported": True, "T": steps}
+    settings = {**values.settings(), "unet": size, "imported": True, "T": steps or 1000}
     folder.mkdir(parents=True)
     checkpoint.save_checkpoint(folder / "checkpoint.pt", dict(
         settings=settings, net=net, ema=ema, optimizer={}, step=0, skipped=0, processes=1,
@@ -392,9 +399,10 @@ class ImportConfig:
     file: str = flag("", "weights of another program, or a folder of diffusers; with --to, a run",
                      positional="FILE_OR_FOLDER", group="checkpoint")
     name: str = flag("", "folder under runs/", shown="the file's name")
-    schedule: str = flag("linear", "noise schedule of the training; a diffusers folder records it",
-                         choices=("linear", "cosine"))
-    steps: int = flag(1000, "number T of DDPM steps in training (improved-diffusion: 4000)")
+    schedule: str | None = flag(None, "noise schedule of the training; a diffusers folder records "
+                                "it", choices=("linear", "cosine"), shown="linear")
+    steps: int | None = flag(None, "number T of DDPM steps in training (improved-diffusion: 4000)",
+                             shown="1000")
     image_size: int | None = flag(None, "side in pixels", shown="from the attention levels")
     heads: int | None = flag(None, "attention heads per layer", shown="the program's default")
     head_channels: int | None = flag(None, "channels per attention head, instead of --heads",

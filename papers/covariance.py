@@ -260,9 +260,9 @@ def estimate(run, config, dist):
     path = dist.on_main(checkpoint.find_checkpoint, run)
     denoiser = load_run(path, config.weights)
     s, out, name = denoiser.settings, path.parent.resolve() / "analytic.npz", path.parent.name
+    source = config.data or data.require_local(s["data"], name)
     dataset = dist.main_first(lambda: data.load(
-        config.data or s["data"], s["image_size"], s["channels"], config.seed, skip_bad=True,
-        progress=dist.is_main))
+        source, s["image_size"], s["channels"], config.seed, skip_bad=True, progress=dist.is_main))
     n = min(config.num, len(dataset))
     dist.print0(f"{name}, step {denoiser.step}, {config.weights} weights: {n} of "
                 f"{dataset.summary}")

@@ -33,9 +33,9 @@ import unet
 from papers import pages
 from papers.alternatives import REMAPS
 from papers.plans import BUDGETS, SETS, Experiment, Numbers, Plan, Row
-from papers.plans import begins_with, data_name, forward_flops, typed
+from papers.plans import TESTED, begins_with, data_name, forward_flops, own_side, typed
 from support import inception, jobs, readers
-from support.cli import flag, parse_into
+from support.cli import flag, flag_name, parse_into
 from support.programs import run_main
 
 RESULTS = Path("results")
@@ -372,7 +372,7 @@ class ExperimentsConfig:
                               choices=(*(p for p in unet.PRESETS if p != "tiny"), *SETS))
     sa_weight: float | None = flag(None, "paper: the weight λ of SA-k; sa-table4 has its own",
                                    shown="1")
-    test: str | None = flag(None, "etsdm-sr: originals, to shrink and enlarge", metavar="DATA",
+    test: str | None = flag(None, "super-resolution: originals to enlarge", metavar="DATA",
                             shown="those of --data")
     out: Path = flag(RESULTS, "where the page goes; it replaces one of the same name",
                      metavar="DIR")
@@ -419,19 +419,16 @@ results/numbers.csv keeps each number next to its command."""
             raise ValueError("--seeds must be at least 1, and --workers not negative")
         if self.features and self.inception:
             raise ValueError("--features replaces Inception: give it or --inception, not both")
-        if self.test and self.name not in ("etsdm-sr", "all"):
-            raise ValueError("--test names the images of etsdm-sr: leave it out")
+        if self.test and self.name not in (*TESTED, "all"):
+            raise ValueError(f"--test names the images of {', '.join(TESTED)}: leave it out")
         if self.image_size and self.budget != "cpu":
-            raise ValueError("--image-size goes with --budget cpu: the other budgets have the "
-                             "sizes of their presets")
+            raise ValueError("--image-size goes with --budget cpu: others have their presets' size")
         if not paper and (self.preset or self.sa_weight is not None):
-            raise ValueError("--preset and --sa-weight go with --budget paper: the other budgets "
-                             "have one network, and weight 1")
+            raise ValueError("--preset and --sa-weight go with --budget paper: others use λ = 1")
         if self.sa_weight is not None and not self.sa_weight > 0:
             raise ValueError("--sa-weight must be above 0: 0 is the base model")
         if paper and self.name == "all":
-            raise ValueError("--budget paper: experiments have different images and networks. Name "
-                             "one experiment (see list)")
+            raise ValueError("--budget paper: images and networks differ. Name one experiment")
         for name in ("features", "inception"):
             if (path := getattr(self, name)) and not path.is_file():
                 raise ValueError(f"--{name} {path}: no such file")
@@ -445,6 +442,12 @@ results/numbers.csv keeps each number next to its command."""
                              "each set needs a different one")
         if self.name in names[2:]:
             e = declare(self.budget)[self.name]
+            for flag_, useless in (
+                    ("image_size", own_side(e)), ("features", e.score == "is"),
+                    ("sa_weight", self.name.startswith(("etsdm", "sa-table4"))),
+                    ("rows", e.program), ("columns", e.program)):
+                if useless and getattr(self, flag_):
+                    raise ValueError(f"{flag_name(flag_)} has no effect here: leave it out")
             for flag_, labels in (("rows", [row.label for row in e.rows]), ("columns", e.columns)):
                 for word in getattr(self, flag_):
                     if not any(begins_with(label, [word]) for label in labels):
@@ -460,6 +463,11 @@ def plan_all(names, experiments, config):
         for plan in found[name]:
             plan.cells  # noqa: B018  (this makes the jobs)
     return found, todo
+
+
+def measured(plans):
+    """Whether each number of these plans is known."""
+    return [key in plan.numbers.rows for plan in plans for key in plan.cells.values()]
 
 
 def hours(todo, budget):
@@ -490,7 +498,8 @@ def main(argv=None):
     found, todo = plan_all(names, experiments, config)
     if config.page:
         for name in names:
-            pages.write_page(name, experiments[name], found[name], config)
+            if config.name != "all" or any(measured(found[name])):
+                pages.write_page(name, experiments[name], found[name], config)
         return
     left = jobs.needed(list(todo.values()))
     if config.dry_run:
@@ -512,7 +521,7 @@ def main(argv=None):
                                 jobs.Machine(config.workers, logs=CACHE / "logs"))
     finally:  # what is complete gets its page, even if the rest failed
         for name in names:
-            if all(key in plan.numbers.rows for plan in found[name] for key in plan.cells.values()):
+            if (known := measured(found[name])) and all(known):
                 pages.write_page(name, experiments[name], found[name], config)
     if not complete:
         print("stopped: run the same command to go on")

@@ -87,7 +87,7 @@ def export_diffusers(run, folder):
     others += ["rescaled steps"] * (settings["T"] != 1000)
     if others:
         raise ValueError(f"{run}: a run with {others[0]} has no counterpart in diffusers")
-    if size["channel_mult"][0] != 1 or not size.get("head_channels") and heads != {1}:
+    if size["channel_mult"][0] != 1 or not size.get("head_channels", 64) and heads != {1}:
         raise ValueError(f"{run}: no UNet2DModel has these widths and heads")
     if folder.exists():
         raise FileExistsError(f"--to diffusers {folder}: it exists already. Choose another folder")

@@ -86,8 +86,9 @@ class HeadConfig(Config):
             values["images"] = given["steps"] * given.get("batch_size", values["batch_size"])
         return values
 
-    def check_divisible(self):
-        pass  # the trunk exists
+    def check_divisible(self):  # the trunk exists
+        if not self.data:
+            raise ValueError("--data is needed: the trunk's images are not known")
 
     def network(self):
         return dict(self.base["unet"], second_head=self.head_size, dropout=0.0)

@@ -39,7 +39,7 @@ from losses import mean_square, simple_loss, time_range
 from metrics import frechet_distance
 from schedules import add_noise
 from support import distributed, features, files, measure, rng
-from support.cli import flag, parse_into
+from support.cli import flag, parse_into, require
 from support.device import double
 from support.programs import run_main
 
@@ -102,6 +102,13 @@ def standard_error(values):
 def measure_late(config, name, denoiser, x0, net):
     """Measure one run -> {(measure, low, high): jackknife values}."""
     low, high = time_range(denoiser.schedule, denoiser.prediction)
+    if len(x0) < 4:
+        raise ValueError(f"--data must have 4 images or more, not {len(x0)}")
+    require(config, "t_start", config.t_start <= high, f"must be at most {high} for {name}")
+    if any(t % 1 for t in config.edges) and not denoiser.schedule.continuous:
+        raise ValueError(f"--edges must be whole numbers: {name} is not a --continuous run")
+    if config.clip and denoiser.value_range is None:
+        raise ValueError("--clip has no effect on latents, which have no range: leave it out")
     edges = [low, *(t for t in config.edges if low < t < high), high]
     how, N, late = dict(seed=config.seed, batch_size=config.batch_size), len(x0), config.t_start
     loss = loss_by_t(denoiser, x0, edges, label=name, **how)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from papers.plans import data_name, typed
+from papers.plans import TESTED, data_name, own_side, typed
 from samplers import SamplerConfig
 from support import files
 
@@ -241,7 +241,8 @@ def describe_numbers(e, plans, config, sets, found):
                   + (f"{config.test}, shrunk and enlarged." if config.test else
                      "the training set, shrunk and enlarged.")]
     lines += [] if e.program else [describe_sampler(e)]
-    lines += [f"Images of {config.image_size}×{config.image_size}."] * bool(config.image_size)
+    side = None if own_side(e) else config.image_size
+    lines += [f"Images of {side}×{side}."] * bool(side)
     lines += ["The networks sampled in bf16."] * (config.precision == "bf16" and not e.program)
     if e.program and plans[0].runs and len(plans) > 1:
         lines += [f"The figure shows {data_name(sets[0])}, seed 0."]
@@ -258,8 +259,10 @@ def describe_sampler(e):
         return ""
     name = names.pop().split()[-1]
     name = name.upper() if name in ("ddim", "ddpm") else name.capitalize()
-    clipped = all("--clip" in words for words in flags)
-    return f"Sampled with {name}" + (", x̂_0 clipped to [-1, 1]." if clipped else ".")
+    usual = "on" if name == "DDPM" else "off"  # what --clip auto is
+    clips = {dict(pairwise(words)).get("--clip", usual) for words in flags}
+    how = {"on": "clipped to [-1, 1]", "off": "not clipped"}[clips.pop()] if len(clips) == 1 else ""
+    return f"Sampled with {name}" + f", x̂_0 {how}" * bool(how) + "."
 
 
 def page_text(name, e, plans, config, found):
@@ -306,6 +309,6 @@ def page_command(name, config):
         words += [f"--{flag}", *getattr(config, flag)] * bool(getattr(config, flag))
     for flag in ("image_size", "preset", "sa_weight", "test", "features", "inception"):
         given = getattr(config, flag)
-        if given and (flag != "test" or name == "etsdm-sr"):
+        if given and (flag != "test" or name in TESTED):
             words += [f"--{flag.replace('_', '-')}", str(given)]
     return shlex.join(["python", "-m", "papers.experiments", name, *words, "--data", *config.data])

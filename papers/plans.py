@@ -55,6 +55,7 @@ BUDGETS = {
                 gamma=1000, batch_size=500),
     "paper": dict(n=50_000, enlarged=1000, gamma=50_000, batch_size=500),
 }
+TESTED = ("etsdm-sr", "etsdm-colour", "etsdm-sr-pictures")  # they take --test
 # What --precision bf16 adds to every command that samples. On a CPU with matrix units (AMX) this is
 # more than twice as fast. Distances changed by 0.3 and 0.02 % (docs/lab-notebook.md).
 FAST = ("--precision", "bf16", "--compile")
@@ -284,8 +285,9 @@ class Plan:
     def out(self, row, column):
         """The folder of this cell's images; their grid has the same name with .png."""
         parts = [self.name(row.run), *(f.lstrip("-") for f in self.flags(row, column))]
-        if split_program(row.run)[0] == "papers.superres" and self.options.test:
-            parts.append(data_name(self.options.test))
+        if split_program(row.run)[0] == "papers.superres":
+            parts += [data_name(self.options.test)] if self.options.test else []
+            parts += ["picture"] * (self.e.score == "picture")  # of fewer images: another folder
         return self.cache / "-".join(parts)
 
     def commands(self, row, column, flags, name, side):
@@ -395,6 +397,11 @@ def split_program(run):
 def start_of(run):
     """The run that this one starts from, or None."""
     return next((word for word in run if isinstance(word, tuple)), None)
+
+
+def own_side(e):
+    """True if an experiment sets the side of its images itself."""
+    return any("--image-size" in str(row.run) for row in e.rows)
 
 
 def command(program, *args):

@@ -147,7 +147,7 @@ class LowResInputs:
         try:
             # The small size first, because the reader pads IDX images up to the requested size.
             self.images = data.load(source, small, s["channels"])
-            self.shrunk = source in data.BUILT_IN or self.images.sizes != {(small, small)}
+            self.shrunk = source == "shapes" or self.images.sizes != {(small, small)}
             if self.shrunk:
                 self.images = data.load(source, full, s["channels"])
         except (ValueError, OSError) as error:  # drop advice that is for train.py
@@ -281,8 +281,12 @@ def colour_bias(results, originals):
     names = sorted(path.name for path in Path(results).glob("*.png"))
     if not names or names != sorted(path.name for path in Path(originals).glob("*.png")):
         raise ValueError(f"RESULTS {results}: it must hold PNGs with the same names as {originals}")
-    shifts = [np.subtract(*(np.asarray(Image.open(Path(folder) / name), dtype=float)
-                            for folder in (results, originals))).mean((0, 1)) for name in names]
+    shifts = []
+    for name in names:
+        a, b = (np.asarray(Image.open(Path(x) / name), float) for x in (results, originals))
+        if a.shape != b.shape:
+            raise ValueError(f"RESULTS {results}: {name} has another shape than in {originals}")
+        shifts.append((a - b).mean((0, 1)))
     return float(np.abs(shifts).mean()), len(names)
 
 

@@ -57,15 +57,24 @@ class FeatureNetwork:
         return f"{other}({self.network})" if self.network else other
 
 
-def open_network(config, dist):
-    """Open the network of --features, else Inception (--inception, --precision, --compile) ->
-    FeatureNetwork."""
+def open_network(config, dist, sets):
+    """Open the network of --features, else Inception (--inception, --precision, --compile), for
+    these sets -> FeatureNetwork. ValueError: see check_sets()."""
+    net = open_own(config, dist) if config.features else open_inception(config, dist)
+    return check_sets(sets, net, dist)
+
+
+def open_inception(config, dist):
+    """open_network() without --features."""
+    net, digest = dist.main_first(lambda: inception.open_net(config.inception, dist.device))
+    net = precision.for_inference(net.fold(), dist.device, config.precision, config.compile)
+    return FeatureNetwork(net, INCEPTION, digest, "bilinear to 299x299 without antialiasing",
+                          config.precision)
+
+
+def open_own(config, dist):
+    """open_network() with --features."""
     path = config.features
-    if path is None:
-        net, digest = dist.main_first(lambda: inception.open_net(config.inception, dist.device))
-        net = precision.for_inference(net.fold(), dist.device, config.precision, config.compile)
-        return FeatureNetwork(net, INCEPTION, digest, "bilinear to 299x299 without antialiasing",
-                              config.precision)
     digest = dist.on_main(lambda: hashlib.sha256(path.read_bytes()).hexdigest())
     net = dist.main_first(lambda: open_exported(path, dist.device))
 
@@ -77,7 +86,27 @@ def open_network(config, dist):
                              f"images; for {len(images)} it returned {what}")
         return out.flatten(1), out.flatten(1)  # the Inception Score uses them as logits
 
-    return FeatureNetwork(call, path.name, digest, "none")
+    # bf16 does not reach this network, and TF32 all of the program.
+    rounds = "tf32" if config.precision == "tf32" else "fp32"
+    return FeatureNetwork(call, path.name, digest, "none", rounds)
+
+
+def check_sets(sets, net, dist):
+    """Return net. ValueError, before anything is sampled: too few images, statistics of another
+    network, or a run in training that the processes opened at different steps."""
+    for s in sets:
+        if isinstance(s, Statistics):
+            if s.sha256 and s.sha256 != net.sha256:
+                raise ValueError(f"{s.source} has statistics of {s.network} (SHA-256 "
+                                 f"{s.sha256[:12]}), not of {net.network} ({net.sha256[:12]}): "
+                                 "they cannot be compared")
+        elif s.n < 2:
+            raise ValueError(f"{s.source}: a covariance needs at least 2 images, not {s.n}")
+        elif run := getattr(s, "denoiser", None):
+            if dist.any(run.hash != dist.broadcast(run.hash)):
+                raise ValueError(f"{s.source} changed while it was read. Is it in training? Try "
+                                 "again")
+    return net
 
 
 def open_exported(path, device):
@@ -182,16 +211,9 @@ def image_batches(images, batch_size, dist, label):
 
 
 def statistics(images, net, batch_size, dist):
-    """Statistics of a set of images over all processes; those of a file stay unchanged. ValueError:
-    fewer than two images, or a file of another network."""
+    """Statistics of a set of images over all processes; those of a file stay unchanged."""
     if isinstance(images, Statistics):
-        if images.sha256 and images.sha256 != net.sha256:
-            raise ValueError(f"{images.source} has statistics of {images.network} (SHA-256 "
-                             f"{images.sha256[:12]}), not of {net.network} "
-                             f"({net.sha256[:12]}): they cannot be compared")
         return images
-    if images.n < 2:
-        raise ValueError(f"{images.source}: a covariance needs at least 2 images, not {images.n}")
     sums = None
     for _, batch in image_batches(images, batch_size, dist, images.source):
         f = net(batch)[0]
@@ -237,10 +259,11 @@ def read_statistics(source):
     return Statistics(source, mu, sigma, **found)
 
 
-def network_of(files):
-    """The network that files of statistics name. Without images it need not run."""
+def network_of(files, dist):
+    """The network that files of statistics name. Without images it need not run. ValueError: the
+    files name different ones."""
     known = [(f.network, f.sha256) for f in files if f.sha256] or [(None, None)]
-    return FeatureNetwork(None, *known[0], "as in the files")
+    return check_sets(files, FeatureNetwork(None, *known[0], "as in the files"), dist)
 
 
 def check_output(path):
@@ -324,13 +347,14 @@ def warn_statistics(both, few):
 
 
 def warn_network(net, precisions):
-    """Warnings about weights other than Inception's published file, and about bf16."""
+    """Warnings about weights other than Inception's published file, and about precision."""
     found = []
     if net.network == INCEPTION and net.sha256 != inception.SHA256:
         found.append(f"these weights are not the published file ({inception.SHA256[:12]}...): "
                      "compare only with scores by the same weights")
     if any(kind != "fp32" for kind in precisions):
-        found.append("features in bf16" + " on one side only" * (len(set(precisions)) > 1)
+        names = " and ".join(sorted({*precisions} - {"fp32"}))
+        found.append(f"features in {names}" + " on one side only" * (len(set(precisions)) > 1)
                      + ": compare only with scores of the same precision")
     return found
 

@@ -104,7 +104,8 @@ class RunFolder:
             return False
         seen = step * batch_size
         self.dist.print0(f"this run is finished, at step {step}. To train longer: --images "
-                         f"{2 * seen} (any number above {seen}); to start again: another --name.\n"
+                         f"{2 * seen} (at least {seen + batch_size}); to start again: another "
+                         f"--name.\n"
                          f"next: {next_command}")
         return True
 

@@ -511,9 +511,10 @@ def test_a_few_per_cent_look_like_little(values, scale):
 @pytest.mark.parametrize(
     "flags, columns, text",
     [
-        ((), experiments.calls(5), "Sampled with DDPM."),
+        ((), experiments.calls(5), "Sampled with DDPM, x̂_0 clipped to [-1, 1]."),
+        (("--clip", "off"), experiments.calls(5), "Sampled with DDPM, x̂_0 not clipped."),
         (("--clip", "on"), experiments.calls(5), "Sampled with DDPM, x̂_0 clipped to [-1, 1]."),
-        (("--sampler", "heun"), experiments.calls(5), "Sampled with Heun."),
+        (("--sampler", "heun"), experiments.calls(5), "Sampled with Heun, x̂_0 not clipped."),
         ((), experiments.named(experiments.DDPM, 5) | experiments.named(experiments.DDIM, 5), ""),
     ],
 )

@@ -351,8 +351,9 @@ NOTES = {  # of training; of sampling, the flags begin with --sampler or --nfe
     "--warmup 10": "the run has 2",
     "--workers 3": "--workers has no effect",
     "--skip-bad-images": "--skip-bad-images has no effect",
-    "--sampler dpm-solver --nfe 2": "with --nfe 2 it is order 1",
-    "--sampler dpm-solver --nfe 3 --order 3": "--order 3 needs 4 calls",
+    "--sampler dpm-solver --nfe 2": "with --nfe 2 the highest order is 1",
+    "--sampler dpm-solver --nfe 3 --order 3": "--order 3 needs more calls",
+    "--sampler dpm-solver --nfe 4": "with --nfe 4 the highest order is 2",
     "--sampler heun --nfe 4": "it makes 3 of the 4 calls",
     "--nfe 1 --sampler ddim --eta 0.5": "--eta has no effect",
     "--nfe 1 --spacing logsnr --variance large": "--variance has no effect",
@@ -376,7 +377,7 @@ def test_ordinary_commands_have_no_notes(place, capsys):
     ):
         good, printed = outcome(program, argv, capsys)
         assert good and "note:" not in printed
-    config = parse("sample.py", "--sampler dpm-solver --nfe 4")
+    config = parse("sample.py", "--sampler dpm-solver --nfe 5")
     assert config.warnings(denoiser.load_run("r")) == []
 
 

@@ -27,7 +27,7 @@ REFUSED = {
         --etsdm --etsdm-interval 1500 | --etsdm-interval
         --etsdm --etsdm-interval nan | --etsdm-interval
         --etsdm --etsdm-interval 0 | --etsdm-interval
-        --images 3 | --images is less than one batch
+        --images 3 | --images must be at least one batch, --batch-size 32, not 3
         --images 100 --steps 2 | --steps and --images both set the length
         --steps 0 | --steps must be above 0, not 0
         --lr -1 | --lr must be above 0
@@ -46,7 +46,7 @@ REFUSED = {
         --name a/b | --name 'a/b' must be a plain name
         --name .. | --name '..' must be a plain name
         --init base --image-size 16 | --image-size is that of --init base
-        --init sr | --init sr is not a model of train.py, or imported
+        --init sr | --init sr is neither a model of train.py nor imported
         --init none | no run none""",
     "papers.alternatives": """
         --lipschitz-reg 0 | --lipschitz-reg must be above 0
@@ -167,6 +167,10 @@ REFUSED = {
         -n 0 | --num must be at least 1
         --batch-size 0 | --batch-size must be at least 1
         --seed -1 | --seed must be""",
+    "papers.late": """
+        base --data one.npy | --data
+        base --data four.npy --t-start 2000 | --t-start must be at most 1000 for base
+        base --data four.npy --edges 2.5 2.7 | --edges must be whole numbers""",
     "papers.classifier": """
         nowhere | .*nowhere.*: no such file
         set --out x.pt | --out x.pt must be a .pt2
@@ -183,6 +187,11 @@ REFUSED = {
     "papers.experiments": """
          | NAME is missing
         none | there is no experiment none
+        etsdm-sr --image-size 64 | --image-size has no effect here
+        sa-table2 --features page.pt | --features has no effect here
+        etsdm-figure1 --rows plain | --rows has no effect here
+        sa-figure4 --columns less | --columns has no effect here
+        etsdm-table1 --budget paper --data a/ --sa-weight 3 | --sa-weight has no effect here
         sa-table1 --seeds 0 | --seeds must be at least 1
         sa-table1 --features a --inception b | --features .*: give it or --inception
         sa-table1 --features none.pt2 | --features none.pt2: no such file
@@ -225,6 +234,7 @@ def place(trained):
         }.items():
             Path(name).parent.mkdir(exist_ok=True)
             Path(name).write_text(content, encoding="utf-8")
+        np.save("four.npy", np.zeros((4, 8, 8, 3), np.uint8))
         np.save("one.npy", np.zeros((1, 8, 8, 3), np.uint8))
         yield
 

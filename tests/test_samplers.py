@@ -187,7 +187,9 @@ def test_an_oracle_of_one_image_gives_it_back_exactly(kwargs, schedule):
 
     bare = SimpleNamespace(schedule=schedule, predict=predict)
     for nfe in (1, 2, 3, 7, 13, 21, 40):
-        out = samplers.sample(bare, schedule.prior_std * normal(1, 12), nfe=nfe, **kwargs)
+        out = samplers.sample(
+            bare, samplers.initial_std(schedule) * normal(1, 12), nfe=nfe, **kwargs
+        )
         assert_close(out, x0, rtol=1e-9, atol=1e-9)
 
 
@@ -482,7 +484,7 @@ def test_heun_is_edms_algorithm(name, churn):
     schedule, mixture, points = schedules.make_schedule(name, continuous=True), toy.two_bumps(), 18
     times = schedules.time_grid(schedule, points, "logsnr")
     (alpha, sigma), noises = schedule.alpha_sigma(times), normal(points, 5, 1)
-    x = schedule.prior_std * normal(5, 1, seed=1)
+    x = samplers.initial_std(schedule) * normal(5, 1, seed=1)
     levels = [*(sigma / alpha).tolist(), 0.0]
     low, high = 0.05, 100.0 if name == "edm" else levels[1] * 1.001
 
