@@ -16,7 +16,7 @@ alpha_sigma(), step_variances() and samplers.initial_std() depend on this.
 Not here: the network's time input (etsdm.py), reverse steps (samplers.py).
 
     python -c "import schedules; print(schedules.make_schedule('cosine').alpha_sigma(500))"
-    python -m papers.figures schedules      # log SNR over t, and E-TSDM's figure A9
+    python -m papers.figures schedules      # log SNR over t, and E-TSDM's figures A8, A9
 
 ᾱ (alpha_bar) signal power; λ (lam) = log(α/σ), half the log signal-to-noise ratio (SNR);
 β_t = 1 − ᾱ(t)/ᾱ(t−1); β̃ (beta_tilde) the variance of q(x_next | x_t, x_0). All values are float64

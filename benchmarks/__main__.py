@@ -257,7 +257,7 @@ def sampling(report, config):
             steps = (nfe + 1) // 2 if name == "heun" else nfe
             sides["theirs"] = plain_side("peer_sampler", B, steps, theirs, their_arguments,
                                          threads=1)
-        times = compare(sides, 9)
+        times = compare(sides, config.rounds)
         if "lean" in times:
             report.add("four passes over memory, the least that DDIM can be", times["lean"],
                        unit=unit)
