@@ -1,6 +1,7 @@
 """autoencoder.py against torch.distributions, against its own pieces, and on images to learn."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,6 +230,11 @@ def test_on_shapes_it_has_not_seen_noise_costs_what_the_header_says():
 
 
 # ---- the programs (resuming: test_systems.py; refusals: test_refusals.py)
+
+
+def test_a_folder_without_a_name(here):
+    config = autoencoder.ReconstructConfig(out=Path("."))
+    assert config.originals() == here.with_name(f"{here.name}-original")
 
 
 def test_reconstructions_and_their_psnr(runs, capsys):

@@ -395,6 +395,13 @@ def test_other_diffusers_are_refused(here, monkeypatch, words, config, scheduler
     assert not (here / "runs").exists()
 
 
+@pytest.mark.parametrize("words", ["--schedule cosine", "--steps 500", "--heads 2"])
+def test_what_diffusers_records_is_not_replaced(here, words):
+    diffusers_folder(here / "hf", "google")
+    refused(f"hf {words}", rf"^(hf: .*leave out )?{words.split()[0]}\b")
+    assert not (here / "runs").exists()
+
+
 def test_damaged_or_missing_parts_of_diffusers(here, monkeypatch):
     (here / "empty").mkdir()
     refused("empty", "^empty: neither this folder nor its unet/ has a diff")

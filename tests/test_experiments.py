@@ -259,6 +259,21 @@ def test_some_rows_and_columns_only(here):
     assert cells.items() <= whole[0]["etsdm-table2"][0].cells.items()
 
 
+def test_pictures_and_scores_have_their_own_folders(here):
+    """Both enlarge, and could do so at once."""
+    found = experiments.plan_all(
+        names := ["etsdm-sr", "etsdm-sr-pictures"],
+        experiments.declare("cpu"),
+        options(f"{names[0]} --data shapes"),
+    )[0]
+    psnr, picture = (found[name][0] for name in names)
+    rows, columns = psnr.e.rows[:2], psnr.e.columns
+    outs = [
+        {plan.out(row, column) for row in rows for column in columns} for plan in (psnr, picture)
+    ]
+    assert not outs[0] & outs[1]
+
+
 # ------------------------------------------------------------------ numbers
 
 

@@ -10,7 +10,8 @@ import denoiser as D
 import train
 from config import Config
 from conftest import SMALL
-from papers import checkpoints
+from papers import checkpoints, covariance
+from programs import parse
 from support.cli import parse_into
 from test_checkpoints import sa  # noqa: F401  (a fixture)
 
@@ -51,6 +52,10 @@ def test_imported_networks_keep_their_count(sa, here):  # noqa: F811
     d = D.load_run("tuned")
     assert d.settings["imported"] and d.net.input_blocks[1][0].norm1.eps == 1e-6
     assert d.time_input_at(torch.tensor([1.0, 21.0, 40.0, 1000.0])).tolist() == [0, 20, 20, 999]
+    with pytest.raises(ValueError, match="^--data is needed"):  # the file names no images
+        parse("papers.heads", "npr sa")
+    with pytest.raises(OSError, match="^sa was trained on"):
+        covariance.main(["sa", "-n", "2"])
     train.main([*SMALL, "--init", "sa", "--name", "plain"])
     assert D.load_run("plain").time_input_at(1000.0) == 999
 

@@ -182,7 +182,7 @@ def test_perturbation_of_a_linear_oracle(prediction, t):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a baseline, one with E-TSDM, and a continuous one of another size."""
+    """A folder with a baseline, one with E-TSDM, a continuous one of another size, and EDM."""
     folder = tmp_path_factory.mktemp("lipschitz")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -191,6 +191,7 @@ def trained(tmp_path_factory):
             "base",
             "shared --etsdm --etsdm-interval 20 --etsdm-n 4",
             "real --etsdm --continuous --channels 1",
+            "edm --schedule edm",
         ):
             train.main([*TINY, "--steps", "3", "--name", *words.split()])
     return folder
@@ -257,6 +258,11 @@ def test_program_fractions_of_a_step(measure, capsys):
     assert all(-t % 20 <= 0.25 for t in nonzero)
     count = re.search(r"exactly 0 at (\d+) of (\d+) t", capsys.readouterr().out)
     assert count[1] == count[2] and int(count[1]) > 100
+
+
+def test_the_time_of_edm_is_real(measure):
+    """As with --continuous, which that schedule refuses."""
+    assert column(measure("edm -n 1 --dt 0.5 --max-t 2"), "t") == [0, 0.5, 1, 1.5, 2]
 
 
 def test_program_perturbs(measure, capsys):

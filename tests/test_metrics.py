@@ -561,6 +561,30 @@ def test_inception_by_path(here, measure, call, weights):
     assert measure("is ten.npy --inception random.pth")["value"] == 1.0  # one image in each part
 
 
+def test_what_does_not_fit_is_refused_before_sampling(here, monkeypatch):
+    """Statistics of another network; a run in training that processes opened at different steps."""
+    monkeypatch.setattr(metrics.Generated, "batch", lambda *a: pytest.fail("sampled already"))
+    of = dict(mu=np.zeros(192), sigma=np.eye(192), network="other.pt2", sha256="b" * 64)
+    np.savez("other.npz", **of)
+    words = "-n 2 --nfe 1 --features means.pt2"
+    refused(f"fid mine other.npz {words}", "other.npz has statistics of other.pt2")
+    refused(f"fid mine lone.npy {words}", "lone.npy: a covariance needs at least 2 images")
+    real = distributed.Distributed.broadcast
+
+    def other(self, value):
+        return "hash of rank 0" if isinstance(value, str) else real(self, value)
+
+    monkeypatch.setattr(distributed.Distributed, "broadcast", other)
+    refused(f"fid mine a {words}", "mine changed while it was read. Is it in training? Try again")
+
+
+@pytest.mark.parametrize("precisions, text", [("tf32 tf32", "tf32:"), ("tf32 fp32", "tf32 on one")])
+def test_precisions_are_named(precisions, text):
+    net = features.FeatureNetwork(None, "net.pt2", "a" * 64, "none", "tf32")
+    (line,) = features.warn_network(net, precisions.split())
+    assert line.startswith(f"features in {text}")
+
+
 @pytest.mark.slow
 def test_bf16_features_are_near_and_say_what_they_are(here, measure, call, weights):
     call("stats few.npy half.npz --precision bf16 --inception random.pth")
@@ -669,6 +693,9 @@ REFUSED = {  # `+` stands for --features means.pt2
     "is a --seed 1 +": "--seed is only for sampling a run",
     "is a --weights raw +": "--weights is only for sampling a run",
     "is a --sampler ddpm +": "--sampler is only for sampling a run",
+    "fid s.npz s.npz +": "--features is only for images",
+    "fid s.npz s.npz --image-size 7": "--image-size is only for images",
+    "fid s.npz s.npz --batch-size 3": "--batch-size is only for images",
     "fid a b -n 2 +": "--num is only for a run or shapes: other sets are used whole",
 }
 

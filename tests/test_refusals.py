@@ -35,6 +35,7 @@ REFUSED = {
         --lr nan | --lr must be above 0, not nan
         --muon-lr 0.1 --optimizer adam | --muon-lr has no effect without --optimizer muon
         --betas 0.0015 0.0195 | --betas needs another --schedule
+        --schedule linear --betas 1e-4 1.5 | --betas: beta reaches 1.5 with T = 1000
         --ema 1.5 | --ema must be at least 0 and below 1
         --dropout 1 | --dropout must be at least 0 and below 1
         --image-size 90000 | --image-size must be above 0 and below 8193

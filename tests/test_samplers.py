@@ -599,6 +599,8 @@ def test_estimated_variances_come_from_the_run(kind, monkeypatch):
         assert arguments["clip"] == (-1.0, 1.0), "they add noise"
         samplers.sample_from_seeds(run_of(), [0], **arguments)
     assert asked == [(kind, True, 0.0), (kind, False, 0.0), (kind, False, 0.5)]
+    with pytest.raises(ValueError, match=f"^--variance {kind}: give a function"):
+        samplers.sample(run_of(), torch.zeros(1, 1), "ddpm", variance=kind)
 
 
 def test_clip_is_the_value_range():
@@ -608,6 +610,7 @@ def test_clip_is_the_value_range():
             "": True,
             "--sampler ddim --eta 1": True,
             "--sampler ddim": False,
+            "--sampler ddim --variance small": False,  # no fresh noise: as without the flag
         }.items():
             assert flags(words).arguments(denoiser)["clip"] == (value_range if clip else None)
             assert flags(f"{words} --clip off").arguments(denoiser)["clip"] is None

@@ -106,6 +106,10 @@ def test_colour_bias(here, capsys):
     assert f"colour bias {12 / 6:.3f} of 255 levels | 2 pairs" in capsys.readouterr().out
     superres.main(["colour", "out", "out-original", "--json"])
     assert json.loads(capsys.readouterr().out) == {"metric": "colour bias", "value": 2.0}
+    Image.new("RGB", (4, 4)).save("out/1.png")
+    refused(
+        "^RESULTS out: 1.png has another shape", superres.main, ["colour", "out", "out-original"]
+    )
     Path("out/1.png").unlink()
     refused("^RESULTS out: it must hold PNGs", superres.main, ["colour", "out", "out-original"])
     refused("^RESULTS ORIGINALS: give two folders, not 1", superres.main, ["colour", "out"])
