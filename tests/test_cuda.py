@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ENV
+from conftest import ENV, ROOT, run_program
 from emulated import emulated, waits
 from programs import main_of, parse
 from torch.testing import assert_close
@@ -377,6 +377,11 @@ def check_a_gpu(folder, *flags):
     return subprocess.run(
         words, cwd=folder, env=ENV, capture_output=True, encoding="utf-8", timeout=1300
     ).stdout
+
+
+def test_a_bad_flag_of_the_gpu_check_is_one_line():
+    done = run_program("-m", "benchmarks.gpu_check", "--budget", "0", cwd=ROOT, status=2)
+    assert "error: --budget must be above 0" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
