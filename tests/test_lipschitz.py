@@ -182,16 +182,16 @@ def test_perturbation_of_a_linear_oracle(prediction, t):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a baseline, one with E-TSDM, a continuous one of another size, and EDM."""
+    """A folder with EDM, a baseline, one with E-TSDM, and a continuous one of another size."""
     folder = tmp_path_factory.mktemp("lipschitz")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("support.run.RunFolder.save_preview", lambda *inputs: None)
         for words in (
+            "edm --schedule edm",
             "base",
             "shared --etsdm --etsdm-interval 20 --etsdm-n 4",
             "real --etsdm --continuous --channels 1",
-            "edm --schedule edm",
         ):
             train.main([*TINY, "--steps", "3", "--name", *words.split()])
     return folder
