@@ -382,7 +382,7 @@ def test_a_signal_breaks_off_the_wait_for_images_and_the_run_is_saved(
 
     def send():
         until = time.time() + 30
-        while (not waiting or len(steps) < before) and time.time() < until:
+        while (len(waiting) < 2 or len(steps) < before) and time.time() < until:
             time.sleep(0.05)
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
