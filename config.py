@@ -71,7 +71,7 @@ class Config:
                               choices=schedules.SCHEDULES, metavar="NAME")
     continuous: bool = flag(False, "real-valued t, schedule in closed form")
     betas: tuple[float, float] | None = flag(None, "beta_1, beta_T", nargs=2, shown="1e-4 0.02")
-    prediction: str = by_preset("eps", "what the network predicts; edm: edm, zero-terminal-snr: v",
+    prediction: str = by_preset("eps", "network output (schedule edm: edm; zero-terminal-snr: v)",
                                 choices=PREDICTIONS)
     etsdm: bool = flag(False, "E-TSDM: share the time input near t = 0")
     etsdm_interval: float = flag(100.0, "... below this t")
