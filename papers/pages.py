@@ -138,7 +138,7 @@ def scale_axis(axes, e):
     bottom, top = axes.dataLim.intervalx
     if e.score in ("fid", "colour") and np.isfinite(top):
         wide = top > 30 * bottom > 0
-        axes.set(**{"xscale": "log"} if wide else {"xlim": (0, 1.05 * top)})
+        axes.set(**{"xscale": "log"} if wide else {"xlim": (0, 1.05 * top or 1)})
 
 
 def plot_table(figure, e, plans, found):
