@@ -64,7 +64,7 @@ class Config:
     workers: int = flag(2, "threads that decode images not kept in memory", resume=True, low=0)
 
     preset: str = flag("tiny", "network and recipe", choices=tuple(unet.PRESETS), group="model")
-    init: str = flag("", "start from the network and averaged weights of RUN; --preset: the recipe",
+    init: str = flag("", "new run with the network and averaged weights of RUN; --preset: recipe",
                      metavar="RUN", resume=True)
     base: dict | None = None  # the settings of the --init run
     schedule: str = by_preset("linear", "noise schedule: " + ", ".join(schedules.SCHEDULES),

@@ -126,8 +126,9 @@ class Stored:
     notes = ()
 
     def __init__(self, source: str, size, channels, config, progress: bool):
-        self.source, self.images = source, data.load(
-            source, size, channels or 3, skip_bad=config.skip_bad_images, progress=progress)
+        self.source = source
+        self.images = data.load(source, size, channels or 3, skip_bad=config.skip_bad_images,
+                                progress=progress)
         endless = len(self.images) >= data.INFINITE
         self.n = (config.num or MIN_IMAGES) if endless else len(self.images)
         self.summary, self.shape = self.images.summary, tuple(self.images[0].shape)
@@ -190,8 +191,7 @@ def open_sets(sources: list[str], config, dist) -> list:
 def fid(sets, config, dist) -> dict:
     """The Fréchet distance of two sets -> a report."""
     known = all(isinstance(s, features.Statistics) for s in sets)
-    net = (features.network_of(sets, dist) if known else
-           features.open_network(config, dist, sets))
+    net = features.network_of(sets, dist) if known else features.open_network(config, dist, sets)
     a, b = both = [features.statistics(s, net, config.batch_size, dist) for s in sets]
     value = features.on_main(dist, sets, frechet_distance, a.mu, a.sigma, b.mu, b.sigma)
     warnings = features.warn_network(net, [s.precision for s in both])

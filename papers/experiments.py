@@ -395,7 +395,7 @@ results/numbers.csv keeps each number next to its command."""
   python -m papers.experiments list
       all names, and their costs
   python -m papers.experiments sa-figure1
-      seconds; list tells what the others take
+      seconds; list prints what the others take
   python -m papers.experiments sa-table1 --seeds 3 --data fashion-mnist --channels 1
   python -m papers.experiments etsdm-figure4 --data shapes fashion-mnist photos/
       several data sets, one table each
@@ -422,9 +422,9 @@ results/numbers.csv keeps each number next to its command."""
         if self.test and self.name not in (*TESTED, "all"):
             raise ValueError(f"--test names the images of {', '.join(TESTED)}: leave it out")
         if self.image_size and self.budget != "cpu":
-            raise ValueError("--image-size goes with --budget cpu: others have their presets' size")
+            raise ValueError("--image-size goes with --budget cpu only: presets have a size")
         if not paper and (self.preset or self.sa_weight is not None):
-            raise ValueError("--preset and --sa-weight go with --budget paper: others use λ = 1")
+            raise ValueError("--preset and --sa-weight go with --budget paper only")
         if self.sa_weight is not None and not self.sa_weight > 0:
             raise ValueError("--sa-weight must be above 0: 0 is the base model")
         if paper and self.name == "all":

@@ -61,7 +61,8 @@ def open_network(config, dist, sets):
     """Open the network of --features, else Inception (--inception, --precision, --compile), for
     these sets -> FeatureNetwork. ValueError: see check_sets()."""
     net = open_own(config, dist) if config.features else open_inception(config, dist)
-    return check_sets(sets, net, dist)
+    check_sets(sets, net, dist)
+    return net
 
 
 def open_inception(config, dist):
@@ -92,8 +93,8 @@ def open_own(config, dist):
 
 
 def check_sets(sets, net, dist):
-    """Return net. ValueError, before anything is sampled: too few images, statistics of another
-    network, or a run in training that the processes opened at different steps."""
+    """Before anything is sampled, ValueError: too few images, statistics of another network, or a
+    run in training that the processes opened at different steps."""
     for s in sets:
         if isinstance(s, Statistics):
             if s.sha256 and s.sha256 != net.sha256:
@@ -106,7 +107,6 @@ def check_sets(sets, net, dist):
             if dist.any(run.hash != dist.broadcast(run.hash)):
                 raise ValueError(f"{s.source} changed while it was read. Is it in training? Try "
                                  "again")
-    return net
 
 
 def open_exported(path, device):
@@ -263,7 +263,9 @@ def network_of(files, dist):
     """The network that files of statistics name. Without images it need not run. ValueError: the
     files name different ones."""
     known = [(f.network, f.sha256) for f in files if f.sha256] or [(None, None)]
-    return check_sets(files, FeatureNetwork(None, *known[0], "as in the files"), dist)
+    net = FeatureNetwork(None, *known[0], "as in the files")
+    check_sets(files, net, dist)
+    return net
 
 
 def check_output(path):
