@@ -359,7 +359,7 @@ class SamplerConfig:
                     s_max=self.churn_max, s_noise=self.churn_noise)
 
     def warnings(self, denoiser) -> list[str]:
-        """Lines about what is other than the flags lead one to expect."""
+        """Lines about what one may not expect of these flags."""
         (times, calls), steps = self.grid(denoiser), self.nfe - 1
         lines = [UNUSED_CALL.format(calls, self.nfe)] * (calls != self.nfe)
         if (start := initial_time(denoiser)) < denoiser.schedule.T:
