@@ -36,9 +36,9 @@ LARGE = dict(PAPER, lr=1e-4, grad_clip=0.0, flip=True)  # flips are DDPM's, whic
 SUM = {n: dict(grad_clip=1 / n, adam_eps=1e-8 / n) for n in (3072, 12288)}
 RECIPES = {
     # Ours, for two minutes on a CPU. In this time, eps on linear gives fog, Adam grainy shapes.
-    "tiny": dict(PAPER, batch_size=32, images=22_400, schedule="cosine", prediction="v",
-                 optimizer="muon", lr=1e-2, lr_decay="linear", beta2=0.99, ema=0.99, warmup=20,
-                 sample_every=350, save_every=200),
+    "tiny": dict(PAPER, batch_size=24, images=15_840, schedule="cosine", prediction="v", ema=0.95,
+                 optimizer="muon", muon_momentum=0.9, lr=1e-2, lr_decay="linear", beta2=0.99,
+                 warmup=20, sample_every=660, save_every=330),
     "cifar10": dict(PAPER, batch_size=128, images=60_000_000, **SUM[3072]),
     "celeba64": dict(PAPER, batch_size=128, images=195_000_000, flip=True, **SUM[12288]),
     "celebahq256": dict(PAPER, batch_size=24, images=24_000_000, lr=2e-5, ema=0.999, grad_clip=0.0,
@@ -99,6 +99,7 @@ class Config:
                                "weight matrices, Adam for the rest", choices=("adam", "muon"))
     lr: float = by_preset(2e-4, "learning rate of Adam", resume=True, above=0)
     muon_lr: float = flag(0.02, "muon: learning rate of matrices", resume=True, above=0)
+    muon_momentum: float = by_preset(0.95, "muon: their momentum", resume=True, low=0, below=1)
     lr_decay: str = by_preset("none", "how the learning rates fall to 0 at the end of the run",
                               choices=("none", "linear", "cosine"))
     beta2: float = by_preset(0.999, "Adam's beta2", low=0, below=1)
@@ -165,18 +166,17 @@ papers/."""
         require(self, "images", self.images >= self.batch_size,
                 f"must be at least one batch, --batch-size {self.batch_size}")
         require(self, "sa_k", 1 <= self.sa_k <= self.T, f"must be 1 to {self.T}")
-        edm = self.schedule == "edm"
-        for name, useless, why in (
+        edm, adam = self.schedule == "edm", self.optimizer == "adam"
+        for names, useless, why in (
                 ("sa_weight", self.sa_k == 1, "requires --sa-k 2 or more"),
-                ("etsdm_interval", not self.etsdm, "has no effect without --etsdm"),
-                ("etsdm_n", not self.etsdm, "has no effect without --etsdm"),
+                ("etsdm_interval etsdm_n", not self.etsdm, "has no effect without --etsdm"),
                 ("betas", self.schedule.startswith(("cos", "edm")), "needs another --schedule"),
-                ("muon_lr", self.optimizer == "adam", "has no effect without --optimizer muon"),
+                ("muon_lr muon_momentum", adam, "has no effect without --optimizer muon"),
                 ("continuous", edm, "has no effect with --schedule edm, which is continuous"),
-                ("image_size", self.init, f"is that of --init {self.init}: leave it out"),
-                ("channels", self.init, f"is that of --init {self.init}: leave it out")):
-            if name in self.given and useless:
-                raise ValueError(f"{flag_name(name)} {why}")
+                ("image_size channels", self.init,
+                 f"is that of --init {self.init}: leave it out")):
+            if useless and (given := [name for name in names.split() if name in self.given]):
+                raise ValueError(f"{flag_name(given[0])} {why}")
         if self.etsdm:
             etsdm.check_sharing(self.etsdm_interval, self.etsdm_n, self.T)
         if edm and self.prediction != "edm":

@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from support.precision import GroupNorm
+
 # The papers' sizes, as arguments of UNet: SA-DPM's configuration files, E-TSDM's table A1. The
 # parameter counts are exact.
 DDPM = dict(sin_first=True, freq_shift=1, norm_eps=1e-6, pad_end=True, zero_init=False)
@@ -129,15 +131,15 @@ class UNet(nn.Module):
                 if level and i == res_blocks:
                     stage.append(res(width, width, "up") if resblock_updown else upsample(width))
                 self.output_blocks.append(Stage(stage))
-        self.out_norm = nn.GroupNorm(norm_groups, width)
+        self.out_norm = GroupNorm(norm_groups, width)
         self.out_conv = zero(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
         self.second_head = None
         if second_head:  # for NPR- and SN-DPM: another output layer, or a residual block and one
             self.second_head = Stage([res(width, width)] * (second_head == "block") + [
-                nn.GroupNorm(norm_groups, width), nn.SiLU(),
+                GroupNorm(norm_groups, width), nn.SiLU(),
                 zero(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))])
         for name, layer in self.named_modules():
-            if isinstance(layer, nn.GroupNorm):
+            if isinstance(layer, GroupNorm):
                 layer.eps = norm_eps
             if not zero_init and name.split(".")[-1] in ("conv2", "proj", "out_conv"):
                 layer.reset_parameters()
@@ -171,10 +173,8 @@ class UNet(nn.Module):
 
 
 def lay_out(h: Tensor) -> Tensor:
-    """Put channels last in memory if that is faster. It makes float32 convolutions on CPUs faster,
-    but normalisation in bf16 slower. All later layers keep this layout."""
-    slower = h.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-    return h if slower else h.contiguous(memory_format=torch.channels_last)
+    """On CPUs, put channels last in memory: convolutions are faster, and all layers keep it."""
+    return h.contiguous(memory_format=torch.channels_last) if h.device.type == "cpu" else h
 
 
 class Stage(nn.ModuleList):
@@ -195,10 +195,10 @@ class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, time_channels, dropout, scale_shift, norm_groups, resample):
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = nn.GroupNorm(norm_groups, c_in)
+        self.norm1 = GroupNorm(norm_groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(time_channels, 2 * c_out if scale_shift else c_out)
-        self.norm2 = nn.GroupNorm(norm_groups, c_out)
+        self.norm2 = GroupNorm(norm_groups, c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))  # the block starts as its skip
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
@@ -225,7 +225,7 @@ class Attention(nn.Module):
             raise ValueError(f"{width} channels do not divide into attention heads"
                              + f" of {head_channels}" * bool(head_channels))
         self.heads = width // head_channels if head_channels else heads
-        self.norm = nn.GroupNorm(norm_groups, width)
+        self.norm = GroupNorm(norm_groups, width)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.proj = zero(nn.Conv2d(width, width, 1))
 

@@ -43,14 +43,14 @@ from support.checkpoint import RUNS
 from support.cli import parse_into
 from support.jobs import Job
 
-# What every run of a budget has in common: flags for images, model and length; images that are
-# scored, and enlarged; images for Γ. The papers' own settings are the presets' recipes. The gpu
-# budget has SA-DPM's network for both papers. Training is in bf16 if the hardware has it; the
-# papers' is in fp32.
+# What every run of a budget has in common: flags for images, model and length; images scored,
+# enlarged, and for Γ. The papers' own settings are the presets' recipes. The gpu budget has
+# SA-DPM's network for both papers. Training is in bf16 if the hardware has it; the papers' in fp32.
 BUDGETS = {
     "cpu": dict(image=("--image-size", "16"), model=("--schedule", "linear", "--prediction", "eps"),
-                length=("--batch-size", "64", "--lr", "1e-3", "--optimizer", "muon", "--lr-decay",
-                        "linear"), tag="-muon", n=1000, enlarged=300, gamma=64, batch_size=250),
+                length=("--batch-size", "64", "--lr", "1e-3", "--optimizer", "muon",
+                        "--muon-momentum", "0.95", "--lr-decay", "linear", "--ema", "0.99"),
+                tag="-muon", n=1000, enlarged=300, gamma=64, batch_size=250),
     "gpu": dict(length=("--steps", "20000"), heads=("--steps", "20000"), n=10_000, enlarged=1000,
                 gamma=1000, batch_size=500),
     "paper": dict(n=50_000, enlarged=1000, gamma=50_000, batch_size=500),

@@ -12,9 +12,9 @@ and all biases. The learning rate rises over `warmup` steps. It can fall to 0 at
 Not here: gradients, or which optimizer a preset takes (config.py). torch.optim.Muon takes 2-D
 parameters only.
 
-    python -c "import torch, support.optimizers as o; print(o.orthogonalize(torch.eye(2)[None]))"
+    python -c "import torch, support.optimizers as o; print(o.orthogonalize([torch.eye(2)]))"
 
-P matrices of one shape are orthogonalised in one batch.
+P matrices with the same smaller side n are orthogonalised in one batch.
 """
 
 import math
@@ -26,19 +26,26 @@ EDGES = ("input_blocks.0.", "out_conv.", "time_embed.", "second_head.")  # of un
 
 
 def orthogonalize(matrices, steps=5):
-    """(P, rows, columns) float32 -> the same with singular values between about 0.7 and 1.2.
+    """P matrices (rows, columns) float32 whose smaller sides are all n -> list of the same with
+    singular values between about 0.7 and 1.2.
 
-    Newton-Schulz: X ← a X + (b XXᵀ + c (XXᵀ)²) X maps each singular value s to a s + b s³ + c s⁵
-    and needs no SVD. These a, b, c lift small values as fast as they can.
+    Newton-Schulz: X ← (a I + b XXᵀ + c (XXᵀ)²) X maps each singular value s to a s + b s³ + c s⁵
+    and needs no SVD. These a, b, c lift small values as fast as they can. The brackets are
+    polynomials of the first XXᵀ, so they commute. So all steps work on n × n matrices: A is the
+    present XXᵀ, Q the product of the brackets, and X is multiplied only once.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values <= 1
-    if tall := X.shape[1] > X.shape[2]:
-        X = X.mT  # the smaller XXᵀ
-    for _ in range(steps):
-        A = X @ X.mT  # then X ← a X + (b A + c A²) X, each sum of products in one call
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return X.mT if tall else X
+    X = [M if len(M) <= M.shape[1] else M.mT for M in matrices]  # n rows
+    A = torch.stack([x @ x.mT for x in X])  # (P, n, n)
+    norm = A.diagonal(dim1=1, dim2=2).sum(1).sqrt()[:, None, None] + 1e-7  # of X
+    A, one = A / norm**2, torch.eye(A.shape[1], device=A.device)  # singular values <= 1
+    Q = bracket = a * one + b * A + c * A @ A
+    for _ in range(steps - 1):
+        A = bracket @ A @ bracket
+        bracket = a * one + b * A + c * A @ A
+        Q = bracket @ Q
+    U = [q @ x for q, x in zip(Q / norm, X, strict=True)]
+    return [u if u.shape == M.shape else u.mT for u, M in zip(U, matrices, strict=True)]
 
 
 class Muon(torch.optim.Adam):
@@ -55,7 +62,7 @@ class Muon(torch.optim.Adam):
     def step(self):
         """Move all parameters once. The gradients of the matrices are gone afterwards."""
         matrices, _ = self.param_groups
-        shapes = defaultdict(list)
+        mu, batches = matrices["momentum"], defaultdict(list)  # one for each smaller side
         for p in matrices["params"]:
             if p.grad is None:
                 continue
@@ -63,14 +70,14 @@ class Muon(torch.optim.Adam):
                 self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
             self.state[p]["step"] += 1
             # M ← μ M + G; the update is G + μ M, Nesterov's look ahead
-            average = self.state[p]["exp_avg"].mul_(matrices["momentum"]).add_(p.grad)
-            update = p.grad.add(average, alpha=matrices["momentum"])
-            shapes[len(p), p[0].numel()].append((p, update))
+            average = self.state[p]["exp_avg"].mul_(mu).add_(p.grad)
+            update = p.grad.add(average, alpha=mu).flatten(1)  # (rows, columns)
+            batches[min(update.shape)].append((p, update))
             p.grad = None  # so that Adam leaves it alone
-        for (rows, columns), pairs in shapes.items():
-            X = orthogonalize(torch.stack([u.reshape(rows, columns) for _, u in pairs]))
-            for (p, _), u in zip(pairs, X, strict=True):  # W ← W − lr √max(1, rows/columns) U
-                p.sub_(u.reshape(p.shape), alpha=matrices["lr"] * max(1, rows / columns) ** 0.5)
+        for pairs in batches.values():
+            for (p, M), u in zip(pairs, orthogonalize([M for _, M in pairs]), strict=True):
+                scale = max(1, M.shape[0] / M.shape[1]) ** 0.5  # W ← W − lr √max(1, rows/columns) U
+                p.sub_(u.reshape(p.shape), alpha=matrices["lr"] * scale)
         super().step()
 
 
@@ -82,7 +89,7 @@ def make_optimizer(net, config):
         return torch.optim.Adam(named.values(), config.lr, betas, config.adam_eps, fused=True)
     hidden = {k: p for k, p in named.items() if p.dim() > 1 and not k.startswith(EDGES)}
     return Muon(hidden.values(), [p for k, p in named.items() if k not in hidden],
-                config.muon_lr, adam_lr=config.lr, betas=betas, eps=config.adam_eps)
+                config.muon_lr, config.muon_momentum, config.lr, betas, config.adam_eps)
 
 
 def rate_factor(config, step):
@@ -94,7 +101,10 @@ def rate_factor(config, step):
 
 
 def set_learning_rate(optimizer, config, step):
-    """Give each group of parameters its learning rate at `step`."""
+    """Give each group of parameters its learning rate at `step`, and Muon's its momentum: both may
+    change when a run resumes."""
     factor = rate_factor(config, step)
     for group in optimizer.param_groups:
-        group["lr"] = factor * (config.muon_lr if group.get("momentum") else config.lr)
+        group["lr"] = factor * config.lr
+        if group.get("momentum") is not None:  # matrices
+            group.update(lr=factor * config.muon_lr, momentum=config.muon_momentum)

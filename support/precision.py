@@ -56,6 +56,14 @@ def has_bf16_units(device):
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+class GroupNorm(torch.nn.GroupNorm):
+    """In float32 under autocast to bf16, too. CUDA's autocast does that itself. On CPUs it is the
+    faster way, since then the maps can have their channels last (unet.lay_out)."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
 def for_inference(net, device, precision="fp32", compiled=False):
     """Freeze a network and make it fast -> a function of the same arguments.
 

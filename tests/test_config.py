@@ -61,7 +61,7 @@ def test_what_may_change_on_resume():
     """How fast, how long, how often and where; never what is learnt, except for the learning rate
     and clipping, which the message about failed steps advises to change."""
     assert parse("train.py", "").may_change() == set(
-        "data name init steps images lr adam_eps muon_lr grad_clip microbatch recompute precision "
-        "device compile deterministic workers skip_bad_images sample_every save_every "
-        "save_minutes".split()
+        "data name init steps images lr adam_eps muon_lr muon_momentum grad_clip microbatch "
+        "recompute precision device compile deterministic workers skip_bad_images sample_every "
+        "save_every save_minutes".split()
     )

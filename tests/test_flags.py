@@ -77,7 +77,8 @@ TRAIN = table("""
     --seed 0 7 -1 | --workers 0 1 -1 | --skip-bad-images | --factor 2 4 3 | --downsamplings 1 2 9 |
     --head-size simple block large | --beta2 0.99 0 1 | --kl-weight 0.001 -1 |
     --latent-channels 2 0 | --data shapes images.npy nowhere page.zip | --sample-every 1 0 |
-    --save-every 1 0 | --optimizer adam muon sgd | --muon-lr 0.1 0 | --lr-decay none linear cosine
+    --save-every 1 0 | --optimizer adam muon sgd | --muon-lr 0.1 0 | --muon-momentum 0 0.9 1 |
+    --lr-decay none linear cosine
 """)
 SAMPLE = table("""
     --sampler ddpm ddim dpm-solver dpm-solver++ heun euler | --nfe 1 2 3 4 0 -5 |
@@ -93,7 +94,7 @@ DEFAULTS = table("""
     --warmup 100 20 | --dropout 0 | --factor 4 | --downsamplings 2 | --beta2 0.99 |
     --head-size simple | --grad-clip 1 0 | --precision auto | --ema 0.995 0.99 |
     --lr 0.001 0.01 | --seed 0 | --sa-k 1 | --channels 3 | --data shapes | --optimizer muon adam |
-    --lr-decay linear none
+    --lr-decay linear none | --muon-momentum 0.9
 """)
 
 
@@ -192,7 +193,8 @@ def without_effect(program, parts, printed):
         except (ValueError, OSError, SystemExit):
             continue  # without it the rest would not do: it matters
         usual = part[0] in DEFAULTS and part[1:] in ([], *([v] for v in DEFAULTS[part[0]]))
-        if same and part[0] not in printed and not usual:
+        undone = part[0].replace("--", "--no-", 1) in [later[0] for later in parts[i:]]  # --flip
+        if same and part[0] not in printed and not usual and not undone:
             idle.append(part)
     return idle
 
@@ -302,7 +304,8 @@ CHANGES = """--sa-k 2 | --sa-k 2 --sa-weight 0.3 | --sa-k 2 --sa-reuse | --etsdm
     | --prediction x0 | --loss-space x0 | --lipschitz-reg 30 | --dropout 0.3 | --flip
     | --precision bf16 | --grad-clip 0.001 | --lr 0.0001 | --beta2 0.5 | --warmup 5 | --seed 3
     | --batch-size 8 | --data images.npy | --schedule edm | --schedule zero-terminal-snr
-    | --optimizer muon | --optimizer muon --muon-lr 0.1 | --lr-decay cosine"""
+    | --optimizer muon | --optimizer muon --muon-lr 0.1 | --optimizer muon --muon-momentum 0.5
+    | --lr-decay cosine"""
 
 
 @pytest.mark.slow

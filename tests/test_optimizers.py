@@ -14,8 +14,8 @@ SIZE |= dict(attention_resolutions=(), head_channels=None)
 
 
 def config(**changes):
-    usual = dict(optimizer="muon", lr=1e-3, muon_lr=0.02, beta2=0.99, lr_decay="none", warmup=0)
-    usual["adam_eps"] = 1e-8
+    usual = dict(optimizer="muon", lr=1e-3, muon_lr=0.02, muon_momentum=0.95, beta2=0.99)
+    usual |= dict(adam_eps=1e-8, lr_decay="none", warmup=0)
     return SimpleNamespace(**{**usual, "images": 800, "batch_size": 8, **changes})
 
 
@@ -24,17 +24,44 @@ def test_the_update_keeps_singular_vectors_and_levels_singular_values(shape):
     torch.manual_seed(0)
     M = torch.randn(shape)
     U, s, V = torch.linalg.svd(M, full_matrices=False)
-    inside = U.mT @ orthogonalize(M) @ V.mT  # diagonal, if the singular vectors are the same
+    inside = U.mT @ torch.stack(orthogonalize(M)) @ V.mT  # diagonal: the same singular vectors
     values = inside.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(inside, torch.diag_embed(values), rtol=0, atol=1e-4)
     kept = values[s > 0.05 * s.amax()]  # tiny singular values grow more slowly
     assert 0.6 < kept.min() and kept.max() < 1.25
 
 
-def test_matrices_of_one_shape_in_a_batch_are_as_one_at_a_time():
-    M = torch.randn(5, 12, 30, generator=torch.Generator().manual_seed(1))
-    alone = torch.cat([orthogonalize(m[None]) for m in M])
-    torch.testing.assert_close(orthogonalize(M), alone, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (12, 12)])
+@pytest.mark.parametrize("rank", [12, 3])
+def test_newton_schulz_is_its_polynomial_of_the_singular_values(shape, rank):
+    """The textbook form, in float64: s ← a s + b s³ + c s⁵, five times. Ours multiplies only the
+    small products XXᵀ, in float32. With few directions in M, the others stay at zero."""
+    random = torch.Generator().manual_seed(1)
+    M = torch.randn(shape[0], rank, generator=random) @ torch.randn(
+        rank, shape[1], generator=random
+    )
+    U, s, V = torch.linalg.svd(M.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    expected = (U * s) @ V
+    torch.testing.assert_close(orthogonalize([M])[0].double(), expected, rtol=0, atol=1e-4)
+
+
+def test_matrices_with_the_same_smaller_side_in_a_batch_are_as_one_at_a_time():
+    random = torch.Generator().manual_seed(1)
+    M = [torch.randn(s, generator=random) for s in ((12, 30), (40, 12), (12, 12), (12, 13))]
+    for together, m in zip(orthogonalize(M), M, strict=True):
+        torch.testing.assert_close(together, orthogonalize([m])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_size_of_a_gradient_does_not_matter_and_zero_stays_zero():
+    """The last layer of each block starts at zero: in the first step no gradient passes it."""
+    M = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
+    zero, small, usual, large = orthogonalize([0 * M, 1e-4 * M, M, 1e6 * M])
+    assert torch.equal(zero, torch.zeros(6, 9))
+    torch.testing.assert_close(small, usual, rtol=0, atol=2e-3)  # 1e-7 guards the division
+    torch.testing.assert_close(large, usual, rtol=0, atol=1e-4)
 
 
 def test_muon_steps_by_its_formula():
@@ -46,7 +73,7 @@ def test_muon_steps_by_its_formula():
         p.grad = g.reshape(6, 2, 1, 1).clone()
         optimizer.step()
         average = 0.9 * average + g
-        expected = expected - 0.1 * 3**0.5 * orthogonalize((g + 0.9 * average)[None])[0]
+        expected = expected - 0.1 * 3**0.5 * orthogonalize([g + 0.9 * average])[0]
     torch.testing.assert_close(p.detach().reshape(6, 2), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -101,11 +128,14 @@ def test_resuming_gives_the_same_bits():
         assert torch.equal(p, q)
 
 
-def test_warm_up_and_decay():
-    optimizer = Muon([torch.nn.Parameter(torch.ones(2, 2))], [torch.nn.Parameter(torch.ones(2))])
+@pytest.mark.parametrize("momentum", [0.95, 0.0])
+def test_warm_up_and_decay(momentum):
+    matrix, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = Muon([matrix], [bias], momentum=0.5)
 
     def rates(step, **changes):
-        set_learning_rate(optimizer, config(**changes), step)
+        set_learning_rate(optimizer, config(muon_momentum=momentum, **changes), step)
+        assert [g["momentum"] for g in optimizer.param_groups] == [momentum, None]
         return [g["lr"] for g in optimizer.param_groups]
 
     assert rates(0, warmup=4) == [0.005, 0.00025] and rates(50, warmup=4) == [0.02, 0.001]

@@ -27,13 +27,15 @@ REFUSED = {
         --etsdm --etsdm-interval 1500 | --etsdm-interval
         --etsdm --etsdm-interval nan | --etsdm-interval
         --etsdm --etsdm-interval 0 | --etsdm-interval
-        --images 3 | --images must be at least one batch, --batch-size 32, not 3
+        --images 3 | --images must be at least one batch, --batch-size 24, not 3
         --images 100 --steps 2 | --steps and --images both set the length
         --steps 0 | --steps must be above 0, not 0
         --lr -1 | --lr must be above 0
         --lr inf | --lr must be above 0
         --lr nan | --lr must be above 0, not nan
         --muon-lr 0.1 --optimizer adam | --muon-lr has no effect without --optimizer muon
+        --muon-momentum 0.9 --optimizer adam | --muon-momentum has no effect without --optimizer
+        --muon-momentum 1 | --muon-momentum must be at least 0 and below 1
         --betas 0.0015 0.0195 | --betas needs another --schedule
         --schedule linear --betas 1e-4 1.5 | --betas: beta reaches 1.5 with T = 1000
         --ema 1.5 | --ema must be at least 0 and below 1

@@ -109,6 +109,20 @@ def test_images_do_not_see_their_batch_mates():
         assert_close(net(x[i : i + 1], c[i : i + 1]), whole[i : i + 1], rtol=1e-4, atol=1e-5)
 
 
+def test_under_autocast_maps_are_normalised_in_float32_with_channels_last():
+    """Convolutions run in bf16, GroupNorm in float32, and no layer gives up the layout."""
+    net, seen = unet.UNet(**unet.PRESETS["tiny"]), []
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.GroupNorm):
+            layer.register_forward_hook(lambda layer, _, out: seen.append((layer, out)))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(torch.randn(2, 3, 32, 32), torch.tensor([3.0, 700.0]))
+    for layer, out in seen:
+        norm = isinstance(layer, torch.nn.GroupNorm)
+        assert out.dtype == (torch.float32 if norm else torch.bfloat16)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_bf16_autocast_distinguishes_999_from_1000():
     """Under autocast the time embedding stays float32: bf16 rounds 999 and 1001 to 1000."""
     torch.manual_seed(0)
