@@ -158,7 +158,7 @@ def test_other_settings_are_another_run(no_grids):
     small("--steps", "2")
     message = "^--name: .*other settings .sa_k was 1 and is now 2"
     refused(message, small, "--steps", "2", "--sa-k", "2")
-    message = "ema was 0.99 and is now 0.5.*another --name"
+    message = "ema was 0.95 and is now 0.5.*another --name"
     refused(message, small, "--steps", "2", "--ema", "0.5")
     # What the message about non-finite losses advises must be possible.
     assert small("--steps", "3", "--lr", "1e-4", "--grad-clip", "0.5")["step"] == 3
