@@ -36,9 +36,9 @@ LARGE = dict(PAPER, lr=1e-4, grad_clip=0.0, flip=True)  # flips are DDPM's, whic
 SUM = {n: dict(grad_clip=1 / n, adam_eps=1e-8 / n) for n in (3072, 12288)}
 RECIPES = {
     # Ours, for two minutes on a CPU. In this time, eps on linear gives fog, Adam grainy shapes.
-    "tiny": dict(PAPER, batch_size=24, images=15_840, schedule="cosine", prediction="v", ema=0.95,
+    "tiny": dict(PAPER, batch_size=24, images=14_880, schedule="cosine", prediction="v", ema=0.95,
                  optimizer="muon", muon_momentum=0.9, lr=1e-2, lr_decay="linear", beta2=0.99,
-                 warmup=20, sample_every=660, save_every=330),
+                 warmup=20, sample_every=620, save_every=310),
     "cifar10": dict(PAPER, batch_size=128, images=60_000_000, **SUM[3072]),
     "celeba64": dict(PAPER, batch_size=128, images=195_000_000, flip=True, **SUM[12288]),
     "celebahq256": dict(PAPER, batch_size=24, images=24_000_000, lr=2e-5, ema=0.999, grad_clip=0.0,

@@ -75,7 +75,7 @@ def test_the_program_counts(drawings, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_first_run_looks_right(tmp_path, monkeypatch, capsys):
-    """What a newcomer sees: the README's two commands, with more samples. 94 % here. FIRST_RUN: the
+    """What a newcomer sees: the README's two commands, with more samples. 91 % here. FIRST_RUN: the
     folder of a run by the first of them, which .ci/run has made already."""
     monkeypatch.chdir(tmp_path)
     run = os.environ.get("FIRST_RUN")
