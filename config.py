@@ -99,7 +99,7 @@ class Config:
                                "weight matrices, Adam for the rest", choices=("adam", "muon"))
     lr: float = by_preset(2e-4, "learning rate of Adam", resume=True, above=0)
     muon_lr: float = flag(0.02, "muon: learning rate of matrices", resume=True, above=0)
-    muon_momentum: float = by_preset(0.95, "muon: their momentum", resume=True, low=0, below=1)
+    muon_momentum: float = by_preset(0.95, "muon: matrices' momentum", resume=True, low=0, below=1)
     lr_decay: str = by_preset("none", "how the learning rates fall to 0 at the end of the run",
                               choices=("none", "linear", "cosine"))
     beta2: float = by_preset(0.999, "Adam's beta2", low=0, below=1)
